@@ -1,0 +1,63 @@
+# make train    set up .venv and train a small model on real text    ARGS="--mesh tp=2" reaches `pypar train`
+# make test     set up .venv and run the tests                      ARGS="-k attention" reaches pytest
+# make test-all the same with the long ones; make lint; make bench (BENCH=attention); make clean
+#
+# PYTHON=python3.12 chooses the Python that .venv is made of; CONSTRAINTS= lets pip choose every version.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+BENCH ?= *
+ARGS ?=
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
+BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+
+.PHONY: train test test-all lint bench clean
+.DELETE_ON_ERROR:
+
+train: .venv/.set-up
+	$(BIN)/pypar train $(ARGS)
+
+test: .venv/.set-up-dev
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: .venv/.set-up-dev
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: .venv/.set-up-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp tests/simt/*.h tests/simt/*.cpp)
+	$(BIN)/mypy
+
+bench: .venv/.set-up-dev
+	set -e; for program in bench/$(BENCH).py; do $(BIN)/python $$program $(ARGS); done
+
+clean:
+	rm -rf build dist *.egg-info pypar/_native*.so .venv/.set-up .venv/.set-up-dev .pytest_cache .mypy_cache .ruff_cache
+	find pypar kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# What the user runs, and, apart, what tests and lint need besides.
+.venv/.set-up: .venv/.python $(BUILD_INPUTS)
+	$(INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e .
+	touch $@
+
+.venv/.set-up-dev: .venv/.python $(BUILD_INPUTS)
+	$(INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[test,lint]'
+	touch .venv/.set-up $@
+
+# One line per thing that a bare machine may lack, before anything is downloaded.
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "pypar needs Python >= 3.10, $(PYTHON) is not: install one (Debian: apt install python3) or say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot make a virtual environment: install it (Debian: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "$(PYTHON) lacks Python.h: install its headers (Debian: apt install python3-dev)"; exit 1; }
+	@for compiler in $(COMPILERS); do command -v $$compiler >/dev/null && exit 0; done; \
+	  echo "no C++ compiler among: $(COMPILERS); install one (Debian: apt install g++) or say make CXX=..."; exit 1
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --upgrade pip
+	touch $@

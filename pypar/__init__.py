@@ -1,0 +1,61 @@
+"""pypar: train a transformer over many devices, with the loss curve of one.
+
+`import pypar` is light: it loads neither torch nor the native module. Every public name, and every room
+(`pypar.ops`, `pypar.comm`, ...), is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pypar import context_parallel as context_parallel
+    from pypar import data_parallel as data_parallel
+    from pypar import models as models
+    from pypar import ops as ops
+    from pypar import pipeline_parallel as pipeline_parallel
+    from pypar import tensor_parallel as tensor_parallel
+    from pypar.context_parallel.ring import ring_attention as ring_attention
+    from pypar.data_parallel import GradientBuckets as GradientBuckets
+    from pypar.mesh import Mesh as Mesh
+    from pypar.ops.attention import attention as attention
+    from pypar.tensor_parallel.parallelize import parallelize as parallelize
+
+__version__ = "0.1.0"
+
+_HOME_OF_NAME = {
+    "GradientBuckets": "pypar.data_parallel",
+    "Mesh": "pypar.mesh",
+    "attention": "pypar.ops.attention",
+    "parallelize": "pypar.tensor_parallel.parallelize",
+    "ring_attention": "pypar.context_parallel.ring",
+}
+_ROOMS = (
+    "comm",
+    "context_parallel",
+    "data_parallel",
+    "kernels",
+    "layout",
+    "mesh",
+    "models",
+    "ops",
+    "pipeline_parallel",
+    "tensor_parallel",
+    "train",
+)
+
+__all__ = ["__version__", *_HOME_OF_NAME, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name's home, or a room, on first use (PEP 562)."""
+    if name in _ROOMS:
+        return importlib.import_module(f"pypar.{name}")
+    if name in _HOME_OF_NAME:
+        value = getattr(importlib.import_module(_HOME_OF_NAME[name]), name)
+        globals()[name] = value  # the next use is a plain attribute
+        return value
+    raise AttributeError(f"module 'pypar' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
