@@ -1,0 +1,38 @@
+"""Communication over one mesh axis: started collectives, differentiable pairs, point to point, byte counters."""
+
+from pypar.comm.autograd import (
+    copy_to,
+    gather_from,
+    gather_replicated,
+    reduce_from,
+    reduce_scatter_to,
+    split_to,
+)
+from pypar.comm.collectives import (
+    Handle,
+    all_gather_start,
+    all_reduce_start,
+    local_slice,
+    reduce_scatter_start,
+)
+from pypar.comm.point_to_point import RingExchange, receive_start, send_start
+from pypar.comm.traffic import Traffic, wire_bytes
+
+__all__ = [
+    "Handle",
+    "RingExchange",
+    "Traffic",
+    "all_gather_start",
+    "all_reduce_start",
+    "copy_to",
+    "gather_from",
+    "gather_replicated",
+    "local_slice",
+    "receive_start",
+    "reduce_from",
+    "reduce_scatter_start",
+    "reduce_scatter_to",
+    "send_start",
+    "split_to",
+    "wire_bytes",
+]

@@ -1,0 +1,135 @@
+"""Started collectives on one mesh axis, without autograd.
+
+Every `..._start` returns at once with a `Handle`; `Handle.wait()` gives the tensor. A buffer that was passed in must not be
+written until the handle was waited for. An axis of size 1 returns the tensor that it was given: no copy, no count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pypar.comm.traffic import Traffic, wire_bytes
+
+if TYPE_CHECKING:
+    from pypar.mesh import Axis
+
+
+class Handle:
+    """A communication in flight. It keeps the buffers alive until it was waited for.
+
+    `wait()` blocks the host on CPU; on CUDA it makes the current stream wait, as torch.distributed does.
+    """
+
+    __slots__ = ("_finish", "_keep", "_tensor", "_traffic", "_works")
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        works: tuple[dist.Work, ...] = (),
+        *,
+        traffic: Traffic | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
+        keep: tuple[Tensor, ...] = (),
+    ) -> None:
+        self._tensor = tensor
+        self._works = works
+        self._traffic = traffic
+        self._finish = finish
+        self._keep = keep
+
+    def wait(self) -> Tensor:
+        """Wait until the communication is complete and return its tensor; later calls return it at once."""
+        if self._works:
+            started = time.perf_counter()
+            for work in self._works:
+                work.wait()
+            if self._traffic is not None:
+                self._traffic.record_wait(time.perf_counter() - started)
+            self._works = ()
+            self._keep = ()
+        if self._finish is not None:
+            self._tensor, self._finish = self._finish(self._tensor), None
+        return self._tensor
+
+
+def all_reduce_start(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Handle:
+    """Reduce x [any shape] over the axis, in place: after `wait()` x itself holds the result, and x is returned.
+
+    A non-contiguous x is reduced in a contiguous copy that `wait()` writes back.
+    """
+    if axis.size == 1:
+        return Handle(x)
+    buffer = x.detach().contiguous()
+    axis.traffic.record("all_reduce", wire_bytes("all_reduce", buffer.nbytes, axis.size))
+    work = dist.all_reduce(buffer, op=op, group=axis.group, async_op=True)
+    if x.is_contiguous():
+        return Handle(x, (work,), traffic=axis.traffic)
+    return Handle(buffer, (work,), traffic=axis.traffic, finish=x.detach().copy_)
+
+
+def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
+    """Concatenate every rank's x [.., n, ..] along dim, in rank order: `wait()` gives a new tensor [.., R*n, ..].
+
+    x must have the same shape and dtype on every rank. Where a dimension before dim is larger than 1, `wait()` makes one
+    copy, from rank-major to dim-major order.
+    """
+    dim = _checked_dim(x, dim, "all_gather")
+    if axis.size == 1:
+        return Handle(x)
+    source = x.detach().contiguous()
+    gathered = source.new_empty((axis.size, *source.shape))
+    axis.traffic.record("all_gather", wire_bytes("all_gather", gathered.nbytes, axis.size))
+    work = dist.all_gather_into_tensor(gathered.view(-1), source.view(-1), group=axis.group, async_op=True)
+    return Handle(
+        gathered,
+        (work,),
+        traffic=axis.traffic,
+        finish=lambda stacked: stacked.movedim(0, dim).flatten(dim, dim + 1),
+        keep=(source,),
+    )
+
+
+def reduce_scatter_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
+    """Sum x [.., R*n, ..] over the axis and keep this rank's n rows of dim: `wait()` gives a new tensor [.., n, ..].
+
+    x is not written. Where a dimension before dim is larger than 1, one copy is made, from dim-major to rank-major order.
+    """
+    dim = _checked_dim(x, dim, "reduce_scatter")
+    if axis.size == 1:
+        return Handle(x)
+    source = _split_by_rank(x.detach(), axis, dim).contiguous()
+    part = source.new_empty(source.shape[1:])
+    axis.traffic.record("reduce_scatter", wire_bytes("reduce_scatter", source.nbytes, axis.size))
+    work = dist.reduce_scatter_tensor(part.view(-1), source.view(-1), group=axis.group, async_op=True)
+    return Handle(part, (work,), traffic=axis.traffic, keep=(source,))
+
+
+def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """This rank's n rows of dim of x [.., R*n, ..], as a view [.., n, ..]."""
+    return _split_by_rank(x, axis, _checked_dim(x, dim, "split"))[axis.rank]
+
+
+def _split_by_rank(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """View x [.., R*n, ..] as [R, .., n, ..]."""
+    length = x.shape[dim]
+    if length % axis.size:
+        raise ValueError(
+            f"dimension {dim} of a tensor of shape {tuple(x.shape)} must divide by the size of axis {axis.name!r} "
+            f"({axis.size}); use {length - length % axis.size or axis.size} or {length + -length % axis.size} rows, or pad"
+        )
+    return x.unflatten(dim, (axis.size, length // axis.size)).movedim(dim, 0)
+
+
+def _checked_dim(x: Tensor, dim: int, what: str) -> int:
+    """dim as a non-negative index."""
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(
+            f"{what} along dim {dim} needs a tensor that has it, but its shape is {tuple(x.shape)}; "
+            + (f"use a dim from {-x.ndim} to {x.ndim - 1}" if x.ndim else "give it a dimension with x.view(1)")
+        )
+    return dim % x.ndim

@@ -1,0 +1,85 @@
+"""Started sends and receives between two ranks of an axis, and the exchange that a ring makes.
+
+All go through `batch_isend_irecv`. Messages between the same two ranks with the same tag arrive in the order in which they
+were started. A buffer that is being sent must not be written until its handle was waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pypar.comm.collectives import Handle
+
+if TYPE_CHECKING:
+    from pypar.mesh import Axis
+
+
+def send_start(x: Tensor, peer_index: int, axis: Axis, tag: int = 0) -> Handle:
+    """Start sending x [any shape] to the rank with index peer_index on the axis; `wait()` returns x."""
+    peer = _peer(peer_index, axis, "send to")
+    source = x.detach().contiguous()
+    axis.traffic.record("send", source.nbytes)
+    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, source, peer, axis.group, tag)])
+    return Handle(x, tuple(works), traffic=axis.traffic, keep=(source,))
+
+
+def receive_start(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    peer_index: int,
+    axis: Axis,
+    tag: int = 0,
+) -> Handle:
+    """Start receiving a tensor from the rank with index peer_index on the axis; `wait()` gives it, in a new buffer."""
+    peer = _peer(peer_index, axis, "receive from")
+    buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
+    axis.traffic.record("receive", 0)
+    works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, buffer, peer, axis.group, tag)])
+    return Handle(buffer, tuple(works), traffic=axis.traffic)
+
+
+class RingExchange:
+    """Passes tensors around the ring of an axis: each rank sends to the next one and receives from the one before.
+
+    Several exchanges may be in flight; they complete in the order of their starts. x has the same shape and dtype on every
+    rank. The received tensor is a new buffer that nothing else writes.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self._next = axis.ranks[(axis.rank + 1) % axis.size]
+        self._previous = axis.ranks[(axis.rank - 1) % axis.size]
+
+    def start(self, x: Tensor) -> Handle:
+        """Send x [any shape] to rank+1; `wait()` gives the tensor of rank-1, once x may be written again as well."""
+        axis = self.axis
+        if axis.size == 1:
+            return Handle(x)
+        source = x.detach().contiguous()
+        buffer = torch.empty_like(source)
+        axis.traffic.record("ring_exchange", source.nbytes)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, source, self._next, axis.group),
+                dist.P2POp(dist.irecv, buffer, self._previous, axis.group),
+            ]
+        )
+        return Handle(buffer, tuple(works), traffic=axis.traffic, keep=(source,))
+
+
+def _peer(peer_index: int, axis: Axis, what: str) -> int:
+    """The global rank of an index on the axis."""
+    if not 0 <= peer_index < axis.size or peer_index == axis.rank:
+        others = [index for index in range(axis.size) if index != axis.rank]
+        remedy = f"use one of {others}" if others else "there is no other rank to talk to"
+        raise ValueError(
+            f"cannot {what} index {peer_index} on axis {axis.name!r}, which has {axis.size} ranks and this is index "
+            f"{axis.rank}; {remedy}"
+        )
+    return axis.ranks[peer_index]

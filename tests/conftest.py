@@ -1,0 +1,21 @@
+"""Fixtures of the whole suite."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves this folder out
+
+from ranks import RankPools
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPools]:
+    """ranks(world_size, fn, *args, timeout_s=60): call a module-level function in every rank; results in rank order."""
+    pools = RankPools()
+    try:
+        yield pools
+    finally:
+        pools.close()
