@@ -18,6 +18,10 @@ from pypar.comm.traffic import Traffic, wire_bytes
 if TYPE_CHECKING:
     from pypar.mesh import Axis
 
+# torch 2.13 renamed both and deprecated the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Handle:
     """A communication in flight. It keeps the buffers alive until it was waited for.
@@ -84,7 +88,7 @@ def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
     source = x.detach().contiguous()
     gathered = source.new_empty((axis.size, *source.shape))
     axis.traffic.record("all_gather", wire_bytes("all_gather", gathered.nbytes, axis.size))
-    work = dist.all_gather_into_tensor(gathered.view(-1), source.view(-1), group=axis.group, async_op=True)
+    work = _all_gather(gathered.view(-1), source.view(-1), group=axis.group, async_op=True)
     return Handle(
         gathered,
         (work,),
@@ -105,7 +109,7 @@ def reduce_scatter_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
     source = _split_by_rank(x.detach(), axis, dim).contiguous()
     part = source.new_empty(source.shape[1:])
     axis.traffic.record("reduce_scatter", wire_bytes("reduce_scatter", source.nbytes, axis.size))
-    work = dist.reduce_scatter_tensor(part.view(-1), source.view(-1), group=axis.group, async_op=True)
+    work = _reduce_scatter(part.view(-1), source.view(-1), group=axis.group, async_op=True)
     return Handle(part, (work,), traffic=axis.traffic, keep=(source,))
 
 
