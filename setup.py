@@ -47,7 +47,9 @@ def find_compiler() -> list[str]:
             " (Debian: apt install g++) or set CXX"
         )
     if shutil.which(command[0]) is None:
-        raise PlatformError(f"CXX={asked}: {command[0]} is not on PATH; install it or set CXX to another compiler")
+        raise PlatformError(
+            f"CXX={asked}: {command[0]} is not on PATH; install it or set CXX to another compiler"
+        )
     return command
 
 
@@ -56,7 +58,9 @@ def find_arch(compiler: list[str]) -> str:
     probe = [*compiler, *shlex.split(os.environ.get("CXXFLAGS", "")), "-dM", "-E", "-x", "c++", os.devnull]
     result = subprocess.run(probe, capture_output=True, text=True)
     if result.returncode != 0:
-        raise CompileError(f"`{shlex.join(probe)}` failed, set CXX to a C++ compiler that runs: {result.stderr}")
+        raise CompileError(
+            f"`{shlex.join(probe)}` failed, set CXX to a C++ compiler that runs: {result.stderr}"
+        )
     macros = dict(line.split(" ", 2)[1:] for line in result.stdout.splitlines() if line.count(" ") >= 2)
     kind, version = ("clang", "__clang_major__") if "__clang__" in macros else ("GCC", "__GNUC__")
     if int(macros.get(version, 0)) < OLDEST_COMPILER[kind]:
@@ -166,12 +170,11 @@ class BuildNative(build_ext):
             sys.stdout.flush()
             result = subprocess.run([find_ninja(), "-C", str(folder)], stdin=subprocess.DEVNULL)
             if result.returncode != 0:
-                raise CompileError(f"the native build failed in {folder}: the compiler's message stands above")
+                raise CompileError(
+                    f"the native build failed in {folder}: the compiler's message stands above"
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
-            # A new file, not new content in the old one: a process that has the module loaded keeps the old.
-            arriving = target.with_name(f".{target.name}.new")
-            shutil.copyfile(folder / target.name, arriving)
-            arriving.replace(target)
+            shutil.copyfile(folder / target.name, target)
 
 
 class BuildFresh(build):
@@ -182,13 +185,12 @@ class BuildFresh(build):
         super().run()
 
 
-if sys.platform != "linux":
-    raise PlatformError(f"pypar runs on Linux, this is {sys.platform}; use a Linux machine or container")
-
-setup(
-    packages=[*find_packages(include=["pypar", "pypar.*"]), "pypar.kernels"],
-    ext_modules=[
-        Extension("pypar._native", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*.cpp")), language="c++")
-    ],
-    cmdclass={"build": BuildFresh, "build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    if sys.platform != "linux":
+        raise PlatformError(f"pypar runs on Linux, this is {sys.platform}; use a Linux machine or container")
+    sources = sorted(str(source.relative_to(ROOT)) for source in ROOT.glob("csrc/*.cpp"))
+    setup(
+        packages=[*find_packages(include=["pypar", "pypar.*"]), "pypar.kernels"],
+        ext_modules=[Extension("pypar._native", sources, language="c++")],
+        cmdclass={"build": BuildFresh, "build_ext": BuildNative},
+    )

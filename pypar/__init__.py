@@ -8,12 +8,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pypar import comm as comm
     from pypar import context_parallel as context_parallel
     from pypar import data_parallel as data_parallel
+    from pypar import kernels as kernels
+    from pypar import layout as layout
+    from pypar import mesh as mesh
     from pypar import models as models
     from pypar import ops as ops
     from pypar import pipeline_parallel as pipeline_parallel
     from pypar import tensor_parallel as tensor_parallel
+    from pypar import train as train
     from pypar.context_parallel.ring import ring_attention as ring_attention
     from pypar.data_parallel import GradientBuckets as GradientBuckets
     from pypar.mesh import Mesh as Mesh
