@@ -1,0 +1,295 @@
+// Vectors of one instruction set, in GCC's vector types: kWidth floats, arithmetic by operators (a * b + c
+// becomes one fused multiply-add where the CPU has it). bf16 and fp16 exist in memory only. Accuracy: exp2
+// and exp are within 2 units in the last place; results below 2^-126 are zero.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#  if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own _mm512_undefined_ps.
+#    pragma GCC diagnostic ignored "-Wuninitialized"
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#  endif
+#  include <immintrin.h>
+#endif
+
+#ifndef PYPAR_ISA
+#  error "simd.h belongs to code that is compiled for one instruction set: define PYPAR_ISA"
+#endif
+
+#define PYPAR_INLINE static inline __attribute__((always_inline))
+
+namespace pypar::PYPAR_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+constexpr int kNumRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kNumRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kWidth = 4;
+constexpr int kNumRegisters = 32;
+#else
+constexpr int kWidth = 4;
+constexpr int kNumRegisters = 16;
+#endif
+
+typedef float Float __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Int __attribute__((vector_size(4 * kWidth)));  // also the result of a comparison: -1 or 0
+typedef uint32_t UInt __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t UShort __attribute__((vector_size(2 * kWidth)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+PYPAR_INLINE int64_t round_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+PYPAR_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYPAR_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+PYPAR_INLINE Float broadcast(float x) { return x - Float{}; }
+PYPAR_INLINE Float zero() { return Float{}; }
+PYPAR_INLINE Int broadcast_int(int32_t x) { return x - Int{}; }
+
+// 0, 1, 2, ...
+PYPAR_INLINE Int lane_indices() {
+  Int lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+  return lanes;
+}
+
+PYPAR_INLINE Float as_float(Int x) { return reinterpret_cast<Float>(x); }
+PYPAR_INLINE Int as_int(Float x) { return reinterpret_cast<Int>(x); }
+
+PYPAR_INLINE Float select(Int mask, Float yes, Float no) { return mask ? yes : no; }
+
+// The greater of the two; b where either is NaN.
+PYPAR_INLINE Float max(Float a, Float b) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Float)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// ---- memory
+
+PYPAR_INLINE Float load(const float* p) {
+  Float x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+PYPAR_INLINE void store(float* p, Float x) { std::memcpy(p, &x, sizeof(x)); }
+
+PYPAR_INLINE float to_float(float x) { return x; }
+
+PYPAR_INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+PYPAR_INLINE float to_float(Float16 x) {
+  // The exponent is moved by a multiplication, which also normalises subnormal numbers.
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  uint32_t bits = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  std::memcpy(&bits, &value, 4);
+  if ((x.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+PYPAR_INLINE void from_float(float x, float* p) { *p = x; }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+PYPAR_INLINE void from_float(float x, BFloat16* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  p->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+PYPAR_INLINE void from_float(float x, Float16* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  uint32_t half;
+  if (bits > 0x7f800000) {
+    half = 0x7e00;
+  } else if (bits >= 0x477ff000) {  // rounds above 65504
+    half = 0x7c00;
+  } else if (bits < 0x38800000) {  // subnormal: adding 2^-1 leaves the bits wanted at the end of the fraction
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value += 0.5f;
+    std::memcpy(&half, &value, 4);
+    half -= 0x3f000000;
+  } else {
+    half = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(half | sign);
+}
+
+PYPAR_INLINE Float load(const BFloat16* p) {
+  UShort bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return reinterpret_cast<Float>(__builtin_convertvector(bits, UInt) << 16);
+}
+
+PYPAR_INLINE void store(BFloat16* p, Float x) {
+#if defined(__AVX512BF16__)
+  // Unlike the integers below, the instruction takes subnormal numbers for zero.
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(p, &bits, sizeof(bits));
+#else
+  const UInt bits = reinterpret_cast<UInt>(x);
+  UInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = (x != x) ? UInt{} + 0x7fc0 : rounded;
+  const UShort narrow = __builtin_convertvector(rounded, UShort);
+  std::memcpy(p, &narrow, sizeof(narrow));
+#endif
+}
+
+PYPAR_INLINE Float load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Float)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Float x;
+  for (int i = 0; i < kWidth; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+PYPAR_INLINE void store(Float16* p, Float x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kWidth; ++i) from_float(x[i], p + i);
+#endif
+}
+
+// The first `count` < kWidth elements; the other lanes are zero.
+template <class Element>
+PYPAR_INLINE Float load_partial(const Element* p, int64_t count) {
+  Element padded[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+  return load(padded);
+}
+
+template <class Element>
+PYPAR_INLINE void store_partial(Element* p, Float x, int64_t count) {
+  Element padded[kWidth];
+  store(padded, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
+}
+
+// ---- reductions over the lanes, in a fixed order
+
+PYPAR_INLINE float reduce_sum(Float x) {
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+PYPAR_INLINE float reduce_max(Float x) {
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// Whether any lane of a comparison's result is set.
+PYPAR_INLINE bool any(Int mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__aarch64__) && !defined(__clang__)
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= mask[i];
+  return bits != 0;
+#endif
+}
+
+// ---- functions
+
+// 2^n * 2^f for |f| <= 1/2 and whole n in [-127, 128]; with AVX-512 any n.
+PYPAR_INLINE Float exp2_of_parts(Float n, Float f) {
+  // 2^f with 2^0 = 1 exactly: relative error 9e-8 (minimax, found by Lawson's iteration).
+  constexpr float kC1 = 0.6931470036506653f, kC2 = 0.24022242426872253f, kC3 = 0.05550733581185341f,
+                  kC4 = 0.009671512991189957f, kC5 = 0.001326472731307149f;
+  Float p = f * kC5 + kC4;
+  p = p * f + kC3;
+  p = p * f + kC2;
+  p = p * f + kC1;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return p * as_float((__builtin_convertvector(n, Int) + 127) << 23);
+#endif
+}
+
+// The nearest whole number, for |x| < 2^22.
+PYPAR_INLINE Float round_to_whole(Float x) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Float shift = broadcast(12582912.0f);  // 1.5 * 2^23: the sum has no room for a fraction
+  return (x + shift) - shift;
+#endif
+}
+
+// 2^x. -inf gives 0, NaN gives NaN.
+PYPAR_INLINE Float exp2(Float x) {
+#if defined(__AVX512F__)
+  x = max(broadcast(-256.0f), x);  // in this order NaN is kept; -inf would become NaN
+#else
+  x = max(broadcast(-127.0f), x);
+  x = x > 128.0f ? broadcast(128.0f) : x;
+#endif
+  const Float n = round_to_whole(x);
+  return exp2_of_parts(n, x - n);
+}
+
+// e^x, with x - n * ln(2) taken in two steps of which the first is exact.
+PYPAR_INLINE Float exp(Float x) {
+  x = max(broadcast(-88.0f), x);
+  x = x > 89.0f ? broadcast(89.0f) : x;
+  const Float n = round_to_whole(x * 1.44269504f);
+  const Float rest = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const Float result = exp2_of_parts(n, rest * 1.44269504f);
+  return x <= -88.0f ? zero() : result;
+}
+
+}  // namespace pypar::PYPAR_ISA
