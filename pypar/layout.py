@@ -1,7 +1,7 @@
 """Which part of a global tensor this rank holds, and how a parameter's first values follow from its name.
 
-A parameter is a plain local tensor that carries a `Layout`. DTensors are made from it only at the boundary (checkpoint,
-export, inspection), where any layout can then load any other.
+A parameter is a plain local tensor that carries a `Layout`. DTensors are made from it only at the boundary
+(checkpoint, export, inspection), where any layout can then load any other.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class Layout:
     """Where the parts of a global tensor are.
 
     global_shape        shape of the whole tensor
-    shards              (mesh axis name, tensor dim) pairs: dim is cut into as many equal parts as the axis has ranks, in
-                        rank order; not on the other axes, over which the tensor is the same on every rank that has it
-    gradient_sum_axes   axes over which each rank's gradient is only a part, to be summed before the optimizer uses it
-                        (norm weights under sequence parallelism: ("tp",)); the data axis is understood and not listed
+    shards              (mesh axis name, tensor dim) pairs: dim is cut into as many equal parts as the axis
+                        has ranks, in rank order; on other axes every rank that has it has the same
+    gradient_sum_axes   axes over which each rank's gradient is only a part, to be summed before the optimizer
+                        uses it (norm weights under sequence parallelism: ("tp",)); the data axis goes without
+                        saying and is not listed
     """
 
     global_shape: tuple[int, ...]
@@ -38,7 +39,9 @@ class Layout:
         object.__setattr__(self, "global_shape", tuple(self.global_shape))
         for name in (*(axis_name for axis_name, _ in self.shards), *self.gradient_sum_axes):
             if name not in AXIS_NAMES:
-                raise ValueError(f"layout names an unknown mesh axis {name!r}; use one of {', '.join(AXIS_NAMES)}")
+                raise ValueError(
+                    f"layout names an unknown mesh axis {name!r}; use one of {', '.join(AXIS_NAMES)}"
+                )
         for axis_name, dim in self.shards:
             if not 0 <= dim < len(self.global_shape):
                 raise ValueError(
@@ -48,13 +51,16 @@ class Layout:
         names = [axis_name for axis_name, _ in self.shards]
         dims = [dim for _, dim in self.shards]
         if len(set(names)) < len(names) or len(set(dims)) < len(dims):
-            raise ValueError(f"layout shards {self.shards} must name each mesh axis and each dim at most once")
+            raise ValueError(
+                f"layout shards {self.shards} must name each mesh axis and each dim at most once"
+            )
 
 
 def set_layout(param: Tensor, layout: Layout) -> None:
     """Attach a layout to a parameter (its local part).
 
-    The attribute lives on the tensor object: `.to(dtype)` of a module keeps it, a new Parameter made from it does not have it.
+    The attribute lives on the tensor object: `.to(dtype)` of a module keeps it, a new Parameter made from it
+    does not have it.
     """
     sharded = {dim for _, dim in layout.shards}
     shape = tuple(param.shape)
@@ -64,8 +70,8 @@ def set_layout(param: Tensor, layout: Layout) -> None:
     )
     if not fits:
         raise ValueError(
-            f"a parameter of shape {shape} cannot be a part of {layout.global_shape} cut by {layout.shards}; the dims that "
-            "are not cut must be equal and the others must divide"
+            f"a parameter of shape {shape} cannot be a part of {layout.global_shape} cut by {layout.shards}; "
+            "the dims that are not cut must be equal and the others must divide"
         )
     setattr(param, _ATTRIBUTE, layout)
 
@@ -100,16 +106,17 @@ def local_part(global_tensor: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
 
 
 def to_dtensor(local: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
-    """The whole tensor as a DTensor on `mesh.device_mesh` that shares memory with this rank's part.
+    """The whole tensor as a DTensor on `mesh.device_mesh`, sharing memory with this rank's part.
 
-    A mesh of one rank has no device mesh: there the local tensor, which is the whole one, is returned as it is
-    (torch.distributed.checkpoint stores and loads both alike). "Replicate" on pp means: the same on every stage that has it.
+    A mesh of one rank has no device mesh: there the local tensor, which is the whole one, is returned as it
+    is (torch.distributed.checkpoint stores and loads both alike). "Replicate" on pp means: the same on every
+    stage that has it.
     """
     expected = local_shape(layout, mesh)
     if tuple(local.shape) != expected:
         raise ValueError(
-            f"this rank's part of {layout.global_shape} cut by {layout.shards} on {mesh} has shape {expected}, "
-            f"but the tensor has {tuple(local.shape)}; pass the part that `local_part` gives"
+            f"this rank's part of {layout.global_shape} cut by {layout.shards} on {mesh} has shape "
+            f"{expected}, but the tensor has {tuple(local.shape)}; pass the part that `local_part` gives"
         )
     if mesh.device_mesh is None:
         return local.detach()
@@ -126,10 +133,10 @@ def to_dtensor(local: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
 def initial_weight(
     name: str, global_shape: tuple[int, ...], seed: int, std: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The whole first value of a parameter, from N(0, std^2): it depends on seed, name and shape, never on the layout.
+    """The whole first value of a parameter, from N(0, std^2), by seed, name and shape, never by the layout.
 
-    name is the global parameter name ("layers.3.attention.q.weight"). Values are drawn in fp32 on the CPU and then rounded
-    to dtype, so that dtypes agree as well.
+    name is the global parameter name ("layers.3.attention.q.weight"). Values are drawn in fp32 on the CPU and
+    then rounded to dtype, so that dtypes agree as well.
     """
     if std < 0:
         raise ValueError(f"the standard deviation of {name} is {std}; it must be 0 or more")
@@ -143,8 +150,8 @@ def _part_length(layout: Layout, axis_name: str, dim: int, mesh: Mesh) -> int:
     total, size = layout.global_shape[dim], _axis(mesh, axis_name).size
     if total % size:
         raise ValueError(
-            f"dim {dim} ({total}) of a tensor of shape {layout.global_shape} must divide by the {axis_name} size ({size}); "
-            f"use {total - total % size or size} or {total + size - total % size}"
+            f"dim {dim} ({total}) of a tensor of shape {layout.global_shape} must divide by the {axis_name} "
+            f"size ({size}); use {total - total % size or size} or {total + size - total % size}"
         )
     return total // size
 

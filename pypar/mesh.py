@@ -1,7 +1,7 @@
 """Names for the axes of parallelism, and the process group behind each.
 
-Ranks are laid out with pp outermost, then dp, cp, and tp innermost, so that the ranks of one tensor-parallel group are
-neighbours (one node) and the stages of a pipeline are far apart:
+Ranks are laid out with pp outermost, then dp, cp, and tp innermost, so that the ranks of one tensor-parallel
+group are neighbours (one node) and the stages of a pipeline are far apart:
 
     rank = ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank
 """
@@ -27,8 +27,8 @@ AXIS_NAMES = ("pp", "dp", "cp", "tp")  # outermost first
 class Axis:
     """One axis of a mesh as this rank sees it.
 
-    group is None exactly where size is 1; rank is this rank's index on the axis; ranks are the global ranks on it, in order.
-    A copy of a module shares its axes (copying, shallow or deep, returns the same object).
+    group is None exactly where size is 1; rank is this rank's index on the axis; ranks are the global ranks
+    on it, in order. A copy of a module shares its axes (copying, shallow or deep, returns the same object).
     """
 
     name: str
@@ -51,8 +51,8 @@ class Axis:
         this_rank = dist.get_rank()
         if this_rank not in ranks:
             raise ValueError(
-                f"rank {this_rank} is not in the process group of ranks {list(ranks)} that axis {name!r} was to wrap; "
-                "make the axis on the group's own ranks only"
+                f"rank {this_rank} is not in the process group of ranks {list(ranks)} that axis {name!r} was "
+                "to wrap; make the axis on the group's own ranks only"
             )
         if len(ranks) == 1:
             return cls.single(name)
@@ -80,7 +80,8 @@ def as_axis(group_or_axis: Axis | dist.ProcessGroup) -> Axis:
 class Mesh:
     """All ranks of the job as a grid of pp x dp x cp x tp.
 
-    Every rank makes the same meshes in the same order, after init_process_group (a mesh of one rank needs none).
+    Every rank makes the same meshes in the same order, after init_process_group (a mesh of one rank needs
+    none).
 
     pp, dp, cp, tp  the axes
     data            dp and cp as one axis: gradients are summed over it
@@ -92,7 +93,14 @@ class Mesh:
     """
 
     def __init__(
-        self, dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, *, device_type: str | None = None
+        self,
+        dp: int = 1,
+        pp: int = 1,
+        cp: int = 1,
+        tp: int = 1,
+        ep: int = 1,
+        *,
+        device_type: str | None = None,
     ) -> None:
         self.sizes = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
         for name, size in {**self.sizes, "ep": ep}.items():
@@ -102,8 +110,8 @@ class Mesh:
             check_mesh(self.sizes, dist.get_world_size())
         elif num_ranks > 1:
             raise ValueError(
-                f"mesh {format_mesh(self.sizes)} needs {num_ranks} ranks but torch.distributed is not initialised; call "
-                "torch.distributed.init_process_group first, under torchrun"
+                f"mesh {format_mesh(self.sizes)} needs {num_ranks} ranks but torch.distributed is not "
+                "initialised; call torch.distributed.init_process_group first, under torchrun"
             )
         self.device_mesh: DeviceMesh | None = None
         if num_ranks == 1:
@@ -153,7 +161,9 @@ def parse_mesh(text: str) -> dict[str, int]:
         if name in sizes:
             raise ValueError(f"mesh {text!r} gives axis {name} twice; give each axis once")
         if not equals or not value.isdecimal():
-            raise ValueError(f"mesh {text!r} must give axis {name} a positive whole number, not {value!r}; write {name}=2")
+            raise ValueError(
+                f"mesh {text!r} must give axis {name} a positive whole number, not {value!r}; write {name}=2"
+            )
         sizes[name] = int(value)
         _check_size(name, sizes[name])
     return {name: sizes.get(name, 1) for name in AXIS_NAMES}
@@ -172,18 +182,21 @@ def check_mesh(sizes: Mapping[str, int], world_size: int) -> None:
     if num_ranks != world_size:
         were = "was" if world_size == 1 else "were"
         raise ValueError(
-            f"mesh {format_mesh(sizes)} needs {num_ranks} rank{'s' * (num_ranks > 1)} but {world_size} {were} started; "
-            f"start {num_ranks} (torchrun --nproc-per-node {num_ranks}) or use a mesh whose sizes multiply to {world_size}"
+            f"mesh {format_mesh(sizes)} needs {num_ranks} rank{'s' * (num_ranks > 1)} but {world_size} "
+            f"{were} started; start {num_ranks} (torchrun --nproc-per-node {num_ranks}) or use a mesh whose "
+            f"sizes multiply to {world_size}"
         )
 
 
 def _check_size(name: str, size: int) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"mesh axis {name}={size!r} must be a positive whole number; use {name}=1 to leave the axis out")
+        raise ValueError(
+            f"mesh axis {name}={size!r} must be a positive whole number; use {name}=1 to leave the axis out"
+        )
     if name == "ep" and size > 1:
         raise ValueError(f"ep={size} asks for expert parallelism, which pypar does not have yet; use ep=1")
 
 
 def _device_type() -> str:
-    """The device type that the default process group serves: "cuda" with NCCL on a machine with a GPU, else "cpu"."""
+    """The device type that the default process group serves: "cuda" with NCCL and a GPU, else "cpu"."""
     return "cuda" if "nccl" in dist.get_backend() and torch.cuda.is_available() else "cpu"

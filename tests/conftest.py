@@ -13,7 +13,7 @@ from ranks import RankPools
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPools]:
-    """ranks(world_size, fn, *args, timeout_s=60): call a module-level function in every rank; results in rank order."""
+    """ranks(world_size, fn, *args, timeout_s=60): call a module-level function in every rank."""
     pools = RankPools()
     try:
         yield pools

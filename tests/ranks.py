@@ -5,9 +5,10 @@
     def test_sum(ranks):
         assert ranks(2, _sum, 3) == [6, 6]
 
-One pool per world size is started when it is first asked for (forkserver with torch loaded, so this process never forks), with
-gloo over loopback, a file store and one thread a rank. Arguments and results are pickled by value. When a rank raises, dies or
-does not answer in time the pool is killed, `RankFailure` tells what happened, and the next test gets a new pool.
+One pool per world size is started when it is first asked for (forkserver with torch loaded, so this process
+never forks), with gloo over loopback, a file store and one thread a rank. Arguments and results are pickled
+by value. When a rank raises, dies or does not answer in time the pool is killed, `RankError` tells what
+happened, and the next test gets a new pool.
 """
 
 from __future__ import annotations
@@ -47,17 +48,19 @@ PRELOAD = [
 ]
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died, or did not answer in time."""
 
 
 class RankPools:
-    """Calls a function in every rank of a pool: pools(world_size, fn, *args, timeout_s=60) -> results in rank order."""
+    """Calls fn in every rank of a pool: pools(world_size, fn, *args, timeout_s=60) -> results by rank."""
 
     def __init__(self) -> None:
         self._pools: dict[int, _Pool] = {}
 
-    def __call__(self, world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    def __call__(
+        self, world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0
+    ) -> list[Any]:
         pool = self._pools.get(world_size)
         if pool is None:
             pool = self._pools[world_size] = _Pool(world_size)
@@ -93,7 +96,10 @@ class _Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, str(self.folder), theirs), daemon=True, name=f"rank{rank}"
+                target=_rank_main,
+                args=(rank, world_size, str(self.folder), theirs),
+                daemon=True,
+                name=f"rank{rank}",
             )
             process.start()
             theirs.close()
@@ -103,7 +109,9 @@ class _Pool:
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
         path = sys.modules[fn.__module__].__file__
         if "." in fn.__qualname__ or path is None:
-            raise ValueError(f"{fn.__qualname__} must be a module-level function of a file, so that ranks can load it")
+            raise ValueError(
+                f"{fn.__qualname__} must be a module-level function of a file, so that ranks can load it"
+            )
         message = pickle.dumps((path, fn.__module__, fn.__qualname__, pickle.dumps(args)))
         for connection in self.connections:
             connection.send_bytes(message)
@@ -113,7 +121,9 @@ class _Pool:
             rank, answer = self._next_answer(results, deadline, fn.__qualname__, timeout_s)
             succeeded, payload = pickle.loads(answer)
             if not succeeded:
-                raise RankFailure(f"rank {rank} of {len(self.processes)} raised in {fn.__qualname__}:\n{payload}")
+                raise RankError(
+                    f"rank {rank} of {len(self.processes)} raised in {fn.__qualname__}:\n{payload}"
+                )
             results[rank] = payload
         return [pickle.loads(results[rank]) for rank in range(len(results))]
 
@@ -127,7 +137,7 @@ class _Pool:
         )
         if not ready:
             done = f"; ranks {sorted(results)} have finished" if results else ""
-            raise RankFailure(f"{name} did not finish in {timeout_s:g} s{done}\n{self._describe(waiting)}")
+            raise RankError(f"{name} did not finish in {timeout_s:g} s{done}\n{self._describe(waiting)}")
         rank = next(rank for rank in waiting if self.connections[rank] in ready)
         try:
             return rank, self.connections[rank].recv_bytes()
@@ -135,8 +145,9 @@ class _Pool:
             self.processes[rank].join(5)
             code = self.processes[rank].exitcode
             others = [other for other in waiting if other != rank]
-            raise RankFailure(
-                f"rank {rank} of {len(self.processes)} died in {name} with exit code {code}, last {self._status(rank)}\n"
+            raise RankError(
+                f"rank {rank} of {len(self.processes)} died in {name} with exit code {code}; "
+                f"its last collective: {self._status(rank)}\n"
                 f"{self._describe(others)}"
             ) from None
 
@@ -216,7 +227,7 @@ def _call(message: bytes) -> Any:
 
 
 def _forget_previous_test() -> None:
-    """Destroy the process groups that the last test made. Every rank has finished that test when any gets here."""
+    """Destroy the process groups of the last test, which every rank has finished when any gets here."""
     import torch
     import torch.distributed as dist
 
@@ -227,7 +238,7 @@ def _forget_previous_test() -> None:
 
 
 def _report_collectives(path: Path, rank: int) -> None:
-    """Make every Traffic of this process also write its latest call where the parent can read it while we hang."""
+    """Make every Traffic of this process also write its latest call where the parent can read it."""
     from pypar.comm.traffic import Traffic
 
     with open(path, "r+b") as file:

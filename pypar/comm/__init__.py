@@ -1,4 +1,4 @@
-"""Communication over one mesh axis: started collectives, differentiable pairs, point to point, byte counters."""
+"""Communication over one mesh axis: started collectives, differentiable pairs, point to point, counters."""
 
 from pypar.comm.autograd import (
     copy_to,

@@ -5,12 +5,13 @@
     gather_from       all_gather        reduce_scatter    reduce_scatter_to  reduce_scatter   all_gather
     split_to          local slice       all_gather        gather_replicated  all_gather       local slice
 
-The first of each pair on the left of a parallel region, the second on its right (Megatron-LM's f and g, arXiv 1909.08053;
-sequence parallelism's g and g-bar, arXiv 2205.05198). `gather_from` is for an output that each rank then uses in a different
-way (gradients differ and are summed); `gather_replicated` for one that all ranks use in the same way (gradients are equal).
+The first of each pair on the left of a parallel region, the second on its right (Megatron-LM's f and g, arXiv
+1909.08053; sequence parallelism's g and g-bar, arXiv 2205.05198). `gather_from` is for an output that each
+rank then uses in a different way (gradients differ and are summed); `gather_replicated` for one that all
+ranks use in the same way (gradients are equal).
 
-No function writes into its input or into a gradient that it receives: autograd may have lent that tensor to others too.
-All may be differentiated twice. On an axis of size 1 each returns its input.
+No function writes into its input or into a gradient that it receives: autograd may have lent that tensor to
+others too. All may be differentiated twice. On an axis of size 1 each returns its input.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """x [any shape], the same on every rank, used in a different way on each: gradients are summed over the axis."""
+    """x [any shape], the same on every rank, used in a different way on each: gradients are summed."""
     return x if axis.size == 1 else _CopyTo.apply(x, axis)
 
 

@@ -1,15 +1,17 @@
 """Started collectives on one mesh axis, without autograd.
 
-Every `..._start` returns at once with a `Handle`; `Handle.wait()` gives the tensor. A buffer that was passed in must not be
-written until the handle was waited for. An axis of size 1 returns the tensor that it was given: no copy, no count.
+Every `..._start` returns at once with a `Handle`; `Handle.wait()` gives the tensor. A buffer that was passed
+in must not be written until the handle was waited for. An axis of size 1 returns the tensor that it was
+given: no copy, no count.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 # torch 2.13 renamed both and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_EXCHANGE_TAG = 1 << 24  # apart from the tags of sends that the caller makes on the same group
 
 
 class Handle:
@@ -62,7 +66,7 @@ class Handle:
 
 
 def all_reduce_start(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Handle:
-    """Reduce x [any shape] over the axis, in place: after `wait()` x itself holds the result, and x is returned.
+    """Reduce x [any shape] over the axis, in place: after `wait()` x holds the result, and x is returned.
 
     A non-contiguous x is reduced in a contiguous copy that `wait()` writes back.
     """
@@ -77,10 +81,10 @@ def all_reduce_start(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.R
 
 
 def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
-    """Concatenate every rank's x [.., n, ..] along dim, in rank order: `wait()` gives a new tensor [.., R*n, ..].
+    """Concatenate every rank's x [.., n, ..] along dim, in rank order: `wait()` gives a new [.., R*n, ..].
 
-    x must have the same shape and dtype on every rank. Where a dimension before dim is larger than 1, `wait()` makes one
-    copy, from rank-major to dim-major order.
+    x must have the same shape and dtype on every rank. Where a dimension before dim is larger than 1,
+    `wait()` makes one copy, from rank-major to dim-major order.
     """
     dim = _checked_dim(x, dim, "all_gather")
     if axis.size == 1:
@@ -88,10 +92,14 @@ def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
     source = x.detach().contiguous()
     gathered = source.new_empty((axis.size, *source.shape))
     axis.traffic.record("all_gather", wire_bytes("all_gather", gathered.nbytes, axis.size))
-    work = _all_gather(gathered.view(-1), source.view(-1), group=axis.group, async_op=True)
+    if x.is_cpu:
+        works = _exchange([source] * axis.size, list(gathered), axis)
+        gathered[axis.rank].copy_(source)
+    else:
+        works = (_all_gather(gathered.view(-1), source.view(-1), group=axis.group, async_op=True),)
     return Handle(
         gathered,
-        (work,),
+        works,
         traffic=axis.traffic,
         finish=lambda stacked: stacked.movedim(0, dim).flatten(dim, dim + 1),
         keep=(source,),
@@ -99,18 +107,52 @@ def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
 
 
 def reduce_scatter_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
-    """Sum x [.., R*n, ..] over the axis and keep this rank's n rows of dim: `wait()` gives a new tensor [.., n, ..].
+    """Sum x [.., R*n, ..] over the axis, keep this rank's n rows of dim: `wait()` gives a new [.., n, ..].
 
-    x is not written. Where a dimension before dim is larger than 1, one copy is made, from dim-major to rank-major order.
+    x is not written. Where a dimension before dim is larger than 1, one copy is made, from dim-major to
+    rank-major order. On the CPU the parts are added in rank order, in fp32 where x has 16 bits.
     """
     dim = _checked_dim(x, dim, "reduce_scatter")
     if axis.size == 1:
         return Handle(x)
     source = _split_by_rank(x.detach(), axis, dim).contiguous()
-    part = source.new_empty(source.shape[1:])
     axis.traffic.record("reduce_scatter", wire_bytes("reduce_scatter", source.nbytes, axis.size))
+    if x.is_cpu:
+        parts = list(torch.empty_like(source))
+        works = _exchange(list(source), parts, axis)
+        parts[axis.rank] = source[axis.rank]
+        return Handle(source, works, traffic=axis.traffic, finish=lambda _: _sum_in_order(parts))
+    part = source.new_empty(source.shape[1:])
     work = _reduce_scatter(part.view(-1), source.view(-1), group=axis.group, async_op=True)
     return Handle(part, (work,), traffic=axis.traffic, keep=(source,))
+
+
+def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis) -> tuple[dist.Work, ...]:
+    """Send outgoing[r] to every other rank r and receive incoming[r] from it, all at once and without a copy.
+
+    gloo's own all_gather takes 1.5 to 4 times as long as this, its reduce_scatter about 2 times (2 and 4
+    ranks on one host, 64 KiB to 8 MiB); the bytes on the wire are the same.
+    """
+    operations = []
+    for step in range(1, axis.size):
+        after, before = (axis.rank + step) % axis.size, (axis.rank - step) % axis.size
+        operations.append(
+            dist.P2POp(dist.isend, outgoing[after], axis.ranks[after], axis.group, _EXCHANGE_TAG)
+        )
+        operations.append(
+            dist.P2POp(dist.irecv, incoming[before], axis.ranks[before], axis.group, _EXCHANGE_TAG)
+        )
+    return tuple(dist.batch_isend_irecv(operations))
+
+
+def _sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of two or more tensors, first to last, whatever order they arrived in."""
+    dtype = parts[0].dtype
+    wide = dtype in (torch.bfloat16, torch.float16)
+    total = parts[0].float() + parts[1] if wide else parts[0] + parts[1]
+    for part in parts[2:]:
+        total += part
+    return total.to(dtype)
 
 
 def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -122,9 +164,10 @@ def _split_by_rank(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """View x [.., R*n, ..] as [R, .., n, ..]."""
     length = x.shape[dim]
     if length % axis.size:
+        fewer, more = length - length % axis.size, length + -length % axis.size
         raise ValueError(
-            f"dimension {dim} of a tensor of shape {tuple(x.shape)} must divide by the size of axis {axis.name!r} "
-            f"({axis.size}); use {length - length % axis.size or axis.size} or {length + -length % axis.size} rows, or pad"
+            f"dim {dim} ({length}) of a tensor of shape {tuple(x.shape)} must divide by the size of axis "
+            f"{axis.name!r} ({axis.size}); use {f'{fewer} or {more}' if fewer else more}, or pad it"
         )
     return x.unflatten(dim, (axis.size, length // axis.size)).movedim(dim, 0)
 
@@ -134,6 +177,10 @@ def _checked_dim(x: Tensor, dim: int, what: str) -> int:
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(
             f"{what} along dim {dim} needs a tensor that has it, but its shape is {tuple(x.shape)}; "
-            + (f"use a dim from {-x.ndim} to {x.ndim - 1}" if x.ndim else "give it a dimension with x.view(1)")
+            + (
+                f"use a dim from {-x.ndim} to {x.ndim - 1}"
+                if x.ndim
+                else "give it a dimension with x.view(1)"
+            )
         )
     return dim % x.ndim

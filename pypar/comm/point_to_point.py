@@ -1,7 +1,7 @@
 """Started sends and receives between two ranks of an axis, and the exchange that a ring makes.
 
-All go through `batch_isend_irecv`. Messages between the same two ranks with the same tag arrive in the order in which they
-were started. A buffer that is being sent must not be written until its handle was waited for.
+All go through `batch_isend_irecv`. Messages between the same two ranks with the same tag arrive in the order
+in which they were started. A buffer that is being sent must not be written until its handle was waited for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def receive_start(
     axis: Axis,
     tag: int = 0,
 ) -> Handle:
-    """Start receiving a tensor from the rank with index peer_index on the axis; `wait()` gives it, in a new buffer."""
+    """Start receiving from the rank with index peer_index on the axis; `wait()` gives a new tensor."""
     peer = _peer(peer_index, axis, "receive from")
     buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
     axis.traffic.record("receive", 0)
@@ -45,10 +45,10 @@ def receive_start(
 
 
 class RingExchange:
-    """Passes tensors around the ring of an axis: each rank sends to the next one and receives from the one before.
+    """Passes tensors around the ring of an axis: each rank sends to the next, receives from the previous.
 
-    Several exchanges may be in flight; they complete in the order of their starts. x has the same shape and dtype on every
-    rank. The received tensor is a new buffer that nothing else writes.
+    Several exchanges may be in flight; they complete in the order of their starts. x has the same shape and
+    dtype on every rank. The received tensor is a new buffer that nothing else writes.
     """
 
     def __init__(self, axis: Axis) -> None:
@@ -57,7 +57,7 @@ class RingExchange:
         self._previous = axis.ranks[(axis.rank - 1) % axis.size]
 
     def start(self, x: Tensor) -> Handle:
-        """Send x [any shape] to rank+1; `wait()` gives the tensor of rank-1, once x may be written again as well."""
+        """Send x [any shape] to rank+1; `wait()` gives the tensor of rank-1; x may be written after it."""
         axis = self.axis
         if axis.size == 1:
             return Handle(x)
@@ -79,7 +79,7 @@ def _peer(peer_index: int, axis: Axis, what: str) -> int:
         others = [index for index in range(axis.size) if index != axis.rank]
         remedy = f"use one of {others}" if others else "there is no other rank to talk to"
         raise ValueError(
-            f"cannot {what} index {peer_index} on axis {axis.name!r}, which has {axis.size} ranks and this is index "
-            f"{axis.rank}; {remedy}"
+            f"index {axis.rank} cannot {what} index {peer_index} of axis {axis.name!r}, which has size "
+            f"{axis.size}; {remedy}"
         )
     return axis.ranks[peer_index]

@@ -14,9 +14,10 @@ _FULL_SIZE_PASSES = {
 def wire_bytes(collective: str, full_bytes: int, world_size: int) -> int:
     """Bytes that each rank sends for one collective (rounded down), by the bandwidth-optimal ring algorithms.
 
-    full_bytes is the size of the whole tensor: the reduced one for all_reduce, the gathered one for all_gather, the
-    input for reduce_scatter and all_to_all. all_reduce costs 2(R-1)/R of it, the others (R-1)/R. (Patarasuk and Yuan,
-    "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.)
+    full_bytes is the size of the whole tensor: the reduced one for all_reduce, the gathered one for
+    all_gather, the input for reduce_scatter and all_to_all. all_reduce costs 2(R-1)/R of it, the others
+    (R-1)/R. (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations",
+    2009.)
     """
     return _FULL_SIZE_PASSES[collective] * (world_size - 1) * full_bytes // world_size
 
@@ -43,7 +44,7 @@ class TrafficSnapshot(NamedTuple):
 class Traffic:
     """Counters of one axis on this rank.
 
-    bytes_sent    bytes that this rank put on the wire, by `wire_bytes` for collectives, the tensor's size for sends
+    bytes_sent    bytes that this rank put on the wire: `wire_bytes` of collectives, the size of sent tensors
     calls         how often each collective was started
     wait_seconds  seconds that this rank was blocked in `Handle.wait`
     last          the latest call, None before the first
