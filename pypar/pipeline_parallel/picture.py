@@ -1,0 +1,48 @@
+"""Draws a schedule as text: one row a rank, time from left to right."""
+
+from __future__ import annotations
+
+from pypar.pipeline_parallel.action import Action, Schedule, stage_ranks
+from pypar.pipeline_parallel.simulate import Simulation, simulate
+
+
+def picture(simulation: Simulation, *, time_per_cell: float | None = None) -> str:
+    """A grid of one row a rank; each cell is `time_per_cell` long (by default the shortest action).
+
+    An action is written as its kind and microbatch (`F3`; with several stages a rank `F3.1`, the stage after
+    the dot) and drawn on with `-` while it lasts; `.` is idle time. The last line names the bubble.
+    """
+    actions_and_times = [
+        (rank, action, begins, ends)
+        for rank, actions in enumerate(simulation.schedule)
+        for action, begins, ends in zip(actions, simulation.start[rank], simulation.end[rank], strict=True)
+    ]
+    shortest = min((ends - begins for _, _, begins, ends in actions_and_times if ends > begins), default=1.0)
+    cell = shortest if time_per_cell is None else time_per_cell
+    if cell <= 0:
+        raise ValueError(
+            f"time_per_cell ({time_per_cell}) must be positive; leave it out for the shortest action"
+        )
+    several = len(stage_ranks(simulation.schedule)) > len(simulation.schedule)
+    width = max(len(_label(action, several)) for _, action, _, _ in actions_and_times)
+    columns = max(round(ends / cell) for _, _, _, ends in actions_and_times)
+    grid = [["." * width] * columns for _ in simulation.schedule]
+    for rank, action, begins, ends in actions_and_times:
+        first, last = round(begins / cell), round(ends / cell)
+        for column in range(first, last):
+            grid[rank][column] = "-" * width
+        if first < last:
+            grid[rank][first] = _label(action, several).ljust(width, "-" if last - first > 1 else " ")
+    name_width = len(str(len(grid) - 1))
+    rows = [f"rank {rank:>{name_width}} |{' '.join(cells)}|" for rank, cells in enumerate(grid)]
+    summary = f"bubble {simulation.span_bubble:.2%}, peak microbatches in flight {simulation.peak_in_flight}"
+    return "\n".join([*rows, summary])
+
+
+def picture_of(schedule: Schedule) -> str:
+    """`picture` of a schedule whose F, I and W all take equal time (so B takes two cells)."""
+    return picture(simulate(schedule))
+
+
+def _label(action: Action, several: bool) -> str:
+    return f"{action.kind}{action.microbatch}" + (f".{action.stage}" if several else "")
