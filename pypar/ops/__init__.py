@@ -1,1 +1,15 @@
-"""The operators of a transformer: one file each, with its contract, its definition in plain PyTorch and its backends."""
+"""The operators of a transformer: one file each, with contract, definition in plain PyTorch and backends."""
+
+import importlib.util
+
+from pypar.ops.cross_entropy import cross_entropy
+from pypar.ops.linear import linear
+from pypar.ops.merge import merge
+from pypar.ops.rms_norm import rms_norm
+from pypar.ops.rope import rope
+from pypar.ops.swiglu import swiglu
+
+__all__ = ["attention", "cross_entropy", "linear", "merge", "rms_norm", "rope", "swiglu"]
+
+if importlib.util.find_spec("pypar.ops.attention"):
+    from pypar.ops.attention import attention

@@ -1,9 +1,9 @@
 """How an operator finds the code that runs it.
 
-An operator has an ordered tuple of backends, fastest first, the plain PyTorch reference last. Who decides: the caller's
-`backend=`, then the environment variable PYPAR_BACKEND (for the operators that have such a backend), then the first backend
-that does not refuse. Nothing falls back in silence: a named backend that refuses is an error with its reason, and the
-reference on a GPU tensor warns.
+An operator has an ordered tuple of backends, fastest first, the plain PyTorch reference last. Who decides:
+the caller's `backend=`, then the environment variable PYPAR_BACKEND (for the operators that have such a
+backend), then the first backend that does not refuse. Nothing falls back in silence: a named backend that
+refuses is an error with its reason, and the reference on a GPU tensor warns.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ ENVIRONMENT_VARIABLE = "PYPAR_BACKEND"
 class Backend:
     """One implementation of an operator.
 
-    forward and backward take what the operator's file says they take. `unsupported(**args)` looks at metadata only (shape,
-    dtype, device, strides, options) and returns None when the backend can run them, else the reason as a phrase that
-    completes "refuses: ...", for example "float64 is not one of float32, bfloat16, float16".
+    forward and backward take what the operator's file says they take. `unsupported(**args)` looks at metadata
+    only (shape, dtype, device, strides, options) and returns None when the backend can run them, else the
+    reason as a phrase that completes "refuses: ...", for example "float64 is not one of float32, bfloat16,
+    float16".
     """
 
     name: str
@@ -38,7 +39,9 @@ class Backend:
     unsupported: Callable[..., str | None]
 
 
-def choose(op: str, backends: tuple[Backend, ...], args: Mapping[str, object], requested: str | None) -> Backend:
+def choose(
+    op: str, backends: tuple[Backend, ...], args: Mapping[str, object], requested: str | None
+) -> Backend:
     """The backend that runs `op` on `args`.
 
     Raises ValueError when the requested backend does not exist or refuses, and when every backend refuses.
@@ -76,7 +79,8 @@ def op_modules() -> list[ModuleType]:
     """Every module of pypar.ops that defines BACKENDS, by name. A new operator is found by being there."""
     package = importlib.import_module("pypar.ops")
     modules = [
-        importlib.import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)
+        importlib.import_module(f"{package.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(package.__path__)
     ]
     return [module for module in modules if hasattr(module, "BACKENDS")]
 
@@ -114,7 +118,9 @@ def _warn_if_on_gpu(op: str, backends: tuple[Backend, ...], args: Mapping[str, o
     for value in args.values():
         if isinstance(value, torch.Tensor):
             if value.device.type != "cpu" and value.device.type != "meta":
-                reasons = "; ".join(f"{b.name}: {b.unsupported(**args)}" for b in backends if b.name != "reference")
+                reasons = "; ".join(
+                    f"{b.name}: {b.unsupported(**args)}" for b in backends if b.name != "reference"
+                )
                 _warn_once(op, value.device.type, reasons or "it has no other backend yet")
             return
 

@@ -1,0 +1,161 @@
+// Cross-entropy of each token: contract and definition in pypar/ops/cross_entropy.py.
+#include "registry.h"
+
+namespace pypar {
+
+struct CrossEntropyForward {
+  const void* logits;      // [rows, size], rows `stride` apart
+  const int64_t* targets;  // [rows]
+  float* loss;             // [rows]
+  float* lse;              // [rows]
+  int64_t* wrong_row;      // holds `rows`; set to the first row whose target is out of range
+  int64_t rows, size, stride, ignore_index;
+  int element_type, num_threads;
+};
+
+struct CrossEntropyBackward {
+  const float* dloss;      // [rows]
+  const void* logits;      // [rows, size], rows `stride` apart
+  const int64_t* targets;  // [rows], those that forward took
+  const float* lse;        // [rows]
+  void* dlogits;           // [rows, size]
+  int64_t rows, size, stride, ignore_index;
+  int element_type, num_threads;
+};
+
+PYPAR_KERNEL(cross_entropy_forward, CrossEntropyForward)
+PYPAR_KERNEL(cross_entropy_backward, CrossEntropyBackward)
+
+}  // namespace pypar
+
+#ifndef PYPAR_BINDING
+
+#  include "rows.h"
+
+namespace pypar::PYPAR_ISA {
+
+// Elements whose maximum is taken before their exponentials: they stay in the first-level cache in between,
+// so that memory is read once.
+constexpr int64_t kBlock = 2048;
+
+PYPAR_INLINE float exp_of(float x) { return exp(broadcast(x))[0]; }
+
+template <class Element>
+static float maximum(const Element* x, int64_t size) {
+  Float greatest = broadcast(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) greatest = max(load(x + i), greatest);
+  if (i < size) {
+    const Float tail = load_partial(x + i, size - i);
+    const Int inside = lane_indices() < static_cast<int32_t>(size - i);
+    greatest = max(select(inside, tail, greatest), greatest);
+  }
+  return reduce_max(greatest);
+}
+
+// log(sum(exp(x))), with the sum of each block scaled by the maximum so far (Milakov and Gimelshein, arXiv
+// 1805.02867).
+template <class Element>
+static float log_sum_exp(const Element* x, int64_t size) {
+  const float infinity = __builtin_inff();
+  float greatest = -infinity, sum = 0.0f;
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const Element* block = x + begin;
+    const int64_t block_size = smaller(kBlock, size - begin);
+    const float before = greatest;
+    const float here = maximum(block, block_size);
+    greatest = here > greatest ? here : greatest;
+    // Nothing but -inf or NaN so far: zero keeps what follows from -inf - -inf, and lets NaN through.
+    const float shift = greatest == -infinity ? 0.0f : greatest;
+    const float block_sum = sum_over(block_size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+      const Float term = exp(load_first(block + i, count) - shift);
+      return count == kWidth ? term : select(lane_indices() < static_cast<int32_t>(count), term, zero());
+    });
+    sum = sum * exp_of(before - shift) + block_sum;
+  }
+  if (greatest == infinity) return infinity;
+  return (greatest == -infinity ? 0.0f : greatest) + __builtin_logf(sum);
+}
+
+PYPAR_INLINE void lower_to(int64_t* first, int64_t row) {
+  int64_t seen = __atomic_load_n(first, __ATOMIC_RELAXED);
+  while (row < seen &&
+         !__atomic_compare_exchange_n(first, &seen, row, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+template <class Element>
+static void forward_row(const CrossEntropyForward& a, int64_t row) {
+  const Element* logits = static_cast<const Element*>(a.logits) + row * a.stride;
+  const int64_t target = a.targets[row];
+  const float lse = log_sum_exp(logits, a.size);
+  a.lse[row] = lse;
+  if (target == a.ignore_index) {
+    a.loss[row] = 0.0f;
+  } else if (target < 0 || target >= a.size) {
+    a.loss[row] = 0.0f;
+    lower_to(a.wrong_row, row);
+  } else {
+    a.loss[row] = lse - to_float(logits[target]);
+  }
+}
+
+template <class Element>
+static void backward_row(const CrossEntropyBackward& a, int64_t row) {
+  const Element* logits = static_cast<const Element*>(a.logits) + row * a.stride;
+  Element* dlogits = static_cast<Element*>(a.dlogits) + row * a.size;
+  const int64_t target = a.targets[row];
+  if (target == a.ignore_index) {
+    std::memset(dlogits, 0, sizeof(Element) * a.size);
+    return;
+  }
+  const float dloss = a.dloss[row], lse = a.lse[row];
+  for_vectors(a.size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+    store_first(dlogits + i, exp(load_first(logits + i, count) - lse) * dloss, count);
+  });
+  from_float((exp_of(to_float(logits[target]) - lse) - 1.0f) * dloss, dlogits + target);
+}
+
+void cross_entropy_forward(const CrossEntropyForward& a) {
+  by_element_type(a.element_type, [&](auto element) {
+    parallel_for(a.rows, rows_per_chunk(a.size), a.num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) forward_row<decltype(element)>(a, row);
+    });
+  });
+}
+
+void cross_entropy_backward(const CrossEntropyBackward& a) {
+  by_element_type(a.element_type, [&](auto element) {
+    parallel_for(a.rows, rows_per_chunk(a.size), a.num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) backward_row<decltype(element)>(a, row);
+    });
+  });
+}
+
+}  // namespace pypar::PYPAR_ISA
+
+#else
+
+PYPAR_BIND(cross_entropy) {
+  // Returns the first row whose target is out of range, or -1.
+  module.def("cross_entropy_forward",
+             [](uintptr_t logits, uintptr_t targets, uintptr_t loss, uintptr_t lse, int64_t rows,
+                int64_t size, int64_t stride, int64_t ignore_index, int element_type, int num_threads) {
+               int64_t wrong_row = rows;
+               pypar::launch<pypar::cross_entropy_forward_kernels>(pypar::CrossEntropyForward{
+                   reinterpret_cast<const void*>(logits), reinterpret_cast<const int64_t*>(targets),
+                   reinterpret_cast<float*>(loss), reinterpret_cast<float*>(lse), &wrong_row, rows, size,
+                   stride, ignore_index, element_type, num_threads});
+               return wrong_row < rows ? wrong_row : -1;
+             });
+  module.def("cross_entropy_backward", [](uintptr_t dloss, uintptr_t logits, uintptr_t targets, uintptr_t lse,
+                                          uintptr_t dlogits, int64_t rows, int64_t size, int64_t stride,
+                                          int64_t ignore_index, int element_type, int num_threads) {
+    pypar::launch<pypar::cross_entropy_backward_kernels>(pypar::CrossEntropyBackward{
+        reinterpret_cast<const float*>(dloss), reinterpret_cast<const void*>(logits),
+        reinterpret_cast<const int64_t*>(targets), reinterpret_cast<const float*>(lse),
+        reinterpret_cast<void*>(dlogits), rows, size, stride, ignore_index, element_type, num_threads});
+  });
+}
+
+#endif

@@ -1,0 +1,150 @@
+"""The loss of a language model: cross-entropy of each token, in one read of the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pypar.ops import native
+from pypar.ops.backend import Backend, choose
+from pypar.ops.register import register, register_gradient
+from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int = -100, *, backend: str | None = None
+) -> Tensor:
+    """logsumexp(logits) - logits[target] of each token, in nats, computed in fp32.
+
+    logits: [..., V], any strides; targets: [...] int64 in [0, V) or ignore_index. Returns [...] float32
+    (float64 for float64 logits), not reduced; an ignored token gives 0 and no gradient. On a GPU a target out
+    of range is undefined, as in PyTorch. ValueError: shapes that do not fit, targets that are not int64, on
+    CPU a target out of range, a backend that refuses.
+    """
+    if logits.dim() < 1 or targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} without its "
+            f"last dimension; reshape targets to {tuple(logits.shape[:-1])}"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets is {targets.dtype} and must be int64; convert with targets.long()")
+    chosen = choose("cross_entropy", BACKENDS, {"logits": logits, "targets": targets}, backend)
+    return _forward(logits, targets, ignore_index, chosen.name)[0]
+
+
+def reference_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The definition. Returns (loss [...], lse [...]), both fp32 unless logits are fp64."""
+    vocabulary_size = logits.shape[-1]
+    counted = targets != ignore_index
+    if logits.device.type == "cpu":
+        wrong = counted & ((targets < 0) | (targets >= vocabulary_size))
+        if wrong.any():
+            raise _out_of_range(int(targets[wrong].flatten()[0]), vocabulary_size, ignore_index)
+    wide = logits.to(accumulate_dtype(logits))
+    lse = torch.logsumexp(wide, dim=-1)
+    if vocabulary_size == 0:
+        return torch.zeros_like(lse), lse
+    picked = wide.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(counted, lse - picked, 0.0).contiguous(), lse.contiguous()
+
+
+def reference_backward(
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    """dlogits = dloss * (softmax(logits) - onehot(targets)), 0 for ignored tokens."""
+    counted = targets != ignore_index
+    weight = torch.where(counted, dloss.to(lse.dtype), 0.0).unsqueeze(-1)
+    dlogits = (logits.to(lse.dtype) - lse.unsqueeze(-1)).exp() * weight
+    if logits.shape[-1]:
+        dlogits.scatter_add_(-1, torch.where(counted, targets, 0).unsqueeze(-1), -weight)
+    return dlogits.to(logits.dtype).contiguous()
+
+
+def _out_of_range(target: int, vocabulary_size: int, ignore_index: int) -> ValueError:
+    return ValueError(
+        f"targets contains {target}, outside of [0, {vocabulary_size}) and not ignore_index "
+        f"({ignore_index}); check the tokenizer against the vocabulary of the logits"
+    )
+
+
+def _native_unsupported(logits: Tensor, targets: Tensor) -> str | None:
+    return native_refusal(logits, targets)
+
+
+def _native_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    rows = as_rows(logits)
+    targets = targets.contiguous()
+    loss = torch.empty(targets.shape, dtype=torch.float32)
+    lse = torch.empty(targets.shape, dtype=torch.float32)
+    wrong_row = native.module().cross_entropy_forward(
+        rows.data_ptr(), targets.data_ptr(), loss.data_ptr(), lse.data_ptr(), rows.shape[0], rows.shape[1],
+        rows.stride(0), ignore_index, native.dtype_code(logits), native.num_threads(),
+    )  # fmt: skip
+    if wrong_row >= 0:
+        raise _out_of_range(int(targets.flatten()[wrong_row]), rows.shape[1], ignore_index)
+    return loss, lse
+
+
+def _native_backward(
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    rows = as_rows(logits)
+    dloss = dloss.float().contiguous()
+    targets = targets.contiguous()
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    native.module().cross_entropy_backward(
+        dloss.data_ptr(), rows.data_ptr(), targets.data_ptr(), lse.data_ptr(), dlogits.data_ptr(),
+        rows.shape[0], rows.shape[1], rows.stride(0), ignore_index,
+        native.dtype_code(logits), native.num_threads(),
+    )  # fmt: skip
+    return dlogits
+
+
+def _always(logits: Tensor, targets: Tensor) -> str | None:
+    return None
+
+
+BACKENDS = (
+    Backend("native", _native_forward, _native_backward, _native_unsupported),
+    Backend("reference", reference_forward, reference_backward, _always),
+)
+
+
+def _fake_forward(logits: Tensor, targets: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(logits)
+    return logits.new_empty(targets.shape, dtype=dtype), logits.new_empty(targets.shape, dtype=dtype)
+
+
+def _fake_backward(
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, backend: str
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, targets, ctx.ignore_index, ctx.backend = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def _gradient(ctx: Any, dloss: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    logits, targets, lse = ctx.saved_tensors
+    return _backward(dloss, logits, targets, lse, ctx.ignore_index, ctx.backend), None, None, None
+
+
+_forward = register(
+    "cross_entropy",
+    "forward",
+    "(Tensor logits, Tensor targets, int ignore_index, str backend) -> (Tensor, Tensor)",
+    BACKENDS,
+    _fake_forward,
+)
+_backward = register(
+    "cross_entropy",
+    "backward",
+    "(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, str backend) -> Tensor",
+    BACKENDS,
+    _fake_backward,
+)
+register_gradient("cross_entropy", _gradient, _save)

@@ -1,0 +1,41 @@
+"""Making an operator known to PyTorch: schema, implementation, fake (shapes for torch.compile) and gradient.
+
+The schema of `rms_norm`, for example, is the two functions pypar::rms_norm_forward and
+pypar::rms_norm_backward, whose last argument names the backend that was chosen; backward runs the backend
+that forward ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pypar.ops.backend import Backend
+
+_library = torch.library.Library("pypar", "FRAGMENT")
+
+
+def register(
+    op: str, direction: str, signature: str, backends: tuple[Backend, ...], fake: Callable
+) -> Callable:
+    """Define pypar::<op>_<direction> with `signature`, a schema such as "(Tensor x, str backend) -> Tensor".
+
+    Its last argument is `str backend`. `fake` takes the same arguments and returns empty tensors of the right
+    shape.
+    """
+    name = f"{op}_{direction}"
+    implementations = {backend.name: getattr(backend, direction) for backend in backends}
+
+    def run(*args):
+        return implementations[args[-1]](*args[:-1])
+
+    _library.define(name + signature)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pypar::{name}", fake, lib=_library)
+    return getattr(torch.ops.pypar, name).default
+
+
+def register_gradient(op: str, gradient: Callable, save: Callable) -> None:
+    """Give pypar::<op>_forward its derivative: save(ctx, inputs, output), gradient(ctx, *douts)."""
+    torch.library.register_autograd(f"pypar::{op}_forward", gradient, setup_context=save, lib=_library)
