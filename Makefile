@@ -10,7 +10,7 @@ BENCH ?= *
 ARGS ?=
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
 BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
@@ -53,7 +53,7 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "pypar needs Python >= 3.10, $(PYTHON) is not: install one (Debian: apt install python3) or say make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
-	  { echo "$(PYTHON) cannot make a virtual environment: install it (Debian: apt install python3-venv)"; exit 1; }
+	  { echo "$(PYTHON) cannot make a virtual environment: install ensurepip and venv (Debian: apt install python3-venv)"; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
 	  { echo "$(PYTHON) lacks Python.h: install its headers (Debian: apt install python3-dev)"; exit 1; }
 	@for compiler in $(COMPILERS); do command -v $$compiler >/dev/null && exit 0; done; \

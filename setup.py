@@ -1,9 +1,9 @@
 """Builds `pypar._native` from csrc/*.cpp with ninja: in parallel, incrementally, without torch.
 
-Every csrc/<op>.cpp is compiled once per instruction set, without pybind11, with PYPAR_ISA naming the namespace
-of its code, and once with PYPAR_BINDING, which holds the Python side; csrc/module.cpp is binding only. The best
-instruction set is chosen at import. Objects stay in build/<platform>/, so that the next build, also one by
-`pip install`, compiles only what changed. CXX, CPPFLAGS, CXXFLAGS and LDFLAGS are honoured.
+Every csrc/<op>.cpp is compiled once per instruction set, without pybind11, with PYPAR_ISA naming the
+namespace of its code, and once with PYPAR_BINDING, which holds the Python side; csrc/module.cpp is binding
+only. The best instruction set is chosen at import. Objects stay in build/<platform>/, so that the next build,
+also one by `pip install`, compiles only what changed. CXX, CPPFLAGS, CXXFLAGS and LDFLAGS are honoured.
 """
 
 import fcntl
@@ -29,8 +29,8 @@ CXX_FLAGS = (
 )
 AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-# Poorest first, which is also the order of linking: where two objects hold the same inline function of a header,
-# the linker keeps the first, and that one must run on every machine.
+# Poorest first, which is also the order of linking: where two objects hold the same inline function of a
+# header, the linker keeps the first, and that one must run on every machine.
 ISA_FLAGS = {
     "x86_64": {"baseline": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"},
     "aarch64": {"neon": ""},
@@ -72,7 +72,7 @@ def find_arch(compiler: list[str]) -> str:
         if f"__{arch}__" in macros:
             return arch
     raise PlatformError(
-        f"{shlex.join(compiler)} builds for {sysconfig.get_platform()}, pypar knows {' and '.join(ISA_FLAGS)};"
+        f"{shlex.join(compiler)} builds for an architecture other than {' and '.join(ISA_FLAGS)};"
         " set CXX to a compiler for one of them"
     )
 
@@ -94,7 +94,7 @@ def find_python_headers() -> str:
     folder = sysconfig.get_path("include")
     if not Path(folder, "Python.h").is_file():
         raise PlatformError(
-            f"{folder}/Python.h not found: install the headers of this Python (Debian: apt install python3-dev)"
+            f"{folder}/Python.h not found: install this Python's headers (Debian: apt install python3-dev)"
         )
     return folder
 
@@ -155,7 +155,7 @@ def ninja_text(compiler: list[str], arch: str, output: str) -> str:
 
 
 class BuildNative(build_ext):
-    """Writes build/<platform>/build.ninja, runs ninja there and copies the module to where setuptools wants it."""
+    """Writes build/<platform>/build.ninja, runs ninja there and copies the module to setuptools' place."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -178,7 +178,7 @@ class BuildNative(build_ext):
 
 
 class BuildFresh(build):
-    """Empties setuptools' staging folder first, else modules deleted since the last build would be in the wheel."""
+    """Empties setuptools' staging folder first: a module deleted since must not be in the wheel."""
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)

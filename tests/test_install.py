@@ -1,4 +1,4 @@
-"""What a user gets: the wheel and the sdist, built in isolation from a clean tree, installed and used elsewhere."""
+"""What a user gets: wheel and sdist, built in isolation from a clean tree, installed and used elsewhere."""
 
 import email
 import os
@@ -39,51 +39,38 @@ generator = torch.Generator().manual_seed(0)
 q_BTNH = torch.randn(2, 63, 4, 32, generator=generator)
 k_BSGH, v_BSGH = (torch.randn(2, 63, 2, 32, generator=generator) for _ in range(2))
 want = pypar.attention(q_BTNH, k_BSGH, v_BSGH, causal=True, backend="reference")
-# A named backend that cannot run is an error, so this is the native one; and it is what pypar chooses unasked.
+# A named backend that cannot run is an error: this is the native one. It is also what pypar chooses unasked.
 native = pypar.attention(q_BTNH, k_BSGH, v_BSGH, causal=True, backend="native")
 chosen = pypar.attention(q_BTNH, k_BSGH, v_BSGH, causal=True)
 torch.testing.assert_close(native, want, rtol=1e-5, atol=1e-5)
 assert torch.equal(native, chosen)
 from pypar import _native, kernels
-print(pypar.__version__, *(os.path.realpath(module.__file__) for module in (pypar, _native, kernels)), sep="\\n")
+print(pypar.__version__)
+for module in (pypar, _native, kernels):
+    print(os.path.realpath(module.__file__))
 """
 
 
 def run(command: list[str], cwd: Path, **env: str) -> str:
     """Runs `command` and returns what it printed; its failure fails the test with all of that."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | env
+    no_input = subprocess.DEVNULL
     result = subprocess.run(
-        command,
-        cwd=cwd,
-        env=inherited | env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, cwd=cwd, env=env, stdin=no_input, capture_output=True, text=True, timeout=300
     )
     if result.returncode != 0:
         output = result.stdout + result.stderr
         hint = ""
         if "No matching distribution found" in output or "Could not find a version" in output:
-            hint = "pip could not fetch setuptools, pybind11 and ninja for the isolated build: is its index reachable?\n"
+            hint = "pip cannot fetch setuptools, pybind11 and ninja for the build: is its index reachable?\n"
         pytest.fail(f"{hint}{' '.join(command)} ended with {result.returncode}:\n{output}")
     return result.stdout
 
 
 def pip_wheel(source: Path, target: Path, **env: str) -> Path:
-    """Builds a wheel of `source` (a tree or an sdist) with build isolation, as a user would, into `target`."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        str(source),
-        "--no-deps",
-        "--no-cache-dir",
-        "-w",
-        str(target),
-    ]
-    run(command, target.parent, **env)
+    """Builds a wheel of `source` (a tree or an sdist) into `target`, with build isolation, as a user would."""
+    options = ["--no-deps", "--no-cache-dir", "--wheel-dir", str(target)]
+    run([sys.executable, "-m", "pip", "wheel", *options, str(source)], target.parent, **env)
     (wheel,) = target.glob("*.whl")
     return wheel
 
@@ -141,8 +128,8 @@ def test_wheel_runs_native_attention_away_from_the_sources(wheel, tmp_path):
         ],
         tmp_path,
     )
-    # The dependencies are those of this environment: a line in a .pth file appends its folder to sys.path, and
-    # an editable pypar there stays out of sight.
+    # The dependencies are those of this environment: a line in a .pth file appends its folder to sys.path,
+    # and an editable pypar there stays out of sight.
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     version, *files = run([str(python), "-I", "-c", USE], tmp_path).split()
     assert version == pypar.__version__

@@ -115,7 +115,7 @@ def test_first_compiler_on_path_is_taken(monkeypatch, tmp_path):
     [
         ("__GNUC__ 9;__x86_64__ 1", "is GCC 9, pypar needs GCC >= 10"),
         ("__GNUC__ 4;__clang__ 1;__clang_major__ 10;__x86_64__ 1", "is clang 10, pypar needs .* clang >= 11"),
-        ("__GNUC__ 12;__riscv 1", "pypar knows x86_64 and aarch64"),
+        ("__GNUC__ 12;__riscv 1", "an architecture other than x86_64 and aarch64"),
     ],
 )
 def test_compiler_that_cannot_build_it_is_a_sentence(tmp_path, macros, sentence):
