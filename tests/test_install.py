@@ -68,7 +68,7 @@ def run(command: list[str], cwd: Path, **env: str) -> str:
 
 
 def pip_wheel(source: Path, target: Path, **env: str) -> Path:
-    """Builds a wheel of `source` (a tree or an sdist) into `target`, with build isolation, as a user would."""
+    """Builds a wheel of `source`, a tree or an sdist, into `target`, with build isolation as for a user."""
     options = ["--no-deps", "--no-cache-dir", "--wheel-dir", str(target)]
     run([sys.executable, "-m", "pip", "wheel", *options, str(source)], target.parent, **env)
     (wheel,) = target.glob("*.whl")
