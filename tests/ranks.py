@@ -6,9 +6,9 @@
         assert ranks(2, _sum, 3) == [6, 6]
 
 One pool per world size is started when it is first asked for (forkserver with torch loaded, so this process
-never forks), with gloo over loopback, a file store and one thread a rank. Arguments and results are pickled
-by value. When a rank raises, dies or does not answer in time the pool is killed, `RankError` tells what
-happened, and the next test gets a new pool.
+never forks), with gloo over loopback, a file store, one thread a rank, and the environment of the session's
+start. Arguments and results are pickled by value. When a rank raises, dies or does not answer in time the
+pool is killed, `RankError` tells what happened, and the next test gets a new pool.
 """
 
 from __future__ import annotations
@@ -35,16 +35,14 @@ from pathlib import Path
 from typing import Any
 
 STATUS_BYTES = 256  # per rank: its latest collective, as text
+START_TIMEOUT_S = 120.0  # for a pool to start, which loads torch
 PRELOAD = [
-    "torch",
     "torch.distributed.checkpoint",
     "torch.distributed.tensor",
     "numpy",
     "pytest",
-    "pypar",
     "pypar.comm",
     "pypar.layout",
-    "pypar.mesh",
 ]
 
 
@@ -61,15 +59,20 @@ class RankPools:
     def __call__(
         self, world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0
     ) -> list[Any]:
+        __tracebackhide__ = True
         pool = self._pools.get(world_size)
         if pool is None:
             pool = self._pools[world_size] = _Pool(world_size)
         try:
-            return pool.call(fn, args, timeout_s)
+            if not pool.ready:
+                pool.wait_until_ready()
+            results = pool.call(fn, args, timeout_s)
         except BaseException:
             del self._pools[world_size]
             pool.kill()
             raise
+        pool.print_output()
+        return results
 
     def process_ids(self, world_size: int) -> list[int]:
         """The ranks' process ids, [] before the pool was started."""
@@ -93,7 +96,11 @@ class _Pool:
         context.set_forkserver_preload(PRELOAD)
         self.connections: list[multiprocessing.connection.Connection] = []
         self.processes: list[Any] = []
+        self.ready = False
+        self.outputs = []
         for rank in range(world_size):
+            (self.folder / f"output{rank}").touch()
+            self.outputs.append(open(self.folder / f"output{rank}", errors="replace"))  # noqa: SIM115
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_rank_main,
@@ -106,50 +113,53 @@ class _Pool:
             self.connections.append(ours)
             self.processes.append(process)
 
+    def wait_until_ready(self) -> None:
+        self._collect("the start", START_TIMEOUT_S)
+        self.ready = True
+
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        __tracebackhide__ = True
         path = sys.modules[fn.__module__].__file__
         if "." in fn.__qualname__ or path is None:
             raise ValueError(
-                f"{fn.__qualname__} must be a module-level function of a file, so that ranks can load it"
+                f"{fn.__qualname__} must be a module-level function of a file for ranks to load it"
             )
         message = pickle.dumps((path, fn.__module__, fn.__qualname__, pickle.dumps(args)))
         for connection in self.connections:
             connection.send_bytes(message)
-        results: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout_s
-        while len(results) < len(self.processes):
-            rank, answer = self._next_answer(results, deadline, fn.__qualname__, timeout_s)
-            succeeded, payload = pickle.loads(answer)
-            if not succeeded:
-                raise RankError(
-                    f"rank {rank} of {len(self.processes)} raised in {fn.__qualname__}:\n{payload}"
-                )
-            results[rank] = payload
-        return [pickle.loads(results[rank]) for rank in range(len(results))]
+        return self._collect(fn.__qualname__, timeout_s)
 
-    def _next_answer(
-        self, results: dict[int, Any], deadline: float, name: str, timeout_s: float
-    ) -> tuple[int, bytes]:
-        """(rank, answer) of the next rank that answers."""
-        waiting = [rank for rank in range(len(self.processes)) if rank not in results]
-        ready = multiprocessing.connection.wait(
-            [self.connections[rank] for rank in waiting], max(0.0, deadline - time.monotonic())
-        )
-        if not ready:
-            done = f"; ranks {sorted(results)} have finished" if results else ""
-            raise RankError(f"{name} did not finish in {timeout_s:g} s{done}\n{self._describe(waiting)}")
-        rank = next(rank for rank in waiting if self.connections[rank] in ready)
-        try:
-            return rank, self.connections[rank].recv_bytes()
-        except (EOFError, OSError):
-            self.processes[rank].join(5)
-            code = self.processes[rank].exitcode
-            others = [other for other in waiting if other != rank]
-            raise RankError(
-                f"rank {rank} of {len(self.processes)} died in {name} with exit code {code}; "
-                f"its last collective: {self._status(rank)}\n"
-                f"{self._describe(others)}"
-            ) from None
+    def _collect(self, name: str, timeout_s: float) -> list[Any]:
+        """One answer of every rank, in rank order."""
+        __tracebackhide__ = True
+        payloads: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(payloads) < len(self.processes):
+            waiting = [rank for rank in range(len(self.processes)) if rank not in payloads]
+            connections = [self.connections[rank] for rank in waiting]
+            ready = multiprocessing.connection.wait(connections, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                done = f"; ranks {sorted(payloads)} have finished" if payloads else ""
+                raise RankError(f"{name} did not finish in {timeout_s:g} s{done}\n{self._describe(waiting)}")
+            rank = next(rank for rank in waiting if self.connections[rank] in ready)
+            try:
+                succeeded, payloads[rank] = pickle.loads(self.connections[rank].recv_bytes())
+            except (EOFError, OSError):
+                waiting.remove(rank)
+                self.processes[rank].join(5)
+                code = self.processes[rank].exitcode
+                raise RankError(
+                    f"rank {rank} died in {name}, exit code {code}\n{self._describe(waiting)}"
+                ) from None
+            if not succeeded:
+                raise RankError(f"rank {rank} of {len(self.processes)} raised in {name}:\n{payloads[rank]}")
+        return [pickle.loads(payloads[rank]) for rank in sorted(payloads)]
+
+    def print_output(self) -> None:
+        """Print what the ranks printed since the last time, for pytest to show with a failed test."""
+        for rank, output in enumerate(self.outputs):
+            for line in output.read().splitlines():
+                print(f"[rank {rank}] {line}")
 
     def _status(self, rank: int) -> str:
         text = (self.folder / "status").read_bytes()[rank * STATUS_BYTES : (rank + 1) * STATUS_BYTES]
@@ -175,6 +185,9 @@ class _Pool:
             process.join(10)
         for connection in self.connections:
             connection.close()
+        self.print_output()
+        for output in self.outputs:
+            output.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -183,7 +196,9 @@ def _rank_main(
 ) -> None:
     """The life of one rank process: answer calls until the connection closes."""
     _die_with_parent(folder)
+    _print_to(Path(folder) / f"output{rank}")
     stack_file = open(Path(folder) / f"stack{rank}", "w")  # noqa: SIM115 (open as long as the process lives)
+    faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     _report_collectives(Path(folder) / "status", rank)
 
@@ -197,16 +212,20 @@ def _rank_main(
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=3600)
     )
+    connection.send_bytes(pickle.dumps((True, pickle.dumps("ready"))))
     while True:
         try:
             message = connection.recv_bytes()
         except (EOFError, OSError):
             os._exit(0)
         _forget_previous_test()
+        answer: tuple[bool, bytes | str]
         try:
             answer = (True, pickle.dumps(_call(message)))
         except BaseException:
             answer = (False, traceback.format_exc())
+        sys.stdout.flush()
+        sys.stderr.flush()
         connection.send_bytes(pickle.dumps(answer))
 
 
@@ -251,6 +270,15 @@ def _report_collectives(path: Path, rank: int) -> None:
         status[start : start + STATUS_BYTES] = text.ljust(STATUS_BYTES, b"\0")
 
     Traffic.record = record_and_report  # type: ignore[method-assign]
+
+
+def _print_to(path: Path) -> None:
+    """Send standard output and error, those of native code too, to a file that the parent reads."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
 
 
 def _die_with_parent(folder: str) -> None:
