@@ -77,7 +77,12 @@ def all_reduce_start(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.R
     work = dist.all_reduce(buffer, op=op, group=axis.group, async_op=True)
     if x.is_contiguous():
         return Handle(x, (work,), traffic=axis.traffic)
-    return Handle(buffer, (work,), traffic=axis.traffic, finish=x.detach().copy_)
+
+    def write_back(reduced: Tensor) -> Tensor:
+        x.detach().copy_(reduced)
+        return x
+
+    return Handle(buffer, (work,), traffic=axis.traffic, finish=write_back)
 
 
 def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
