@@ -1,0 +1,94 @@
+"""Cross-entropy of logits whose vocabulary is cut over the tp axis; the logits are never gathered.
+
+With lse_r the logsumexp of rank r's logits and M = max_r lse_r, that of the whole vocabulary is
+lse = M + log sum_r exp(lse_r - M). So three numbers a token travel (M, the sum, the target's logit), in two
+all-reduces, whatever the vocabulary. Source: Megatron-LM (arXiv 1909.08053).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pypar.comm import all_reduce_start
+from pypar.mesh import Axis
+from pypar.ops.backend import choose
+from pypar.ops.cross_entropy import BACKENDS, cross_entropy
+
+
+def vocab_parallel_cross_entropy(
+    logits_shard: Tensor, targets: Tensor, axis: Axis, ignore_index: int = -100
+) -> Tensor:
+    """logsumexp(logits) - logits[target] of each token, in nats, fp32, not reduced.
+
+    logits_shard: [..., V/R], this rank's range of the vocabulary; targets: [...] int64 in [0, V) or
+    ``ignore_index``, the same on every rank. Returns [...] fp32, the same on every rank; an ignored token
+    gives 0 and no gradient.
+
+    ValueError: shapes that do not fit, targets that are not int64, on CPU a target out of range.
+    """
+    if axis.size == 1:
+        return cross_entropy(logits_shard, targets, ignore_index)
+    if logits_shard.dim() < 1 or targets.shape != logits_shard.shape[:-1]:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} must have the shape of logits_shard {tuple(logits_shard.shape)} "
+            "without its "
+            f"last dimension; reshape targets to {tuple(logits_shard.shape[:-1])}"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets is {targets.dtype} and must be int64; convert with targets.long()")
+    _check_range(targets, logits_shard.shape[-1] * axis.size, ignore_index)
+    return _VocabParallelCrossEntropy.apply(logits_shard, targets, axis, ignore_index)
+
+
+class _VocabParallelCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, ignore_index: int) -> Tensor:
+        start, ignored = axis.rank * logits.shape[-1], targets == ignore_index
+        here = (targets >= start) & (targets < start + logits.shape[-1]) & ~ignored
+        # A token whose target another rank has: any target of this rank's gives its logsumexp; backward
+        # corrects column 0.
+        rows = torch.where(here, targets - start, 0)
+        backend = choose("cross_entropy", BACKENDS, {"logits": logits, "targets": rows}, None).name
+        _, part_lse = torch.ops.pypar.cross_entropy_forward(logits, rows, _NEVER, backend)
+        picked = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1).to(part_lse.dtype)
+        top = all_reduce_start(part_lse.clone(), axis, dist.ReduceOp.MAX).wait()
+        packed = torch.stack((torch.exp(part_lse - top), torch.where(here, picked, 0)))
+        total, target_logit = all_reduce_start(packed, axis).wait()
+        lse = top + total.log()
+        ctx.save_for_backward(logits, rows, here, ignored, lse)
+        ctx.backend = backend
+        return torch.where(ignored, 0, lse - target_logit)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, rows, here, ignored, lse = ctx.saved_tensors
+        dloss = torch.where(ignored, 0, dloss)
+        dlogits = torch.ops.pypar.cross_entropy_backward(dloss, logits, rows, lse, _NEVER, ctx.backend)
+        first = torch.exp(logits[..., 0].to(lse.dtype) - lse) * dloss
+        dlogits[..., 0] = torch.where(here, dlogits[..., 0], first.to(dlogits.dtype))
+        return dlogits, None, None, None
+
+
+_NEVER = -1  # an ignore_index that no local target has: ignored tokens are masked here
+
+
+def _check_range(targets: Tensor, vocabulary_size: int, ignore_index: int) -> None:
+    """A target that no rank has would silently count as a logit of 0."""
+    if targets.is_meta or not targets.numel():
+        return
+    wrong = ((targets < 0) | (targets >= vocabulary_size)) & (targets != ignore_index)
+    if targets.device.type != "cpu":
+        torch._assert_async(~wrong.any())
+    elif wrong.any():
+        raise ValueError(
+            f"targets contains {int(targets[wrong][0])}, outside of [0, {vocabulary_size}) and not "
+            "ignore_index "
+            f"({ignore_index}); check the tokenizer against the vocabulary of the logits"
+        )

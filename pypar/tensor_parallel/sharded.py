@@ -1,0 +1,123 @@
+"""What layers cut over tp share: checks of sizes, first values that no layout changes, layouts that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pypar.layout import Layout, set_layout
+from pypar.mesh import Axis
+
+TP = "tp"  # the mesh axis that layouts of this room name
+Self = TypeVar("Self", bound="ShardedModule")
+
+
+def part_length(what: str, total: int, axis: Axis) -> int:
+    """total / axis.size; ValueError where it does not divide."""
+    if total % axis.size:
+        below, above = total - total % axis.size, total + -total % axis.size
+        raise ValueError(
+            f"{what} ({total}) must divide by the tp size ({axis.size}); use "
+            f"{f'{below} or ' if below else ''}{above}"
+        )
+    return total // axis.size
+
+
+def check_sequence(what: str, x: Tensor) -> None:
+    """Sequence parallelism cuts dim 1 of [B, T, ...]."""
+    if x.dim() < 3:
+        raise ValueError(
+            f"{what} with sequence_parallel=True cuts dim 1 of [B, T, D], but its input has shape "
+            f"{tuple(x.shape)}; pass x.unsqueeze(0) for a single sequence"
+        )
+
+
+def autocast(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that an enclosing torch.autocast asks of linear layers."""
+    device_type = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x is not None and x.dtype == torch.float32 else x for x in tensors)
+
+
+@torch.no_grad()
+def fill(
+    parameter: Tensor,
+    layout: Layout,
+    axis: Axis,
+    generator: torch.Generator | None,
+    draw: Callable[[Tensor, torch.Generator | None], object],
+) -> None:
+    """Give a parameter its part of the whole tensor that ``draw`` fills, in fp32, on the generator's device.
+
+    Every layout draws the whole tensor, so all agree wherever their generators are in the same state.
+    """
+    if parameter.is_meta:
+        return
+    device = "cpu" if generator is None else generator.device
+    part = torch.empty(layout.global_shape, dtype=torch.float32, device=device)
+    draw(part, generator)
+    for _, dim in layout.shards:
+        length = layout.global_shape[dim] // axis.size
+        part = part.narrow(dim, axis.rank * length, length)
+    parameter.copy_(part)
+
+
+class ShardedModule(nn.Module):
+    """A module whose parameters carry layouts.
+
+    They are attached again wherever torch makes new Parameter objects: to_empty, copy.deepcopy, unpickling.
+    """
+
+    axis: Axis
+
+    def layouts(self) -> dict[str, Layout]:
+        """Layout of each own parameter, by its name."""
+        raise NotImplementedError
+
+    def set_layouts(self) -> None:
+        for name, layout in self.layouts().items():
+            set_layout(getattr(self, name), layout)
+
+    def _apply(self: Self, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(*args, **kwargs)
+        self.set_layouts()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.set_layouts()
+
+
+class ShardedLinear(ShardedModule):
+    """Weight and bias of a cut linear layer, with the initial values of the whole `nn.Linear`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def allocate(self, shape: tuple[int, int], num_biases: int, options: dict[str, Any]) -> None:
+        self.weight = nn.Parameter(torch.empty(shape, **options))
+        if num_biases:
+            self.bias = nn.Parameter(torch.empty(num_biases, **options))
+        else:
+            self.register_parameter("bias", None)
+        self.set_layouts()
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the values that `nn.Linear` draws for the whole layer and keep this rank's part.
+
+        ``generator`` (by default torch's global CPU one) must be in the same state on every rank of the axis.
+        """
+        in_features = self.layouts()["weight"].global_shape[1]
+        bound = in_features**-0.5 if in_features else 0.0
+
+        def draw(whole: Tensor, generator: torch.Generator | None) -> None:
+            whole.uniform_(-bound, bound, generator=generator)
+
+        for name, layout in self.layouts().items():
+            fill(getattr(self, name), layout, self.axis, generator, draw)
