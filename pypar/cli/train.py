@@ -1,0 +1,76 @@
+"""``pypar train``: check, start the ranks of this machine (or join those that torchrun started), train."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pypar.train import checkpoint
+from pypar.train.config import RunConfig, load_config
+from pypar.train.launch import joined_world_size, launch, launched_here, resume_sentence, run_rank
+from pypar.train.plan import Plan, check
+
+SUMMARY = "train on text: start local ranks, or join the ones torchrun started"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", type=Path, help="TOML file; without one, the defaults")
+    parser.add_argument("--mesh", help="sizes of the axes, such as tp=2,pp=2")
+    parser.add_argument("--name", help="the run is written to runs/<name>")
+    parser.add_argument("--data", help="a folder, a glob, a text file or a .jsonl file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any configuration key"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from this run's last checkpoint, if any")
+    parser.add_argument("--overwrite", action="store_true", help="delete the checkpoints of an earlier run")
+
+
+def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
+    flags = {"mesh": arguments.mesh, "name": arguments.name, "data.path": arguments.data}
+    given = {key: value for key, value in flags.items() if value is not None}
+    if arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        given["train.resume"] = "auto"  # ranks that torchrun starts again go on where they were
+    config = load_config(arguments.config, arguments.set, given)
+    joined = joined_world_size()
+    plan = check(config, joined, overwrite=arguments.overwrite)
+    if joined is not None:
+        return lambda: _join(plan, arguments.overwrite)
+    return lambda: _start(plan, arguments)
+
+
+def _join(plan: Plan, overwrite: bool) -> int:
+    if overwrite and not launched_here() and os.environ["RANK"] == "0":
+        _delete_earlier(plan.config)
+    run_rank(lambda: _train(plan.config))
+    return 0
+
+
+def _start(plan: Plan, arguments: argparse.Namespace) -> int:
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    config = plan.config
+    if arguments.overwrite:
+        _delete_earlier(config)
+    if plan.num_ranks == 1:
+        _train(config)
+        return 0
+    threads = config.train.threads or max(1, len(os.sched_getaffinity(0)) // plan.num_ranks)
+    return launch(
+        arguments.argv,
+        plan.num_ranks,
+        threads,
+        lambda: resume_sentence(arguments.argv, checkpoint.latest(config.checkpoint_directory)),
+    )
+
+
+def _delete_earlier(config: RunConfig) -> None:
+    if not config.train.resume:
+        shutil.rmtree(config.checkpoint_directory, ignore_errors=True)
+
+
+def _train(config: RunConfig) -> None:
+    from pypar.train.trainer import run
+
+    run(config)

@@ -1,0 +1,1 @@
+"""The training job: configuration, data, checkpoints, checks before the start, and the run itself."""

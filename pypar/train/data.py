@@ -1,0 +1,147 @@
+"""Batches of token windows, each a pure function of (seed, step): the same in every layout and after every restart."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pypar.train.cache import TokenCache, prepare_cache
+from pypar.train.config import DataConfig
+from pypar.train.tokens import open_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100  # target of a position that does not count in the loss
+SHUFFLE_ROUNDS = 6
+ENTROPY_CHUNK = 1 << 22  # tokens
+
+
+def _key(*parts: int) -> int:
+    """64 bits that depend on every part, the same on every machine and version."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def shuffled(index: np.ndarray, count: int, *key: int) -> np.ndarray:
+    """The place of each ``index`` (int64, 0 <= index < count) in a random order of ``count`` that ``key`` chooses.
+
+    A Feistel network over the smallest even number of bits that holds ``count``, walked until the value is in range (Black
+    and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection that needs no table of ``count`` entries.
+    """
+    half = np.uint64(max(1, (max(1, count - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    round_keys = [np.uint64(_key(*key, r)) for r in range(SHUFFLE_ROUNDS)]
+
+    def permute(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for round_key in round_keys:
+            mixed = right ^ round_key
+            for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # the finaliser of SplitMix64
+                mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(multiplier)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return (left << half) | right
+
+    out = permute(np.asarray(index, np.uint64))
+    while (outside := out >= np.uint64(count)).any():
+        out[outside] = permute(out[outside])
+    return out.astype(np.int64)
+
+
+class TokenData:
+    """Training and validation windows of ``sequence_length + 1`` tokens (inputs, and targets one later).
+
+    Training sample g of a run is window ``shuffled(g mod W)`` of epoch ``g // W``, where each epoch also starts at another
+    offset, so that windows are cut elsewhere. Validation windows are cut once, and taken in one fixed random order.
+    """
+
+    def __init__(self, cache: TokenCache, vocab_size: int, sequence_length: int, seed: int) -> None:
+        self.cache, self.vocab_size, self.sequence_length, self.seed = (
+            cache,
+            vocab_size,
+            sequence_length,
+            seed,
+        )
+        self.tokens = {part: cache.tokens(part) for part in ("train", "validation")}
+        self.learned = {part: cache.learned(part) for part in ("train", "validation")}
+        for part, tokens in self.tokens.items():
+            if len(tokens) < sequence_length + 1:
+                remedy = (
+                    f"lower train.sequence_length to at most {len(tokens) - 1}"
+                    if len(tokens) > 1
+                    else "add text"
+                )
+                also = ", raise data.validation_fraction" if part == "validation" else ""
+                raise ValueError(
+                    f"the {part} text holds {len(tokens)} tokens but one sequence needs {sequence_length + 1} "
+                    f"(train.sequence_length + 1); {remedy}{also} or add data"
+                )
+        self.num_train_windows = max(1, (len(self.tokens["train"]) - sequence_length) // sequence_length)
+        self.num_validation_windows = (len(self.tokens["validation"]) - 1) // sequence_length
+
+    def train_batch(self, step: int, batch_size: int) -> tuple["Tensor", "Tensor"]:
+        """tokens, targets int64 [batch_size, T] of ``step`` (from 0); ignored targets are -100."""
+        samples = np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs, index = np.divmod(samples, self.num_train_windows)
+        starts = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            order = shuffled(index[now], self.num_train_windows, self.seed, int(epoch))
+            starts[now] = order * self.sequence_length + self._offset(int(epoch))
+        return self._windows("train", starts, batch_size)
+
+    def _offset(self, epoch: int) -> int:
+        slack = len(self.tokens["train"]) - 1 - self.num_train_windows * self.sequence_length
+        return _key(self.seed, epoch, -1) % (min(slack, self.sequence_length - 1) + 1)
+
+    def num_validation_batches(self, batch_size: int) -> int:
+        return -(-self.num_validation_windows // batch_size)
+
+    def validation_batch(self, index: int, batch_size: int) -> tuple["Tensor", "Tensor"]:
+        """Like ``train_batch``; rows past the last window are zeros whose targets are all ignored."""
+        windows = np.arange(index * batch_size, min((index + 1) * batch_size, self.num_validation_windows))
+        starts = shuffled(windows, self.num_validation_windows, 0) * self.sequence_length
+        return self._windows("validation", starts, batch_size)
+
+    def _windows(self, part: str, starts: np.ndarray, batch_size: int) -> tuple["Tensor", "Tensor"]:
+        import torch
+
+        length, stream, learned = self.sequence_length, self.tokens[part], self.learned[part]
+        tokens = np.zeros((batch_size, length), np.int64)
+        targets = np.full((batch_size, length), IGNORED, np.int64)
+        for row, start in enumerate(starts):
+            window = stream[start : start + length + 1]
+            tokens[row], targets[row] = window[:-1], window[1:]
+            if learned is not None:
+                targets[row, learned[start + 1 : start + length + 1] == 0] = IGNORED
+        return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+    def validation_entropies(self) -> dict[str, float]:
+        """What a model of token counts alone would reach on the validation text, in nats a token.
+
+        "unigram": H(x). "bigram": H(x | the token before it), only for byte tokens. Both are estimated on the validation
+        text itself.
+        """
+        tokens = self.tokens["validation"]
+        singles = np.zeros(self.vocab_size, np.int64)
+        pairs = np.zeros(self.vocab_size**2 if self.vocab_size <= 256 else 0, np.int64)
+        for start in range(0, len(tokens), ENTROPY_CHUNK):
+            chunk = tokens[start : start + ENTROPY_CHUNK + 1].astype(np.int64)
+            singles += np.bincount(chunk[:ENTROPY_CHUNK], minlength=self.vocab_size)
+            if len(pairs):
+                pairs += np.bincount(chunk[:-1] * self.vocab_size + chunk[1:], minlength=len(pairs))
+        entropies = {"unigram": _entropy(singles)}
+        if len(pairs):
+            befores = pairs.reshape(self.vocab_size, -1).sum(1)
+            entropies["bigram"] = _entropy(pairs) - _entropy(befores)
+        return entropies
+
+
+def _entropy(counts: np.ndarray) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def open_data(data: DataConfig, sequence_length: int, seed: int) -> TokenData:
+    """The data of a run, tokenised first where its cache is missing or old."""
+    tokenizer = open_tokenizer(data.tokenizer)
+    return TokenData(prepare_cache(data, tokenizer), tokenizer.vocab_size, sequence_length, seed)

@@ -1,0 +1,209 @@
+"""Everything that can be refused before a rank is started: sizes that do not divide, data, checkpoints.
+
+`check` also prepares the token cache, so that ranks find it.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pypar.train import checkpoint
+from pypar.train.config import RunConfig
+from pypar.train.data import open_data
+from pypar.train.sources import PYTHON_STDLIB
+from pypar.train.tokens import open_tokenizer
+
+if TYPE_CHECKING:
+    from pypar.models import DecoderConfig
+
+# key: (smallest, largest); a tuple's bound that is a string is not reached itself
+_AT_LEAST_0 = (0, math.inf)
+_AT_LEAST_1 = (1, math.inf)
+_POSITIVE = ("0", math.inf)
+_SHARE = (0, 1)
+BOUNDS: dict[str, tuple[float | str, float | str]] = {
+    "model.vocab_size": _AT_LEAST_0,
+    "model.num_layers": _AT_LEAST_1,
+    "model.d_model": _AT_LEAST_1,
+    "model.num_heads": _AT_LEAST_1,
+    "model.num_kv_heads": _AT_LEAST_1,
+    "model.head_size": _AT_LEAST_0,
+    "model.d_ff": _AT_LEAST_1,
+    "model.rope_theta": _POSITIVE,
+    "model.norm_eps": _POSITIVE,
+    "data.validation_fraction": ("0", "1"),
+    "optimizer.lr": _POSITIVE,
+    "optimizer.min_lr_ratio": _SHARE,
+    "optimizer.warmup_steps": _AT_LEAST_0,
+    "optimizer.beta1": (0, "1"),
+    "optimizer.beta2": (0, "1"),
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _AT_LEAST_0,
+    "optimizer.clip_norm": _AT_LEAST_0,
+    "train.steps": _AT_LEAST_1,
+    "train.batch_size": _AT_LEAST_1,
+    "train.microbatch_size": _AT_LEAST_1,
+    "train.sequence_length": _AT_LEAST_1,
+    "train.evaluate_every": _AT_LEAST_0,
+    "train.evaluate_batches": _AT_LEAST_1,
+    "train.checkpoint_every": _AT_LEAST_0,
+    "train.keep_checkpoints": _AT_LEAST_0,
+    "train.threads": _AT_LEAST_0,
+    "train.sample_tokens": _AT_LEAST_0,
+    "train.bucket_bytes": _AT_LEAST_1,
+    "train.log_every": _AT_LEAST_1,
+}
+CHOICES = {
+    "train.precision": ("fp32", "bf16"),
+    "context.layout": ("zigzag", "contiguous"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that may start. ``config`` has its mesh, paths and checkpoint filled in; ``notes`` are worth a line each."""
+
+    config: RunConfig
+    num_ranks: int
+    notes: tuple[str, ...]
+
+
+def check(config: RunConfig, world_size: int | None = None, *, overwrite: bool = False) -> Plan:
+    """Refuse with a ``ValueError`` what could not run, and prepare what can.
+
+    world_size: the ranks that were started; None where the mesh says how many to start.
+    overwrite: the run's earlier checkpoints may be deleted.
+    """
+    from pypar.mesh import check_mesh, format_mesh, parse_mesh
+
+    _check_values(config)
+    sizes = parse_mesh(config.mesh or f"dp={world_size or 1}")
+    num_ranks = math.prod(sizes.values())
+    check_mesh(sizes, num_ranks if world_size is None else world_size)
+    model = config.decoder_config(open_tokenizer(config.data.tokenizer).vocab_size)
+    notes = [*_check_layout(config, model, sizes)]
+    _check_run_directory(config, overwrite)
+    resume, note = _check_resume(config, model)
+    open_data(config.data, config.train.sequence_length, config.seed)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if world_size is None and num_ranks > cores:
+        notes.append(f"{num_ranks} ranks share {cores} cores: they will wait for each other")
+    data = dataclasses.replace(
+        config.data,
+        path=config.data.path if config.data.path == PYTHON_STDLIB else os.path.abspath(config.data.path),
+        tokenizer="bytes" if config.data.tokenizer == "bytes" else os.path.abspath(config.data.tokenizer),
+    )
+    filled = dataclasses.replace(
+        config,
+        mesh=format_mesh(sizes),
+        data=data,
+        train=dataclasses.replace(config.train, resume=resume),
+    )
+    return Plan(filled, num_ranks, tuple(notes + note))
+
+
+def _check_values(config: RunConfig) -> None:
+    values = config.to_dict()
+    for key, (low, high) in BOUNDS.items():
+        section, _, leaf = key.partition(".")
+        value = values[section][leaf]
+        above = value > float(low) if isinstance(low, str) else value >= low
+        below = value < float(high) if isinstance(high, str) else value <= high
+        if not (above and below):
+            lower = f"greater than {low}" if isinstance(low, str) else f"at least {low}"
+            upper = f"less than {high}" if isinstance(high, str) else f"at most {high}"
+            rule = lower if high == math.inf else f"{lower} and {upper}"
+            raise ValueError(f"{key} ({value}) must be {rule}")
+    for key, choices in CHOICES.items():
+        section, _, leaf = key.partition(".")
+        _check_choice(key, values[section][leaf], choices)
+    if not config.name.strip():
+        raise ValueError("name must not be empty: the run is written to <directory>/<name>; use --name")
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, 1, 0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key} {value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def _nearest(value: int, unit: int) -> str:
+    """The multiples of ``unit`` around ``value``."""
+    down, up = value - value % unit, value - value % unit + unit
+    return f"{down} or {up}" if down else str(up)
+
+
+def _check_divides(key: str, value: int, unit: int, by: str) -> None:
+    if value % unit:
+        raise ValueError(f"{key} ({value}) must divide by {by} ({unit}); use {_nearest(value, unit)}")
+
+
+def _check_layout(config: RunConfig, model: "DecoderConfig", sizes: dict[str, int]) -> list[str]:
+    """Whether the model and the batch can be cut as the mesh says; notes on what runs, but not well."""
+    from pypar.pipeline_parallel import catalog
+
+    train, (dp, pp, cp, tp) = config.train, (sizes[name] for name in ("dp", "pp", "cp", "tp"))
+    for name in ("num_heads", "num_kv_heads", "vocab_size", "d_ff"):
+        _check_divides(f"model.{name}", getattr(model, name), tp, "the tp size")
+    if model.num_layers < pp:
+        raise ValueError(
+            f"model.num_layers ({model.num_layers}) must be at least the pp size ({pp}): each stage holds a layer; "
+            f"use pp={model.num_layers} or more layers"
+        )
+    length, parts = train.sequence_length, cp
+    if cp > 1 and config.context.layout == "zigzag":
+        parts = 2 * cp
+        _check_divides("train.sequence_length", length, parts, "2 x the cp size, two pieces a rank in zigzag")
+    _check_divides("train.sequence_length", length, cp, "the cp size")
+    if train.sequence_parallel and tp > 1:
+        rule = "both the pieces of the cp axis and cp x tp of sequence parallel" if cp > 1 else "the tp size"
+        _check_divides("train.sequence_length", length, math.lcm(parts, cp * tp), rule)
+    _check_divides(
+        "train.batch_size",
+        train.batch_size,
+        dp * train.microbatch_size,
+        "the dp size x train.microbatch_size",
+    )
+    num_microbatches = train.batch_size // dp // train.microbatch_size
+    catalog.build(config.pipeline.schedule, pp, num_microbatches)
+    if num_microbatches < pp:
+        idle = (pp - 1) / (num_microbatches + pp - 1)
+        return [
+            f"{num_microbatches} microbatches over {pp} stages leave each rank idle {idle:.0%} of the time"
+        ]
+    return []
+
+
+def _check_run_directory(config: RunConfig, overwrite: bool) -> None:
+    newest = checkpoint.latest(config.checkpoint_directory)
+    if newest is not None and not config.train.resume and not overwrite:
+        raise ValueError(
+            f"{config.run_directory} holds an earlier run (its last checkpoint is {newest.name}); continue it with "
+            "--resume, give this one another --name, or delete the old one with --overwrite"
+        )
+    try:
+        config.checkpoint_directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{config.run_directory} cannot be written: {error.strerror}; set directory"
+        ) from error
+
+
+def _check_resume(config: RunConfig, model: "DecoderConfig") -> tuple[str, list[str]]:
+    """The checkpoint to start from as an absolute path, or ""; and what to say about it."""
+    path = config.resume_path()
+    if path is None:
+        note = f"no checkpoint in {config.checkpoint_directory} yet: starting anew"
+        return "", [note] if config.train.resume else []
+    step = checkpoint.check_readable(path, model)["step"]
+    if step >= config.train.steps:
+        raise ValueError(
+            f"checkpoint {path} is at step {step} and train.steps is {config.train.steps}: nothing is left to train; "
+            f"raise train.steps"
+        )
+    return os.path.abspath(path), []
