@@ -2,7 +2,7 @@
 
 SUMMARY                     one line for ``pypar --help``
 add_arguments(parser)       its arguments
-prepare(arguments) -> job   every check; a ``ValueError`` here is the user's mistake: one sentence, exit code 2
+prepare(arguments) -> job   every check; a ``ValueError`` is the user's mistake: one sentence, exit code 2
 job() -> exit code          the work; what it raises is shown as it is
 """
 

@@ -1,8 +1,9 @@
 """The token cache: a source tokenised once into files that are memory-mapped.
 
-One folder a source and tokenizer, ``<source>-<content>``: ``train.tokens``, ``validation.tokens`` (uint8, uint16 or uint32,
-whichever holds the vocabulary), for JSONL with prompts also ``train.learned``, ``validation.learned`` (one byte a token), and
-``meta.json``. It is written beside its final name and renamed when complete, so whoever finds it finds all of it.
+One folder a source and tokenizer, ``<source>-<content>``: ``train.tokens``, ``validation.tokens`` (uint8,
+uint16 or uint32, whichever holds the vocabulary), for JSONL also ``train.learned``, ``validation.learned``
+(one byte a token), and ``meta.json``. It is written beside its final name and renamed when complete, so
+whoever finds it finds all of it.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ class TokenCache:
     sizes: dict[str, PartSize]
 
     def tokens(self, part: str) -> np.ndarray:
-        """Memory-mapped token stream of ``part`` ("train" or "validation"), documents in order, each with its end token."""
+        """Memory-mapped tokens of ``part`` ("train", "validation"): documents in order, each with its end."""
         return _mapped(self.path / f"{part}.tokens", self.dtype)
 
     def learned(self, part: str) -> np.ndarray | None:
@@ -69,7 +70,7 @@ def cache_root(data: DataConfig) -> Path:
 
 
 def prepare_cache(data: DataConfig, tokenizer: Tokenizer) -> TokenCache:
-    """The cache of ``data``, built now unless it is there and its input unchanged (names, sizes, times of change)."""
+    """The cache of ``data``, built now unless it is there and its input (names, sizes, times) unchanged."""
     files = find_files(data)
     where = str(stdlib_folder()) if data.path == PYTHON_STDLIB else os.path.abspath(data.path)
     source = _digest([FORMAT, where, data.pattern, tokenizer.fingerprint, data.validation_fraction])
@@ -126,9 +127,9 @@ def _open(path: Path) -> TokenCache | None:
 
 
 def _validation_flags(names: Iterable[str], fraction: float) -> np.ndarray:
-    """bool [documents]: chosen by a hash of the name, so adding a document moves no other; each side gets at least one.
+    """bool [documents]: chosen by a hash of the name, so adding a document moves no other.
 
-    A single document is not flagged: it is split by position.
+    Each side gets at least one document; a single one is not flagged: it is split by position.
     """
     hashes = np.fromiter(
         (
@@ -175,8 +176,8 @@ class _PartWriter:
             nul = text.find(b"\0")
             if nul >= 0:
                 raise ValueError(
-                    f"{name} is not text: it holds a NUL byte, which byte tokens keep for the end of a document; leave it out "
-                    "with data.pattern"
+                    f"{name} is not text: it holds a NUL byte, which byte tokens keep for the end of a "
+                    "document; leave it out with data.pattern"
                 )
             return np.frombuffer(text, np.uint8)
         return np.array(self.tokenizer.encode(text.decode("utf-8", errors="replace")), self.dtype)

@@ -1,9 +1,10 @@
 """Checkpoints on torch.distributed.checkpoint (DCP): written by any layout, read by any other.
 
-A checkpoint is a folder ``step_00000100`` with DCP's files and ``complete.json``, the manifest: step, time of writing, the
-caller's extra JSON, and the size of every file. It is written under another name (``.partial``), flushed to disk and renamed
-by rank 0 when every rank has finished; a folder without a manifest that agrees with its files is never taken for one.
-All files of a checkpoint must be seen by all ranks (one file system).
+A checkpoint is a folder ``step_00000100`` with DCP's files and ``complete.json``, the manifest: step, time of
+writing, the caller's extra JSON, and the size of every file. It is written under another name
+(``.partial``), flushed to disk and renamed by rank 0 when every rank has finished; a folder without a
+manifest that agrees with its files is never taken for one. All files of a checkpoint must be seen by all
+ranks (one file system).
 """
 
 import contextlib
@@ -34,8 +35,8 @@ State = Mapping[str, "tuple[Tensor, Layout]"]  # global name -> this rank's part
 def save(directory: Path, step: int, state: State, mesh: "Mesh", extra: Mapping[str, Any]) -> Path:
     """Write ``directory/step_<step>`` from every rank; all ranks return when it is complete.
 
-    state: name -> (local tensor, Layout). A name may be on some ranks only (pipeline stages); what several ranks hold alike
-    is written once. extra: JSON values kept in the manifest.
+    state: name -> (local tensor, Layout). A name may be on some ranks only (pipeline stages); what several
+    ranks hold alike is written once. extra: JSON values kept in the manifest.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -121,8 +122,8 @@ def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     missing = sorted(expected - set(files))
     if missing:
         raise RuntimeError(
-            f"checkpoint {final} lacks {', '.join(missing)}: written, but not seen by rank 0; the run directory must be one file "
-            "system for all ranks"
+            f"checkpoint {final} lacks {', '.join(missing)}: written, but not seen by rank 0; the run "
+            "directory must be one file system for all ranks"
         )
     with (partial / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump({**manifest, "files": files}, file, indent=1)
@@ -160,7 +161,10 @@ def _held_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """step, written_at (ns since 1970), extra, files of a complete checkpoint; ValueError says what is wrong with another."""
+    """step, written_at (ns since 1970), extra and files of a complete checkpoint.
+
+    ValueError says what is wrong with one that is not complete.
+    """
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} does not exist; {_nearby(path)}")
     try:
@@ -189,7 +193,7 @@ def read_extra(path: Path) -> dict[str, Any]:
 
 
 def check_readable(path: Path, model: "DecoderConfig | None" = None) -> dict[str, Any]:
-    """The manifest of ``path``, read without any rank; with ``model`` also that it is a checkpoint of that model."""
+    """The manifest of ``path``, read without any rank; ValueError where it is damaged or not of ``model``."""
     manifest = read_manifest(path)
     held = _held_shapes(path)
     if model is None:
@@ -198,8 +202,8 @@ def check_readable(path: Path, model: "DecoderConfig | None" = None) -> dict[str
     for key, value in dataclasses.asdict(model).items():
         if written.get(key, value) not in (value, 0):  # 0: follows from the tokenizer or from the other sizes
             raise ValueError(
-                f"checkpoint {path} holds a model with {key} = {written[key]} but the configuration says {value}; "
-                f"set model.{key}={written[key]} or start a run of another name"
+                f"checkpoint {path} holds a model with {key} = {written[key]} but the configuration says "
+                f"{value}; set model.{key}={written[key]} or start a run of another name"
             )
     name, shape = "model.embedding.weight", (model.vocab_size, model.d_model)
     if held.get(name, shape) != shape:
@@ -209,13 +213,13 @@ def check_readable(path: Path, model: "DecoderConfig | None" = None) -> dict[str
 
 def _other_shape(path: Path, name: str, held: tuple[int, ...], expected: tuple[int, ...]) -> str:
     return (
-        f"checkpoint {path} holds {name} of shape {list(held)} but the model has {list(expected)}; resume with the model "
-        "and tokenizer that wrote it"
+        f"checkpoint {path} holds {name} of shape {list(held)} but the model has {list(expected)}; "
+        "resume with the model and tokenizer that wrote it"
     )
 
 
 def _complete_ones(directory: Path) -> list[Path]:
-    """Complete checkpoints, the last written first. Not by step: a run resumed from an older one writes lower steps."""
+    """Complete checkpoints, the last written first: a run resumed from an older one writes lower steps."""
     found = []
     for path in directory.glob("step_*"):
         if path.suffix not in (PARTIAL, REPLACED):
@@ -250,7 +254,7 @@ def _nearby(path: Path) -> str:
 
 
 def keep_newest(directory: Path, count: int) -> None:
-    """Delete all but the ``count`` checkpoints that were written last (0: keep all). Called by every rank; rank 0 acts."""
+    """Delete all but the ``count`` checkpoints written last (0: none). Called by every rank; rank 0 acts."""
     import torch.distributed as dist
 
     if count < 1 or (dist.is_initialized() and dist.get_rank() != 0):

@@ -1,7 +1,7 @@
 """The configuration of a run: small frozen dataclasses, read from TOML and from ``key=value`` overrides.
 
-Every key has a default; the defaults are the main job (Python's own library as text, bytes as tokens). An unknown key, a
-value of the wrong type or a file that is not TOML is a ``ValueError`` with a sentence.
+Every key has a default; the defaults are the main job (Python's own library as text, bytes as tokens). An
+unknown key, a value of the wrong type or a file that is not TOML is a ``ValueError`` with a sentence.
 """
 
 import dataclasses
@@ -137,7 +137,7 @@ class RunConfig:
         return self.run_directory / "checkpoints"
 
     def resume_path(self) -> Path | None:
-        """The checkpoint that the run starts from; None where it starts anew ("auto" with no checkpoint yet included)."""
+        """The checkpoint that the run starts from; None where it starts anew, as "auto" does without one."""
         from pypar.train import checkpoint
 
         if self.train.resume == "":
@@ -159,14 +159,14 @@ def filled_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
     if head_size == 0:
         if model.num_heads < 1 or model.d_model % model.num_heads:
             raise ValueError(
-                f"model.d_model ({model.d_model}) must divide by model.num_heads ({model.num_heads}) where model.head_size "
-                "is not given; set model.head_size or change either"
+                f"model.d_model ({model.d_model}) must divide by model.num_heads ({model.num_heads}) where "
+                "model.head_size is not given; set model.head_size or change either"
             )
         head_size = model.d_model // model.num_heads
     if model.vocab_size and model.vocab_size < vocab_size:
         raise ValueError(
-            f"model.vocab_size ({model.vocab_size}) must be at least the tokenizer's ({vocab_size}); use 0 to take the "
-            "tokenizer's"
+            f"model.vocab_size ({model.vocab_size}) must be at least the tokenizer's ({vocab_size}); use 0 "
+            "to take the tokenizer's"
         )
     return dataclasses.replace(model, head_size=head_size, vocab_size=model.vocab_size or vocab_size)
 
@@ -174,7 +174,7 @@ def filled_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
 def load_config(
     path: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """Defaults, then the TOML file, then ``key=value`` overrides, then ``flags`` (dotted key -> value), the later winning."""
+    """Defaults, the TOML file, ``key=value`` overrides, ``flags`` (dotted key -> value): the later wins."""
     values: dict[str, Any] = _read_toml(path) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -220,22 +220,26 @@ def all_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     """Every dotted key there is."""
     keys: list[str] = []
     for name, kind in typing.get_type_hints(cls).items():
-        keys += all_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+        section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        keys += all_keys(kind, f"{prefix}{name}.") if section else [prefix + name]
     return keys
 
 
 def _unknown(key: str) -> ValueError:
     keys = all_keys()
-    by_leaf = {k.rpartition(".")[2]: k for k in keys}
-    near = difflib.get_close_matches(key, keys, 1, 0.6)
-    near = near or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, 1, 0.6)
-    ]
-    if near:
-        return ValueError(f"unknown configuration key {key!r}; did you mean {near[0]!r}?")
-    section = key.rpartition(".")[0]
-    same = [k for k in keys if k.startswith(section + ".")] or sorted({k.partition(".")[0] for k in keys})
-    return ValueError(f"unknown configuration key {key!r}; there are {', '.join(same)}")
+    section, _, leaf = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section]
+    places = {k.rpartition(".")[2]: k for k in keys}
+    near = difflib.get_close_matches(key, keys, 1, 0.8)
+    initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate: lr
+    near = near or ([places[initials]] if len(initials) > 1 and initials in places else [])
+    near = near or [places[name] for name in difflib.get_close_matches(leaf, places, 1, 0.6)]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    if siblings and not near:
+        hint = f" ({section or 'the top level'} has {', '.join(siblings)})"
+    elif not near:
+        hint = f"; the sections are {', '.join(sorted({k.partition('.')[0] for k in keys if '.' in k}))}"
+    return ValueError(f"unknown configuration key {key!r}{hint}")
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

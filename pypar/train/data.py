@@ -1,4 +1,4 @@
-"""Batches of token windows, each a pure function of (seed, step): the same in every layout and after every restart."""
+"""Batches of token windows, functions of (seed, step) alone: the same in every layout and after a restart."""
 
 import hashlib
 from typing import TYPE_CHECKING
@@ -23,10 +23,10 @@ def _key(*parts: int) -> int:
 
 
 def shuffled(index: np.ndarray, count: int, *key: int) -> np.ndarray:
-    """The place of each ``index`` (int64, 0 <= index < count) in a random order of ``count`` that ``key`` chooses.
+    """Where each ``index`` (int64, below ``count``) goes in the random order of ``count`` that ``key`` chooses.
 
-    A Feistel network over the smallest even number of bits that holds ``count``, walked until the value is in range (Black
-    and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection that needs no table of ``count`` entries.
+    A Feistel network over the smallest even number of bits that holds ``count``, walked until the value is in
+    range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection without a table.
     """
     half = np.uint64(max(1, (max(1, count - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -50,8 +50,8 @@ def shuffled(index: np.ndarray, count: int, *key: int) -> np.ndarray:
 class TokenData:
     """Training and validation windows of ``sequence_length + 1`` tokens (inputs, and targets one later).
 
-    Training sample g of a run is window ``shuffled(g mod W)`` of epoch ``g // W``, where each epoch also starts at another
-    offset, so that windows are cut elsewhere. Validation windows are cut once, and taken in one fixed random order.
+    Training sample g of a run is window ``shuffled(g mod W)`` of epoch ``g // W``; each epoch also starts at
+    another offset, so that windows are cut elsewhere. Validation windows are cut once, in one random order.
     """
 
     def __init__(self, cache: TokenCache, vocab_size: int, sequence_length: int, seed: int) -> None:
@@ -72,8 +72,8 @@ class TokenData:
                 )
                 also = ", raise data.validation_fraction" if part == "validation" else ""
                 raise ValueError(
-                    f"the {part} text holds {len(tokens)} tokens but one sequence needs {sequence_length + 1} "
-                    f"(train.sequence_length + 1); {remedy}{also} or add data"
+                    f"the {part} text holds {len(tokens)} tokens but one sequence needs "
+                    f"{sequence_length + 1} (train.sequence_length + 1); {remedy}{also} or add data"
                 )
         self.num_train_windows = max(1, (len(self.tokens["train"]) - sequence_length) // sequence_length)
         self.num_validation_windows = (len(self.tokens["validation"]) - 1) // sequence_length
@@ -118,8 +118,8 @@ class TokenData:
     def validation_entropies(self) -> dict[str, float]:
         """What a model of token counts alone would reach on the validation text, in nats a token.
 
-        "unigram": H(x). "bigram": H(x | the token before it), only for byte tokens. Both are estimated on the validation
-        text itself.
+        "unigram": H(x). "bigram": H(x | the token before it), only for byte tokens. Both are estimated on the
+        validation text itself.
         """
         tokens = self.tokens["validation"]
         singles = np.zeros(self.vocab_size, np.int64)

@@ -26,7 +26,7 @@ FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SI
 
 
 def joined_world_size() -> int | None:
-    """Number of ranks of the job that this process is one of (torchrun's variables); None where it is none."""
+    """Ranks of the job that this process is one of (torchrun's variables); None where it is of none."""
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= set(os.environ) else None
 
 
@@ -135,7 +135,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _order(failure: "ProcessFailure") -> tuple[int, int]:
-    """Sorts the cause before its consequences: a fatal signal, the first exception, other ends, the agent's SIGTERM."""
+    """Cause before consequence: a fatal signal, the first exception, other ends, the agent's SIGTERM."""
     if -failure.exitcode in FATAL:
         return 0, 0
     info = _info(failure)

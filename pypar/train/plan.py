@@ -65,7 +65,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that may start. ``config`` has its mesh, paths and checkpoint filled in; ``notes`` are worth a line each."""
+    """A run that may start: ``config`` with mesh, paths and checkpoint filled in; ``notes`` for the user."""
 
     config: RunConfig
     num_ranks: int
@@ -152,8 +152,8 @@ def _check_layout(config: RunConfig, model: "DecoderConfig", sizes: dict[str, in
         _check_divides(f"model.{name}", getattr(model, name), tp, "the tp size")
     if model.num_layers < pp:
         raise ValueError(
-            f"model.num_layers ({model.num_layers}) must be at least the pp size ({pp}): each stage holds a layer; "
-            f"use pp={model.num_layers} or more layers"
+            f"model.num_layers ({model.num_layers}) must be at least the pp size ({pp}): each stage holds a "
+            f"layer; use pp={model.num_layers} or more layers"
         )
     length, parts = train.sequence_length, cp
     if cp > 1 and config.context.layout == "zigzag":
@@ -183,8 +183,8 @@ def _check_run_directory(config: RunConfig, overwrite: bool) -> None:
     newest = checkpoint.latest(config.checkpoint_directory)
     if newest is not None and not config.train.resume and not overwrite:
         raise ValueError(
-            f"{config.run_directory} holds an earlier run (its last checkpoint is {newest.name}); continue it with "
-            "--resume, give this one another --name, or delete the old one with --overwrite"
+            f"{config.run_directory} holds an earlier run (its last checkpoint is {newest.name}); continue "
+            "it with --resume, give this one another --name, or delete the old one with --overwrite"
         )
     try:
         config.checkpoint_directory.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def _check_resume(config: RunConfig, model: "DecoderConfig") -> tuple[str, list[
     step = checkpoint.check_readable(path, model)["step"]
     if step >= config.train.steps:
         raise ValueError(
-            f"checkpoint {path} is at step {step} and train.steps is {config.train.steps}: nothing is left to train; "
-            f"raise train.steps"
+            f"checkpoint {path} is at step {step} and train.steps is {config.train.steps}: nothing is left "
+            "to train; raise train.steps"
         )
     return os.path.abspath(path), []

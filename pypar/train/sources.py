@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pypar.train.config import DataConfig
 
@@ -50,7 +51,7 @@ class SourceFile:
                     yield f"{self.name}:{number}"
 
     def documents(self) -> Iterator[Iterator[Piece]]:
-        """The pieces of each document, in the order of ``document_names``; at most about 1 MiB is held at a time."""
+        """The pieces of each document, in the order of ``document_names``; each of about 1 MiB at most."""
         if not self.is_jsonl:
             yield self._text_pieces()
             return
@@ -72,7 +73,7 @@ class SourceFile:
                 yield Piece(rest)
 
 
-def _open(file: SourceFile):  # noqa: ANN202 - a binary file object
+def _open(file: SourceFile) -> BinaryIO:
     try:
         return file.path.open("rb")
     except OSError as error:
@@ -97,7 +98,7 @@ def _record_pieces(line: bytes, where: str) -> list[Piece]:
     if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in fields):
         has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(
-            f'{where} must be {{"text": ...}} or {{"prompt": ..., "response": ...}} with text in them; it has: {has}'
+            f'{where} must be {{"text": ...}} or {{"prompt": ..., "response": ...}}, each text, not: {has}'
         )
     return [Piece(record[name].encode("utf-8", "replace"), name != "prompt") for name in fields]
 
@@ -107,7 +108,7 @@ def stdlib_folder() -> Path:
 
 
 def find_files(data: DataConfig) -> list[SourceFile]:
-    """The files of ``data.path`` that hold anything, sorted by name. ValueError where there is none, and why."""
+    """The files of ``data.path`` that hold anything, sorted by name; ValueError where there is none."""
     if data.path == PYTHON_STDLIB:
         root = stdlib_folder()
         paths = [
@@ -121,7 +122,8 @@ def find_files(data: DataConfig) -> list[SourceFile]:
             kinds = collections.Counter(p.suffix or p.name for p in visible).most_common(4)
             holds = ", ".join(f"{count} {kind}" for kind, count in kinds) or "no file at all"
             raise ValueError(
-                f"no file in data.path {data.path!r} matches data.pattern {data.pattern!r} (it holds {holds}); set data.pattern"
+                f"no file in data.path {data.path!r} matches data.pattern {data.pattern!r} (it holds {holds})"
+                "; set data.pattern"
             )
     elif Path(data.path).is_file():
         root, paths = Path(data.path).parent, [Path(data.path)]
@@ -130,11 +132,12 @@ def find_files(data: DataConfig) -> list[SourceFile]:
         root = Path(os.path.dirname(data.path[: next(i for i, c in enumerate(data.path) if c in "*?[")]))
         if not paths:
             raise ValueError(
-                f"no file matches data.path {data.path!r}; give a folder, a glob, a text file or a .jsonl file"
+                f"no file matches data.path {data.path!r}; give a folder, a glob, a text or a .jsonl file"
             )
     else:
         raise ValueError(
-            f"data.path {data.path!r} does not exist; give a folder, a glob, a text file, a .jsonl file or {PYTHON_STDLIB!r}"
+            f"data.path {data.path!r} does not exist; give a folder, a glob, a text file, a .jsonl file or "
+            f"{PYTHON_STDLIB!r}"
         )
     files = sorted((_stat(path, root) for path in paths), key=lambda f: f.name)
     files = [f for f in files if f.size]

@@ -70,11 +70,10 @@ class FileTokenizer:
         self._library.no_truncation()
         self._library.no_padding()
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=0)
-        end = self._end_token(path)
-        self.end_token = self._library.token_to_id(end)
+        end, self.end_token = self._find_end_token(path)
         self.fingerprint = hashlib.sha256(f"{end}\n{text}".encode()).hexdigest()
 
-    def _end_token(self, path: Path) -> str:
+    def _find_end_token(self, path: Path) -> tuple[str, int]:
         beside = path.with_name("tokenizer_config.json")
         names = list(END_TOKENS)
         if beside.is_file():
@@ -85,11 +84,12 @@ class FileTokenizer:
             eos = eos.get("content") if isinstance(eos, dict) else eos
             names = [eos, *names] if isinstance(eos, str) else names
         for name in names:
-            if self._library.token_to_id(name) is not None:
-                return name
+            token = self._library.token_to_id(name)
+            if token is not None:
+                return name, token
         raise ValueError(
-            f"tokenizer {path} has no token that ends a document (looked for {', '.join(names)}); name one as eos_token in "
-            f"{beside}"
+            f"tokenizer {path} has no token that ends a document (looked for {', '.join(names)}); name one "
+            f"as eos_token in {beside}"
         )
 
     def encode(self, text: str) -> list[int]:
