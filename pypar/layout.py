@@ -59,8 +59,8 @@ class Layout:
 def set_layout(param: Tensor, layout: Layout) -> None:
     """Attach a layout to a parameter (its local part).
 
-    The attribute lives on the tensor object: `.to(dtype)` of a module keeps it, a new Parameter made from it
-    does not have it.
+    The attribute lives on the tensor object: a module's `.to(dtype)` keeps it, but what makes a new Parameter
+    (copy.deepcopy, `to_empty` of a meta module) loses it, and the layout must be set again.
     """
     sharded = {dim for _, dim in layout.shards}
     shape = tuple(param.shape)

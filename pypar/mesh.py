@@ -47,16 +47,15 @@ class Axis:
     @classmethod
     def of(cls, group: dist.ProcessGroup, name: str = "group") -> Axis:
         """An axis over the ranks of a process group that this rank belongs to."""
-        ranks = tuple(dist.get_process_group_ranks(group))
-        this_rank = dist.get_rank()
-        if this_rank not in ranks:
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(
-                f"rank {this_rank} is not in the process group of ranks {list(ranks)} that axis {name!r} was "
-                "to wrap; make the axis on the group's own ranks only"
+                f"rank {dist.get_rank()} is not in the process group that axis {name!r} was to wrap; "
+                "make the axis on the group's own ranks only"
             )
+        ranks = tuple(dist.get_process_group_ranks(group))
         if len(ranks) == 1:
             return cls.single(name)
-        return cls(name, group, ranks.index(this_rank), len(ranks), ranks, Traffic(name))
+        return cls(name, group, group.rank(), len(ranks), ranks, Traffic(name))
 
     def __copy__(self) -> Axis:
         return self
@@ -69,7 +68,7 @@ def as_axis(group_or_axis: Axis | dist.ProcessGroup) -> Axis:
     """An Axis as it is, a ProcessGroup wrapped."""
     if isinstance(group_or_axis, Axis):
         return group_or_axis
-    if isinstance(group_or_axis, dist.ProcessGroup):
+    if isinstance(group_or_axis, dist.ProcessGroup) or group_or_axis == dist.GroupMember.NON_GROUP_MEMBER:
         return Axis.of(group_or_axis)
     raise ValueError(
         f"a group must be a pypar Axis (mesh.cp) or a torch.distributed ProcessGroup, not {group_or_axis!r}; "

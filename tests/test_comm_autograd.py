@@ -43,8 +43,8 @@ def _define_split(inputs, dim):
 def _expected(define, replicated_input, replicated_output, inputs, douts, dim):
     """Outputs and input gradients of all ranks by plain autograd on one process.
 
-    An input that is the same on every rank is one tensor here, so its gradient is the sum over the ranks' uses.
-    An output that is the same on every rank is used once.
+    An input that is the same on every rank is one tensor here, so its gradient is the sum over the ranks'
+    uses. An output that is the same on every rank is used once.
     """
     leaves = [x.clone().float().requires_grad_() for x in inputs]
     if replicated_input:
@@ -139,8 +139,8 @@ def _second_gradient(name):
     return ddx
 
 
-# On two ranks with x = 0.5. The first gradient is 3 f^2 and its derivative 6 f, where f = 0.5, or 1 where f sums two
-# ranks. It is counted twice where two ranks' gradients depend on this rank's x.
+# On two ranks with x = 0.5. The first gradient is 3 f^2 and its derivative 6 f, where f = 0.5, or 1 where f sums
+# two ranks. It is counted twice where two ranks' gradients depend on this rank's x.
 @pytest.mark.parametrize(
     ("name", "row_sum"),
     [

@@ -1,0 +1,192 @@
+"""Sends, receives and the ring exchange: values, order, many in flight, counters, refusals."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pypar.comm import RingExchange, receive_start, send_start
+from pypar.mesh import Axis, Mesh
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64]
+
+
+def _axis():
+    return Axis.of(dist.group.WORLD, "world")
+
+
+def _value(rank, index, shape=(3, 5), dtype=torch.float32):
+    return torch.full(shape, rank * 64 + index).to(dtype)
+
+
+def _pass_along(dtype):
+    """Rank 0 sends to 1, 1 to 2, ..."""
+    axis = _axis()
+    received = None
+    if axis.rank > 0:
+        received = receive_start((3, 5), dtype, "cpu", axis.rank - 1, axis).wait()
+    if axis.rank < axis.size - 1:
+        x = _value(axis.rank, 1, dtype=dtype)
+        assert send_start(x, axis.rank + 1, axis).wait() is x
+    return received
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_send_and_receive(ranks, world_size, dtype):
+    for rank, received in enumerate(ranks(world_size, _pass_along, dtype)):
+        assert rank == 0 and received is None or torch.equal(received, _value(rank - 1, 1, dtype=dtype))
+
+
+def _many_both_ways():
+    """As a pipeline does: many messages in both directions between neighbours before any is waited for."""
+    axis = _axis()
+    peer = 1 - axis.rank
+    sizes = [1, 1000, 7, 300_000, 63] * 4
+    receives = [receive_start((n,), torch.float32, "cpu", peer, axis) for n in sizes]
+    sends = [send_start(_value(axis.rank, i, (n,)), peer, axis) for i, n in enumerate(sizes)]
+    for i in reversed(range(len(sizes))):
+        assert torch.equal(receives[i].wait(), _value(peer, i, (sizes[i],)))
+    for send in sends:
+        send.wait()
+    return axis.traffic.snapshot()
+
+
+def test_messages_arrive_in_the_order_of_their_starts(ranks):
+    for traffic in ranks(2, _many_both_ways):
+        assert traffic.bytes_sent == 4 * 4 * (1 + 1000 + 7 + 300_000 + 63)
+        assert traffic.calls == {"send": 20, "receive": 20}
+        assert traffic.wait_seconds > 0
+
+
+def _tags():
+    axis = _axis()
+    if axis.rank == 0:
+        for handle in [send_start(_value(0, tag), 1, axis, tag) for tag in (1, 2)]:
+            handle.wait()
+        return
+    second, first = (receive_start((3, 5), torch.float32, "cpu", 0, axis, tag) for tag in (2, 1))
+    assert torch.equal(first.wait(), _value(0, 1))
+    assert torch.equal(second.wait(), _value(0, 2))
+
+
+def test_tags_keep_messages_apart(ranks):
+    ranks(2, _tags)
+
+
+def _strided_send():
+    axis = _axis()
+    x = torch.arange(15.0).view(3, 5)
+    if axis.rank == 0:
+        send_start(x.mT, 1, axis).wait()
+    else:
+        assert torch.equal(receive_start((5, 3), torch.float32, "cpu", 0, axis).wait(), x.mT)
+
+
+def test_strided_tensor_is_sent_in_its_logical_order(ranks):
+    ranks(2, _strided_send)
+
+
+def _peers_of_a_mesh_axis():
+    """Peer indices are positions on the axis, not global ranks."""
+    mesh = Mesh(pp=2, tp=2)
+    received = RingExchange(mesh.pp).start(torch.tensor([mesh.world.rank])).wait()
+    if mesh.pp.rank == 0:
+        send_start(torch.tensor([mesh.world.rank]), 1, mesh.pp).wait()
+        return received.item(), None
+    return received.item(), receive_start((1,), torch.int64, "cpu", 0, mesh.pp).wait().item()
+
+
+def test_peers_are_indices_on_the_axis(ranks):
+    assert ranks(4, _peers_of_a_mesh_axis) == [(2, None), (3, None), (0, 0), (1, 1)]
+
+
+def _ring(num_steps, size, dtype):
+    """Several tensors travel all the way round, all in flight at once."""
+    axis = _axis()
+    ring = RingExchange(axis)
+    tensors = [_value(axis.rank, index, (size + index,), dtype) for index in range(num_steps)]
+    for step in range(1, axis.size + 1):
+        kept = [x.clone() for x in tensors]
+        handles = [ring.start(x) for x in tensors]
+        received = [handle.wait() for handle in reversed(handles)][::-1]
+        # What was sent is untouched, and nothing that was received shares memory with it or with its neighbours.
+        assert all(torch.equal(x, copy) for x, copy in zip(tensors, kept, strict=True))
+        if axis.size > 1:
+            assert len({x.data_ptr() for x in (*tensors, *received)}) == 2 * num_steps
+        tensors = received
+        source = (axis.rank - step) % axis.size
+        for index, x in enumerate(tensors):
+            assert torch.equal(x, _value(source, index, (size + index,), dtype))
+    return axis.traffic.snapshot()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 1023, 200_000])
+def test_ring_exchange(ranks, world_size, size, dtype):
+    num_steps = 5
+    for traffic in ranks(world_size, _ring, num_steps, size, dtype):
+        if world_size == 1:
+            assert traffic.bytes_sent == 0 and not traffic.calls
+        else:
+            expected = world_size * sum(size + index for index in range(num_steps)) * dtype.itemsize
+            assert traffic.bytes_sent == expected
+            assert traffic.calls == {"ring_exchange": world_size * num_steps}
+
+
+def _received_is_not_written_by_later_exchanges():
+    axis = _axis()
+    ring = RingExchange(axis)
+    received = [ring.start(_value(axis.rank, index)).wait() for index in range(30)]
+    source = (axis.rank - 1) % axis.size
+    assert all(torch.equal(x, _value(source, index)) for index, x in enumerate(received))
+
+
+def test_received_tensor_stays_as_it_is(ranks):
+    ranks(2, _received_is_not_written_by_later_exchanges)
+
+
+def _ring_while_computing():
+    """The exchange makes progress while this rank computes, and collectives on the same axis do not mix with it."""
+    axis = _axis()
+    ring = RingExchange(axis)
+    x = _value(axis.rank, 0, (500,))
+    from pypar.comm import all_gather_start, all_reduce_start
+
+    handle = ring.start(x)
+    gathered = all_gather_start(x, axis)
+    reduced = all_reduce_start(x.clone(), axis)
+    another = ring.start(x + 1)
+    assert torch.equal(another.wait(), _value((axis.rank - 1) % axis.size, 1, (500,)))
+    assert reduced.wait()[0] == sum(64 * r for r in range(axis.size))
+    assert torch.equal(gathered.wait()[::500], torch.arange(axis.size) * 64.0)
+    assert torch.equal(handle.wait(), _value((axis.rank - 1) % axis.size, 0, (500,)))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_exchange_and_collectives_in_flight_together(ranks, world_size):
+    ranks(world_size, _ring_while_computing)
+
+
+def _refusals():
+    axis = _axis()
+    messages = []
+    for refused in (
+        lambda: send_start(torch.ones(1), 2, axis),
+        lambda: send_start(torch.ones(1), axis.rank, axis),
+        lambda: receive_start((1,), torch.float32, "cpu", -1, axis),
+        lambda: send_start(torch.ones(1), 0, Axis.single("pp")),
+    ):
+        with pytest.raises(ValueError) as error:
+            refused()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_refusals_are_sentences(ranks):
+    assert ranks(2, _refusals)[0] == [
+        "index 0 cannot send to index 2 of axis 'world', which has size 2; use one of [1]",
+        "index 0 cannot send to index 0 of axis 'world', which has size 2; use one of [1]",
+        "index 0 cannot receive from index -1 of axis 'world', which has size 2; use one of [1]",
+        "index 0 cannot send to index 0 of axis 'pp', which has size 1; there is no other rank to talk to",
+    ]
