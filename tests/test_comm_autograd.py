@@ -139,8 +139,8 @@ def _second_gradient(name):
     return ddx
 
 
-# On two ranks with x = 0.5. The first gradient is 3 f^2 and its derivative 6 f, where f = 0.5, or 1 where f sums
-# two ranks. It is counted twice where two ranks' gradients depend on this rank's x.
+# On two ranks with x = 0.5. The first gradient is 3 f^2 and its derivative 6 f, where f = 0.5, or 1 where f
+# sums two ranks. It is counted twice where two ranks' gradients depend on this rank's x.
 @pytest.mark.parametrize(
     ("name", "row_sum"),
     [

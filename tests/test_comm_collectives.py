@@ -214,7 +214,8 @@ def _refusals():
 
 def test_refusals_are_sentences(ranks):
     assert ranks(2, _refusals)[0] == [
-        "dim 1 (5) of a tensor of shape (3, 5) must divide by the size of axis 'world' (2); use 4 or 6, or pad it",
+        "dim 1 (5) of a tensor of shape (3, 5) must divide by the size of axis 'world' (2); "
+        "use 4 or 6, or pad it",
         "dim 0 (1) of a tensor of shape (1, 4) must divide by the size of axis 'world' (2); use 2, or pad it",
         "all_gather along dim 2 needs a tensor that has it, but its shape is (3, 5); use a dim from -2 to 1",
         "all_gather along dim 0 needs a tensor that has it, but its shape is (); "

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pypar.comm import RingExchange, receive_start, send_start
+from pypar.comm import RingExchange, all_gather_start, all_reduce_start, receive_start, send_start
 from pypar.mesh import Axis, Mesh
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64]
@@ -109,7 +109,7 @@ def _ring(num_steps, size, dtype):
         kept = [x.clone() for x in tensors]
         handles = [ring.start(x) for x in tensors]
         received = [handle.wait() for handle in reversed(handles)][::-1]
-        # What was sent is untouched, and nothing that was received shares memory with it or with its neighbours.
+        # What was sent is untouched, and nothing that was received shares memory with anything.
         assert all(torch.equal(x, copy) for x, copy in zip(tensors, kept, strict=True))
         if axis.size > 1:
             assert len({x.data_ptr() for x in (*tensors, *received)}) == 2 * num_steps
@@ -146,13 +146,11 @@ def test_received_tensor_stays_as_it_is(ranks):
     ranks(2, _received_is_not_written_by_later_exchanges)
 
 
-def _ring_while_computing():
-    """The exchange makes progress while this rank computes, and collectives on the same axis do not mix with it."""
+def _ring_beside_collectives():
+    """Collectives on the same axis do not mix with the exchange."""
     axis = _axis()
     ring = RingExchange(axis)
     x = _value(axis.rank, 0, (500,))
-    from pypar.comm import all_gather_start, all_reduce_start
-
     handle = ring.start(x)
     gathered = all_gather_start(x, axis)
     reduced = all_reduce_start(x.clone(), axis)
@@ -165,7 +163,7 @@ def _ring_while_computing():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_exchange_and_collectives_in_flight_together(ranks, world_size):
-    ranks(world_size, _ring_while_computing)
+    ranks(world_size, _ring_beside_collectives)
 
 
 def _refusals():

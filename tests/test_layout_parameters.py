@@ -147,8 +147,8 @@ def test_layout_accepts_a_torch_size():
         ),
         (
             lambda: to_dtensor(torch.ones(3), Layout((4,)), Mesh()),
-            "this rank's part of (4,) cut by () on Mesh(pp=1, dp=1, cp=1, tp=1) has shape (4,), but the tensor has (3,); "
-            "pass the part that `local_part` gives",
+            "this rank's part of (4,) cut by () on Mesh(pp=1, dp=1, cp=1, tp=1) has shape (4,), "
+            "but the tensor has (3,); pass the part that `local_part` gives",
         ),
         (
             lambda: initial_weight("norm", (3,), 0, -1.0),

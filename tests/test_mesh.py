@@ -118,7 +118,8 @@ def test_process_group_as_axis(ranks):
         ("group", (1, 3), 1, 4.0),
     ]
     assert results[0][4] == (
-        "rank 0 is not in the process group that axis 'cp' was to wrap; make the axis on the group's own ranks only"
+        "rank 0 is not in the process group that axis 'cp' was to wrap; "
+        "make the axis on the group's own ranks only"
     )
 
 
@@ -168,8 +169,8 @@ def test_mesh_that_does_not_fit_the_ranks_is_refused():
     with pytest.raises(ValueError) as error:
         check_mesh({"tp": 3, "pp": 2}, 4)
     assert str(error.value) == (
-        "mesh tp=3,pp=2 needs 6 ranks but 4 were started; start 6 (torchrun --nproc-per-node 6) or use a mesh "
-        "whose sizes multiply to 4"
+        "mesh tp=3,pp=2 needs 6 ranks but 4 were started; start 6 (torchrun --nproc-per-node 6) or use a "
+        "mesh whose sizes multiply to 4"
     )
     with pytest.raises(ValueError, match="mesh tp=1 needs 1 rank but 4 were started"):
         check_mesh(parse_mesh(""), 4)
