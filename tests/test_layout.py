@@ -1,4 +1,4 @@
-"""The structure of the project: which room imports which, how long files are, what is packaged, what is named how."""
+"""The structure of the project: which room imports which, lengths of files, what is packaged, names."""
 
 import ast
 import re
