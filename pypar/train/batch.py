@@ -1,0 +1,53 @@
+"""From a step's global batch to the microbatches of one rank, and from a model stage to its loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..context_parallel import shard
+from ..mesh import Mesh
+from ..models import Decoder
+from ..tensor_parallel import vocab_parallel_cross_entropy
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """tokens, targets: int64 [b, T] of this rank's sequences and positions; loss = loss_scale x sum over targets."""
+
+    tokens: Tensor
+    targets: Tensor
+    loss_scale: float
+
+
+def split_batch(
+    tokens: Tensor, targets: Tensor, mesh: Mesh, *, microbatch_size: int, layout: str, device: torch.device
+) -> list[Microbatch]:
+    """This rank's microbatches of a global batch (tokens, targets: [B, T], target -100 = not learned).
+
+    Every rank sees the whole batch, so the number of targets, by which the loss is divided, needs no communication.
+    """
+    scale = 1.0 / max(1, int((targets != -100).sum()))
+    local = tokens.shape[0] // mesh.dp.size
+    start = mesh.dp.rank * local
+    parts = []
+    for first in range(start, start + local, microbatch_size):
+        rows = slice(first, first + microbatch_size)
+        pair = [shard(x[rows], 1, mesh.cp, layout).contiguous().to(device) for x in (tokens, targets)]
+        parts.append(Microbatch(pair[0], pair[1], scale))
+    return parts
+
+
+class TrainingStage(nn.Module):
+    """A decoder's stage as the pipeline runs it: hidden state in and out, on the last stage the scaled loss."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden: Tensor | None, microbatch: Microbatch) -> Tensor:
+        out = self.model(microbatch.tokens if hidden is None else hidden)
+        if not self.model.is_last:
+            return out
+        losses_BT = vocab_parallel_cross_entropy(out, microbatch.targets, self.model.mesh.tp)
+        return losses_BT.sum() * microbatch.loss_scale

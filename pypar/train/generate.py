@@ -1,0 +1,79 @@
+"""Sampling text from a checkpoint, in one process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..layout import layout_of
+from ..mesh import Mesh
+from ..models import Decoder
+from ..models.cache import KeyValueCache
+from . import checkpoint
+from .config import RunConfig
+from .tokens import open_tokenizer
+
+
+def load_model(path: Path) -> tuple[Decoder, RunConfig]:
+    """The whole model of a checkpoint, whatever layout wrote it, in fp32 on one process without a process group."""
+    config = RunConfig.from_dict(checkpoint.read_extra(path)["config"])
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    model = Decoder(config.decoder_config(tokenizer.vocab_size), Mesh(), seed=config.seed)
+    state = {f"model.{name}": (p.detach(), layout_of(p)) for name, p in model.global_parameters()}
+    checkpoint.load(path, state, model.mesh)
+    return model.eval(), config
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: Decoder,
+    prompt_T: Tensor,
+    num_tokens: int,
+    *,
+    context: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Token ids one at a time. ``prompt_T`` int64 [T], T >= 1. When ``context`` positions are full, the newer half is kept."""
+    window = prompt_T[-context:]
+    cache, fed = KeyValueCache(context), 0
+    for _ in range(num_tokens):
+        if len(window) > context:
+            window = window[-(context // 2) :]
+            cache, fed = KeyValueCache(context), 0
+        logits_V = model(window[None, fed:], cache=cache)[0, -1].float()
+        cache.advance(len(window) - fed)
+        fed = len(window)
+        if temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
+        window = torch.cat([window, torch.tensor([token])])
+        yield token
+
+
+def generate(path: Path, prompt: str, num_tokens: int, *, temperature: float = 0.8, seed: int = 0) -> str:
+    """The prompt and up to ``num_tokens`` sampled tokens after it; stops at the end of a document. temperature 0 = greedy."""
+    if temperature < 0:
+        raise ValueError(
+            f"temperature ({temperature}) must be at least 0; 0 always takes the likeliest token"
+        )
+    model, config = load_model(path)
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_token]
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sample_tokens(
+        model,
+        torch.tensor(prompt_ids),
+        num_tokens,
+        context=config.train.sequence_length,
+        temperature=temperature,
+        generator=generator,
+    )
+    new = []
+    for token in tokens:
+        if token == tokenizer.end_token:
+            break
+        new.append(token)
+    return prompt + tokenizer.decode(new)

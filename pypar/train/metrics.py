@@ -1,0 +1,112 @@
+"""What a run says of itself: a progress bar, one JSON object a step, and a picture of the loss curve."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+FLOP_CONVENTION = "model FLOPs = 6 x matmul parameters + 6 x layers x heads x head size x T a token (causal half, no recompute)"
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a 1024^3 matrix product here and now (best of 5): the peak that MFU is measured against."""
+    a = torch.ones(1024, 1024, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for a device to finish
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+class Metrics:
+    """Writes ``metrics.jsonl`` and the progress bar; only the rank that is given a directory writes."""
+
+    def __init__(self, directory: Path | None, num_steps: int, first_step: int) -> None:
+        self.path = directory / "metrics.jsonl" if directory else None
+        self.bar: tqdm | None = None
+        self.num_steps = num_steps
+        if self.path is None:
+            return
+        kept = [line for line in self.read(self.path) if line["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.path.open("a", buffering=1)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    @staticmethod
+    def read(path: Path) -> list[dict]:
+        """The objects of a metrics file; a last line that a kill cut short is left out."""
+        if not path.exists():
+            return []
+        lines = []
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def write(self, line: Mapping[str, object], *, show: bool) -> None:
+        """Record a step; ``show``: also as a line of text where there is no terminal for a bar."""
+        if self.path is None or self.bar is None:
+            return
+        self.file.write(json.dumps(dict(line)) + "\n")
+        text = (
+            f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s, MFU {line['mfu']:.0%}, "
+            f"waiting {line['wait_share']:.0%}"
+        )
+        if "val_loss" in line:
+            text += f", validation {line['val_loss']:.4f}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(1)
+        if self.bar.disable and show:
+            self.say(f"step {line['step']}/{self.num_steps}: {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar (only on the rank that writes)."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.file.close()
+
+
+def draw_loss_curve(metrics: list[dict], levels: Mapping[str, float], path: Path) -> None:
+    """PNG of training and validation loss (nats a token) against steps; ``levels`` are horizontal lines to compare with."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(
+        [m["step"] for m in metrics], [m["loss"] for m in metrics], lw=0.8, color="tab:blue", label="training"
+    )
+    validated = [m for m in metrics if "val_loss" in m]
+    axes.plot(
+        [m["step"] for m in validated],
+        [m["val_loss"] for m in validated],
+        "o-",
+        color="tab:red",
+        label="validation",
+    )
+    for (name, level), style in zip(levels.items(), ("--", ":", "-."), strict=False):
+        axes.axhline(level, color="gray", ls=style, lw=1, label=f"{name} {level:.2f}")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

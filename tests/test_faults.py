@@ -1,0 +1,130 @@
+"""A rank that is killed in the middle of a run: what the user sees, what is left, and what a restart gives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pypar.train.metrics import Metrics
+
+STEPS = 30
+
+
+def _command(text: Path, directory: Path, name: str, *more: str) -> list[str]:
+    sets = {
+        "directory": directory,
+        "data.path": text,
+        "data.cache_directory": directory / "cache",
+        "model.num_layers": 2,
+        "model.d_model": 64,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2,
+        "model.d_ff": 128,
+        "train.steps": STEPS,
+        "train.batch_size": 4,
+        "train.microbatch_size": 2,
+        "train.sequence_length": 64,
+        "train.evaluate_every": 0,
+        "train.checkpoint_every": 5,
+        "train.sample_tokens": 8,
+        "train.threads": 1,
+    }
+    command = [sys.executable, "-m", "pypar.cli", "train", "--name", name, "--mesh", "dp=2", *more]
+    for key, value in sets.items():
+        command += ["--set", f"{key}={value}"]
+    return command
+
+
+def _processes(mark: str) -> dict[int, dict[str, str]]:
+    """Environment of each live process whose command line or environment carries ``mark``."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        variables = dict(v.split("=", 1) for v in environment if "=" in v)
+        if variables.get("PYPAR_TEST_MARK") == mark and state != "Z":
+            found[int(entry.name)] = variables
+    return found
+
+
+def _losses(directory: Path, name: str) -> list[tuple[int, float]]:
+    return [(m["step"], m["loss"]) for m in Metrics.read(directory / name / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults") / "text.txt"
+    path.write_text("".join(f"line {i} is {i * i % 97}\n" for i in range(6000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(text: Path) -> list[tuple[int, float]]:
+    subprocess.run(_command(text, text.parent, "unbroken"), check=True, capture_output=True, timeout=180)
+    return _losses(text.parent, "unbroken")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_rank_ends_the_job_and_a_restart_continues_bitwise(text: Path, unbroken: list) -> None:
+    directory = text.parent
+    shared_memory_before = set(os.listdir("/dev/shm"))
+    mark = f"killed-{os.getpid()}"
+    job = subprocess.Popen(
+        _command(text, directory, "killed"),
+        env=os.environ | {"PYPAR_TEST_MARK": mark},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(_losses(directory, "killed")) < 8 and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim = next(pid for pid, v in _processes(mark).items() if v.get("RANK") == "1")
+    os.kill(victim, signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, errors = job.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 30
+    assert job.returncode == 1
+    assert "rank 1" in errors and "SIGKILL" in errors
+    assert "Traceback" not in errors
+    while _processes(mark) and time.monotonic() < killed_at + 30:
+        time.sleep(0.1)
+    assert _processes(mark) == {}
+    assert set(os.listdir("/dev/shm")) <= shared_memory_before
+    done = _losses(directory, "killed")
+    assert 8 <= len(done) < STEPS
+
+    subprocess.run(
+        _command(text, directory, "killed", "--resume"), check=True, capture_output=True, timeout=180
+    )
+    assert _losses(directory, "killed") == unbroken
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_launcher_takes_its_ranks_along(text: Path) -> None:
+    mark = f"launcher-{os.getpid()}"
+    job = subprocess.Popen(
+        _command(text, text.parent, "orphaned"),
+        env=os.environ | {"PYPAR_TEST_MARK": mark},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(_losses(text.parent, "orphaned")) < 2 and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(_processes(mark)) >= 3  # the launcher and two ranks
+    job.kill()
+    job.wait()
+    deadline = time.monotonic() + 30
+    while _processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _processes(mark) == {}

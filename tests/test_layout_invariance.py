@@ -1,0 +1,147 @@
+"""Parallelism changes nothing but the speed: every layout gives the losses and weights of one process."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from pypar.layout import layout_of, to_dtensor
+from pypar.mesh import Mesh
+from pypar.train.config import RunConfig
+from pypar.train.trainer import Trainer
+
+NUM_STEPS = 20
+AXES = ("dp", "pp", "cp", "tp")
+
+
+def _factorisations(world_size: int) -> list[dict[str, int]]:
+    sizes = [n for n in (1, 2, 4, 8) if n <= world_size]
+    products = itertools.product(sizes, repeat=4)
+    return [dict(zip(AXES, p, strict=True)) for p in products if p[0] * p[1] * p[2] * p[3] == world_size]
+
+
+def _cases() -> list:
+    cases = []
+    for world_size in (1, 2, 4, 8):
+        for mesh in _factorisations(world_size):
+            for sequence_parallel, schedule, layout in itertools.product(
+                (False, True) if mesh["tp"] > 1 else (False,),
+                ("one_f_one_b", "gpipe") if mesh["pp"] > 1 else ("one_f_one_b",),
+                ("zigzag", "contiguous") if mesh["cp"] > 1 else ("zigzag",),
+            ):
+                name = "-".join([f"{axis}{size}" for axis, size in mesh.items() if size > 1] or ["one"])
+                name += (
+                    "-sp" * sequence_parallel
+                    + f"-{schedule}" * (mesh["pp"] > 1)
+                    + f"-{layout}" * (mesh["cp"] > 1)
+                )
+                marks = [pytest.mark.slow] if world_size == 8 else []
+                cases.append(pytest.param(mesh, sequence_parallel, schedule, layout, id=name, marks=marks))
+    return cases
+
+
+def _config(text: Path, world_size: int, tied: bool = False) -> dict:
+    wide = world_size == 8  # eight stages and eight-way heads need eight layers and key/value heads
+    return {
+        "name": "invariance",
+        "seed": 3,
+        "mesh": "",
+        "data": {"path": str(text), "cache_directory": str(text.parent / "cache")},
+        "model": {
+            "num_layers": 8 if wide else 4,
+            "d_model": 64,
+            "num_heads": 8,
+            "num_kv_heads": 8 if wide else 4,
+            "d_ff": 96,
+            "tied_embeddings": tied,
+        },
+        "optimizer": {"lr": 2e-3, "warmup_steps": 5, "clip_norm": 1.0},
+        "train": {
+            "steps": NUM_STEPS,
+            "batch_size": 8 if wide else 4,
+            "microbatch_size": 1,
+            "sequence_length": 32,
+        },
+    }
+
+
+def train(config: dict) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """In each rank: losses, gradient norms and this stage's whole weights after the run."""
+    run = RunConfig.from_dict(config)
+    sizes = dict(part.split("=") for part in run.mesh.split(",") if part)
+    mesh = Mesh(**{axis: int(size) for axis, size in sizes.items()})
+    trainer = Trainer(run, mesh, torch.device("cpu"))
+    lines = [trainer.train_step() for _ in range(NUM_STEPS)]
+    weights = {}
+    for name, parameter in trainer.model.global_parameters():
+        whole = to_dtensor(parameter.detach(), layout_of(parameter), mesh)
+        weights[name] = whole.full_tensor() if mesh.world.size > 1 else whole
+    return [m["loss"] for m in lines], [m["grad_norm"] for m in lines], weights
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    words = ("def", "return", "self", "for", "in", "range", "if", "not", "None", "import", "\n", "    ")
+    picks = torch.randint(len(words), (6000,), generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text(" ".join(words[i] for i in picks))
+    return path
+
+
+@pytest.fixture(scope="session")
+def one_process(ranks, text: Path):
+    """The same run on one rank, made once for each model."""
+    made: dict = {}
+
+    def get(world_size: int, tied: bool = False):
+        key = (world_size == 8, tied)
+        if key not in made:
+            made[key] = ranks(1, train, _config(text, world_size, tied))[0]
+        return made[key]
+
+    return get
+
+
+def _assert_equal(results: list, expected: tuple) -> None:
+    expected_losses, expected_norms, expected_weights = expected
+    seen: set[str] = set()
+    for losses, norms, weights in results:
+        torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-4, atol=0)
+        for name, weight in weights.items():
+            seen.add(name)
+            allowed = 1e-4 * expected_weights[name].abs().max().item()
+            torch.testing.assert_close(
+                weight, expected_weights[name], rtol=0, atol=allowed, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    assert seen == set(expected_weights)
+
+
+@pytest.mark.parametrize(("mesh", "sequence_parallel", "schedule", "layout"), _cases())
+def test_every_layout_trains_alike(
+    ranks, text: Path, one_process, mesh: dict, sequence_parallel: bool, schedule: str, layout: str
+) -> None:
+    world_size = mesh["dp"] * mesh["pp"] * mesh["cp"] * mesh["tp"]
+    config = _config(text, world_size)
+    config |= {
+        "mesh": ",".join(f"{axis}={size}" for axis, size in mesh.items()),
+        "pipeline": {"schedule": schedule},
+        "context": {"layout": layout},
+    }
+    config["train"]["sequence_parallel"] = sequence_parallel
+    _assert_equal(ranks(world_size, train, config), one_process(world_size))
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "tp=2", "pp=2,tp=2", "pp=4", "dp=2,pp=2"])
+def test_tied_embeddings_train_alike(ranks, text: Path, one_process, mesh: str) -> None:
+    world_size = 1
+    for part in mesh.split(","):
+        world_size *= int(part.split("=")[1])
+    config = _config(text, world_size, tied=True) | {"mesh": mesh}
+    _assert_equal(ranks(world_size, train, config), one_process(world_size, tied=True))
+
+
+def test_training_learns(one_process) -> None:
+    losses, _, _ = one_process(1)
+    assert losses[-1] < 0.7 * losses[0]
