@@ -133,10 +133,10 @@ def _check_found(model: nn.Module, matches: list[Match], plan: Mapping[str, str]
         )
     if plan is not None and not plan:
         raise ValueError(f"the plan is empty; {seen}. Give None for the usual names")
-    if not any(m.style != "vocab" for m in matches) and plan is None:
+    if plan is None and not any(m.style in ("column", "row") for m in matches):
         raise ValueError(
-            f"parallelize knows no nn.Linear of this {type(model).__name__} by its name; {seen}. Give a plan "
-            'such as {"*.up": "column", "*.down": "row"}'
+            f"parallelize knows no nn.Linear of this {type(model).__name__}'s layers by its name; {seen}. "
+            'Give a plan such as {"*.up": "column", "*.down": "row"}'
         )
     for pattern in plan or ():
         if not any(_fits(name, pattern) for name in names):
@@ -187,9 +187,9 @@ def _check_tied(model: nn.Module, matches: list[Match]) -> None:
             match = cut.get(id(parameter))
             if match is not None and dims.get(id(module)) != dim_of[match.style]:
                 raise ValueError(
-                    f"{name} and {match.name} share one weight, but the plan would cut only one of them, or each "
-                    "along another dimension; give both, as an embedding 'vocab' and a head 'column_gather', or "
-                    "neither"
+                    f"{name} and {match.name} share one weight, but the plan would cut only one of them, or "
+                    "each along another dimension; give both, as an embedding 'vocab' and a head "
+                    "'column_gather', or neither"
                 )
 
 

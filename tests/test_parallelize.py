@@ -1,0 +1,313 @@
+"""pypar.parallelize: a model written for one device, on the tp axis, has the same loss and gradients."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import pypar
+from pypar.layout import Layout, layout_of, local_part, local_shape
+from pypar.mesh import Mesh
+from pypar.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "Llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "pad_token_id": 3},
+    "Mistral": {"num_key_value_heads": 2},
+    "Qwen2": {"num_key_value_heads": 2},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 12},
+    "GPTNeoX": {"rotary_pct": 0.5},
+    "Phi": {"num_key_value_heads": 2},
+}
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+
+
+def hugging_face_model(family, tied, **changes):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, **FAMILIES.get(family, {}), "tie_word_embeddings": tied, **changes}
+    )
+    torch.manual_seed(0)
+    kind = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{family}{kind}")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases start as ones and zeros
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def loss_and_gradients(model):
+    ids = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(1))
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return out.loss.item(), out.logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def run_hugging_face(world_size, family, tied):
+    """This rank's losses, and the largest relative error of a gradient against the whole model's."""
+    mesh = Mesh(tp=world_size)
+    loss, logits, expected = loss_and_gradients(hugging_face_model(family, tied))
+    model = hugging_face_model(family, tied)
+    assert pypar.parallelize(model, mesh) is model
+    actual_loss, actual_logits, gradients = loss_and_gradients(model)
+    assert list(gradients) == list(expected)
+    errors = {"loss": abs(actual_loss - loss) / loss, "logits": relative(actual_logits, logits)}
+    for name, parameter in model.named_parameters():
+        part = local_part(expected[name], layout_of(parameter), mesh)
+        scale = expected[name].abs().max().item()
+        errors[name] = (gradients[name] - part).abs().max().item() / max(scale, 1e-3)
+    num_cut = sum(bool(layout_of(p).shards) for p in model.parameters())
+    return (
+        errors,
+        num_cut,
+        sum(p.numel() for p in model.parameters()) / sum(g.numel() for g in expected.values()),
+    )
+
+
+def relative(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@needs_transformers
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_models_keep_loss_and_gradients(ranks, family, tied):
+    for errors, num_cut, share in ranks(2, run_hugging_face, 2, family, tied):
+        assert max(errors.values()) < 1e-5, {name: e for name, e in errors.items() if e >= 1e-5}
+        assert num_cut >= 12
+        assert share < 0.6
+
+
+@needs_transformers
+def test_one_rank_needs_no_process_group():
+    errors, num_cut, _ = run_hugging_face(1, "Llama", True)
+    assert not any(errors.values()) and not num_cut
+
+
+def run_tied():
+    model = pypar.parallelize(hugging_face_model("Llama", True), Mesh(tp=2))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert isinstance(model.lm_head, ColumnParallelLinear) and model.lm_head.gather_output
+    assert isinstance(model.model.embed_tokens, VocabParallelEmbedding)
+    layer = model.model.layers[0]
+    return [
+        layout_of(p) for p in (model.lm_head.weight, layer.self_attn.o_proj.bias, layer.mlp.down_proj.weight)
+    ]
+
+
+@needs_transformers
+def test_tied_weights_stay_one_parameter(ranks):
+    for layouts in ranks(2, run_tied):
+        assert layouts == [Layout((48, 32), (("tp", 0),)), Layout((32,)), Layout((32, 56), (("tp", 1),))]
+
+
+# ---- models and plans of the user's own
+
+
+class Attention(nn.Module):
+    """As people write it: the number of heads is an attribute, and the head size follows from it."""
+
+    def __init__(self, width=24, num_heads=4):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (
+            f(x).view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+            for f in (self.query, self.key, self.value)
+        )
+        return self.out(
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
+
+
+class Model(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(12, 24)
+        self.positions = nn.Embedding(8, 24)
+        self.attention = Attention(**options)
+        self.norm = nn.LayerNorm(24)
+        self.up, self.down = nn.Linear(24, 20), nn.Linear(20, 24, bias=False)
+        self.up.weight.requires_grad_(False)
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        x = x + self.attention(x)
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+PLAN = {
+    "attention.[qkv]*": "column",
+    "attention.out": "row",
+    "*.up": "column",
+    "*.down": "row",
+    "tokens": "vocab",
+}
+
+
+def run_own_model(world_size):
+    mesh = Mesh(tp=world_size)
+    ids = torch.randint(12, (2, 5), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(2))
+    expected, model = Model(), pypar.parallelize(Model(), mesh, PLAN)
+    for m in (expected, model):
+        (m(ids) * weights).sum().backward()
+    assert relative(model(ids), expected(ids)) < 1e-6
+    for p, whole in zip(model.parameters(), expected.parameters(), strict=True):
+        assert p.requires_grad == whole.requires_grad
+        assert tuple(p.shape) == local_shape(layout_of(p), mesh)
+        if p.requires_grad:
+            torch.testing.assert_close(
+                p.grad, local_part(whole.grad, layout_of(p), mesh), rtol=1e-5, atol=1e-5
+            )
+    assert isinstance(model.down, RowParallelLinear if world_size > 1 else nn.Linear)
+    assert isinstance(model.positions, nn.Embedding)
+    return model.attention.num_heads
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_own_model_with_a_plan_and_heads_as_an_attribute(ranks, world_size):
+    """A view with the whole model's num_heads would silently make heads of half the size."""
+    assert ranks(world_size, run_own_model, world_size) == [4 // world_size] * world_size
+
+
+def run_shared_module():
+    model = nn.ModuleDict({"one": nn.Linear(4, 6), "down": nn.Linear(6, 4)})
+    model["two"] = model["one"]
+    pypar.parallelize(model, Mesh(tp=2), {"one": "column", "down": "row"})
+    return model["two"] is model["one"] and isinstance(model["two"], ColumnParallelLinear)
+
+
+def test_a_module_used_in_two_places_is_swapped_in_both(ranks):
+    torch.manual_seed(0)
+    assert all(ranks(2, run_shared_module))
+
+
+def run_different_weights(axis_name):
+    sizes = {"tp": 2, "dp": 1} if axis_name == "tp" else {"tp": 1, "dp": 2}
+    mesh = Mesh(**sizes)
+    model = Model()
+    with torch.no_grad():
+        model.norm.bias[3] += mesh.world.rank * 1e-6
+    with pytest.raises(ValueError) as caught:
+        pypar.parallelize(model, mesh, PLAN)
+    assert type(model.up) is nn.Linear
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("axis_name", ["tp", "data"])
+def test_ranks_with_different_weights_are_refused(ranks, axis_name):
+    for message in ranks(2, run_different_weights, axis_name):
+        assert f"on axis {axis_name!r} norm.bias differs" in message and "torch.manual_seed" in message
+
+
+# ---- refusals: one sentence, and the model is as it was
+
+
+def build(what):
+    model = Model(num_heads=3) if what == "heads" else Model()
+    if what == "shared weight":
+        model.head = nn.Linear(24, 12, bias=False)
+        model.head.weight = model.tokens.weight
+    elif what == "subclass":
+        model.up = type("ScaledLinear", (nn.Linear,), {})(24, 20)
+    elif what == "hooks":
+        model.up.register_forward_hook(lambda *_: None)
+    elif what == "max_norm":
+        model.tokens.max_norm = 1.0
+    elif what == "width":
+        model.up, model.down = nn.Linear(24, 21), nn.Linear(21, 24)
+    elif what == "vocabulary":
+        model.tokens = nn.Embedding(13, 24)
+    return model
+
+
+PLANS = {
+    "style": {"*.up": "colunm"},
+    "typing error": {"*.upp": "column"},
+    "kind": {"tokens": "column"},
+    "empty": {},
+    "usual": None,
+}
+REFUSALS = {
+    "heads": "num_heads (3) of attention must divide by the tp size (2); use a tp size of 1 or 3",
+    "width": "out_features of up (21) must divide by the tp size (2); use 20 or 22",
+    "vocabulary": "num_embeddings of tokens (13) must divide by the tp size (2); use 12 or 14",
+    "shared weight": "head and tokens share one weight",
+    "subclass": "up is a ScaledLinear, which may compute more than nn.Linear",
+    "hooks": "up has hooks",
+    "max_norm": "tokens uses one of max_norm",
+    "style": "unknown style 'colunm'; did you mean 'column'",
+    "typing error": "'*.upp' matches no module; did you mean 'up'?",
+    "kind": "tokens is a Embedding, which cannot be 'column'; use one of: vocab",
+    "empty": "the plan is empty",
+    "usual": "attention.query, attention.key, attention.value, attention.out, up, down. Give a plan",
+}
+
+
+def run_refused(what):
+    model = build(what)
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError) as caught:
+        pypar.parallelize(model, Mesh(tp=2), PLANS.get(what, PLAN))
+    assert [type(m) for m in model.modules()] == kinds and model.attention.num_heads in (3, 4)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_cannot_be_cut_is_refused(ranks, what):
+    for message in ranks(2, run_refused, what):
+        assert REFUSALS[what] in message
+
+
+def run_refused_twice():
+    mesh = Mesh(tp=2)
+    model = pypar.parallelize(Model(), mesh, PLAN)
+    with pytest.raises(ValueError) as caught:
+        pypar.parallelize(model, mesh, PLAN)
+    return str(caught.value)
+
+
+def test_a_second_call_is_refused(ranks):
+    assert all("tensor-parallel layers already" in message for message in ranks(2, run_refused_twice))
+
+
+HUGGING_FACE_REFUSALS = {
+    "Llama": ({"num_key_value_heads": 1}, "num_key_value_heads (1) of model.layers.0.self_attn must divide"),
+    "Gemma": ({"num_key_value_heads": 2, "head_dim": 8}, "ScaledWordEmbedding, which may compute more"),
+    "Phi3": ({"num_key_value_heads": 2, "pad_token_id": 0}, "does not know qkv_proj"),
+    "Olmo2": (
+        {"num_key_value_heads": 2, "pad_token_id": 0},
+        "does not know model.layers.0.self_attn.k_norm.weight (16,)",
+    ),
+    "GPT2": ({"n_embd": 32, "n_head": 4, "n_layer": 1}, "knows no nn.Linear"),
+}
+
+
+def run_refused_hugging_face(family):
+    model = hugging_face_model(family, True, **HUGGING_FACE_REFUSALS[family][0])
+    with pytest.raises(ValueError) as caught:
+        pypar.parallelize(model, Mesh(tp=2))
+    return str(caught.value)
+
+
+@needs_transformers
+@pytest.mark.parametrize("family", HUGGING_FACE_REFUSALS)
+def test_models_that_the_usual_plan_would_get_wrong_are_refused(ranks, family):
+    for message in ranks(2, run_refused_hugging_face, family):
+        assert HUGGING_FACE_REFUSALS[family][1] in message
