@@ -199,4 +199,4 @@ def _check_size(name: str, size: int) -> None:
 
 def _device_type() -> str:
     """The device type that the default process group serves: "cuda" with NCCL and a GPU, else "cpu"."""
-    return "cuda" if "nccl" in dist.get_backend() and torch.cuda.is_available() else "cpu"
+    return "cuda" if "nccl" in dist.get_backend_config() and torch.cuda.is_available() else "cpu"

@@ -80,9 +80,9 @@ def test_exception_is_shown_with_its_rank(ranks):
 
 def test_watchdog_names_the_last_collective_of_each_rank(ranks):
     with pytest.raises(RankError) as error:
-        ranks(2, _leave_out_rank, 0, timeout_s=1.0)
+        ranks(2, _leave_out_rank, 0, timeout_s=2.5)
     text = str(error.value)
-    assert "_leave_out_rank did not finish in 1 s; ranks [0] have finished" in text
+    assert "_leave_out_rank did not finish in 2.5 s; ranks [0] have finished" in text
     assert "rank 0: last all_reduce (call 1, 20 bytes to send) on axis world" in text
     assert "rank 1: last all_reduce (call 2, 28 bytes to send) on axis world" in text
     assert "stack of rank 1" in text and "in _leave_out_rank" in text

@@ -18,6 +18,8 @@ from pypar.comm.collectives import Handle
 if TYPE_CHECKING:
     from pypar.mesh import Axis
 
+_RING_TAG = 1 << 25  # apart from the tags of sends that the caller makes on the same group
+
 
 def send_start(x: Tensor, peer_index: int, axis: Axis, tag: int = 0) -> Handle:
     """Start sending x [any shape] to the rank with index peer_index on the axis; `wait()` returns x."""
@@ -66,8 +68,8 @@ class RingExchange:
         axis.traffic.record("ring_exchange", source.nbytes)
         works = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, source, self._next, axis.group),
-                dist.P2POp(dist.irecv, buffer, self._previous, axis.group),
+                dist.P2POp(dist.isend, source, self._next, axis.group, _RING_TAG),
+                dist.P2POp(dist.irecv, buffer, self._previous, axis.group, _RING_TAG),
             ]
         )
         return Handle(buffer, tuple(works), traffic=axis.traffic, keep=(source,))
