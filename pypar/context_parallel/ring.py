@@ -7,7 +7,7 @@ computes its attention and only then waits. Partial results are combined in fp32
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ def ring_attention(
         )
     positions_of(q.shape[1] * axis.size, axis.rank, axis.size, layout)  # refuses a layout that does not fit
     if axis.size == 1:
-        return attention(q, k, v, causal=causal, scale=scale, backend=backend)
+        return cast(Tensor, attention(q, k, v, causal=causal, scale=scale, backend=backend))
     plan = hops(q.shape[1], axis.rank, axis.size, layout, causal=causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _RingAttention.apply(q, k, v, axis, plan, scale, backend)  # type: ignore[no-untyped-call]
@@ -77,13 +77,21 @@ class _RingAttention(torch.autograd.Function):
         ring = RingExchange(axis)
         k_here, v_here = k, v
         travelling = _pack(k, v)
+        # attention_forward rounds its output to the dtype of its inputs, so they are widened here: parts that are
+        # rounded at every hop make the error grow with the number of ranks. The CPU kernel computes in fp32 and
+        # is as fast with fp32 inputs as with bf16 ones.
+        q_wide = q.to(_wide(q))
         for index, hop in enumerate(plan):
             arriving = ring.start(travelling) if index + 1 < axis.size else None
             if hop is not None:
-                part = attention_forward(
-                    q[:, hop.queries], k_here[:, hop.keys], v_here[:, hop.keys], hop.causal, scale, backend
+                part_out, part_lse = attention_forward(
+                    q_wide[:, hop.queries],
+                    k_here[:, hop.keys].to(q_wide.dtype),
+                    v_here[:, hop.keys].to(q_wide.dtype),
+                    hop.causal,
+                    scale,
+                    backend,
                 )
-                part_out, part_lse = part[0].to(_wide(q)), part[1]
                 if index == 0:
                     out, lse = part_out, part_lse
                 else:
@@ -108,7 +116,7 @@ class _RingAttention(torch.autograd.Function):
         gradients_arriving: Handle | None = None
         for index, hop in enumerate(ctx.plan):
             arriving = ring.start(travelling) if index + 1 < ctx.axis.size else None
-            shares = None
+            shares: list[Tensor] = []
             if hop is not None:
                 rows, keys = hop.queries, hop.keys
                 dq_share, *shares = attention_backward(
@@ -125,14 +133,13 @@ class _RingAttention(torch.autograd.Function):
                     fp32_gradients=True,
                 )
                 dq[:, rows] += dq_share
-            # The sums for these keys have visited the ranks before; they travelled here during this hop.
-            if gradients_arriving is None:
-                sums = torch.zeros(travelling.shape, dtype=dq.dtype, device=q.device)
-            else:
+            if gradients_arriving is None:  # hop 0, this rank's own keys, all of them
+                sums = _pack(*shares)
+            else:  # what the ranks before added for these keys, which travelled during this hop
                 sums = gradients_arriving.wait()
-            if shares is not None:
-                for total, share in zip(_unpack(sums, k, v), shares, strict=True):
-                    total[:, hop.keys] += share
+                if hop is not None:
+                    for total, share in zip(_unpack(sums, k, v), shares, strict=True):
+                        total[:, hop.keys] += share
             gradients_arriving = ring.start(sums)
             if arriving is not None:
                 travelling = arriving.wait()
