@@ -60,8 +60,9 @@ def _start(plan: Plan, arguments: argparse.Namespace) -> int:
     return launch(
         arguments.argv,
         plan.num_ranks,
-        threads,
-        lambda: resume_sentence(arguments.argv, checkpoint.latest(config.checkpoint_directory)),
+        threads=threads,
+        folder=config.run_directory / ".launch",
+        resume=lambda: resume_sentence(arguments.argv, checkpoint.latest(config.checkpoint_directory)),
     )
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MANIFEST = "complete.json"
 PARTIAL = ".partial"
 REPLACED = ".replaced"
+REMEDY = "give the folder of a complete checkpoint (step_...) or of a run that has one"
 
 State = Mapping[str, "tuple[Tensor, Layout]"]  # global name -> this rank's part, and which part that is
 
@@ -166,24 +167,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     ValueError says what is wrong with one that is not complete.
     """
     if not path.is_dir():
-        raise ValueError(f"checkpoint {path} does not exist; {_nearby(path)}")
+        raise ValueError(f"checkpoint {path} does not exist; {REMEDY}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files, _ = manifest["files"], (manifest["step"], manifest["written_at"], manifest["extra"])
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} is not a complete checkpoint: it has no {MANIFEST}; {_nearby(path)}"
-        ) from None
+        raise ValueError(f"{path} is not a complete checkpoint: it has no {MANIFEST}; {REMEDY}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"checkpoint {path} cannot be read: its {MANIFEST} is damaged ({error!r}); {_nearby(path)}"
+            f"checkpoint {path} cannot be read: its {MANIFEST} is damaged ({error!r}); {REMEDY}"
         ) from error
     for name, size in files.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise ValueError(f"checkpoint {path} cannot be read: {name} {state}; {_nearby(path)}")
+            raise ValueError(f"checkpoint {path} cannot be read: {name} {state}; {REMEDY}")
     return manifest
 
 
@@ -218,21 +217,25 @@ def _other_shape(path: Path, name: str, held: tuple[int, ...], expected: tuple[i
     )
 
 
-def _complete_ones(directory: Path) -> list[Path]:
-    """Complete checkpoints, the last written first: a run resumed from an older one writes lower steps."""
-    found = []
-    for path in directory.glob("step_*"):
+def survey(directory: Path) -> tuple[list[Path], list[str]]:
+    """The complete checkpoints of ``directory``, the last written first, and what is wrong with others.
+
+    Not by step: a run that was resumed from an older one writes lower steps. One that was being written when
+    the run ended is no fault, and not counted.
+    """
+    found, faults = [], []
+    for path in sorted(directory.glob("step_*")):
         if path.suffix not in (PARTIAL, REPLACED):
             try:
                 found.append((read_manifest(path)["written_at"], path))
-            except ValueError:
-                continue
-    return [path for _, path in sorted(found, reverse=True)]
+            except ValueError as error:
+                faults.append(str(error))
+    return [path for _, path in sorted(found, reverse=True)], faults
 
 
 def latest(directory: Path) -> Path | None:
     """The complete checkpoint of ``directory`` that was written last; None where there is none."""
-    return next(iter(_complete_ones(directory)), None)
+    return next(iter(survey(directory)[0]), None)
 
 
 def resolve(path: Path) -> Path:
@@ -245,20 +248,12 @@ def resolve(path: Path) -> Path:
     return path
 
 
-def _nearby(path: Path) -> str:
-    for directory in (path, path / "checkpoints", path.parent, path.parent / "checkpoints"):
-        newest = latest(directory) if directory.is_dir() and directory != Path(path.anchor) else None
-        if newest is not None and newest != path:
-            return f"the newest complete one near it is {newest}"
-    return "give the folder of a complete checkpoint (step_...) or of a run that has one"
-
-
 def keep_newest(directory: Path, count: int) -> None:
     """Delete all but the ``count`` checkpoints written last (0: none). Called by every rank; rank 0 acts."""
     import torch.distributed as dist
 
     if count < 1 or (dist.is_initialized() and dist.get_rank() != 0):
         return
-    for path in _complete_ones(directory)[count:]:
+    for path in survey(directory)[0][count:]:
         (path / MANIFEST).unlink()  # first, so that no moment shows a complete checkpoint that is not
         shutil.rmtree(path)

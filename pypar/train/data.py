@@ -23,7 +23,7 @@ def _key(*parts: int) -> int:
 
 
 def shuffled(index: np.ndarray, count: int, *key: int) -> np.ndarray:
-    """Where each ``index`` (int64, below ``count``) goes in the random order of ``count`` that ``key`` chooses.
+    """Where each ``index`` (int64, < ``count``) goes in the random order of ``count`` that ``key`` chooses.
 
     A Feistel network over the smallest even number of bits that holds ``count``, walked until the value is in
     range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection without a table.

@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 import uuid
@@ -48,13 +48,20 @@ def run_rank(job: Callable[[], None]) -> None:
     """Run a rank's job; an exception goes to the agent's error file, from which `launch` shows it once."""
     try:
         job()
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
     except Exception as error:
         _record(error)
         if not launched_here():
             raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # not sys.exit: threads of a broken process group may not end
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Not sys.exit: the threads of a broken process group may not end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _record(error: Exception) -> None:
@@ -68,10 +75,13 @@ def _record(error: Exception) -> None:
         Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
-def launch(arguments: Sequence[str], num_ranks: int, threads: int, resume: Callable[[], str]) -> int:
+def launch(
+    arguments: Sequence[str], num_ranks: int, *, threads: int, folder: Path, resume: Callable[[], str]
+) -> int:
     """Run ``python -m pypar.cli`` with ``arguments`` in ``num_ranks`` local ranks; the exit code.
 
-    threads: of each rank. resume: gives the sentence that says how to go on, once a rank has failed.
+    threads: of each rank. folder: for the ranks' error files, removed at the end. resume: gives the sentence
+    that says how to go on, once a rank has failed.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -80,10 +90,7 @@ def launch(arguments: Sequence[str], num_ranks: int, threads: int, resume: Calla
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    with (
-        tempfile.TemporaryDirectory(prefix="pypar-launch-") as folder,
-        _environment(_rank_environment(threads)),
-    ):
+    with _emptied(folder), _environment(_rank_environment(threads)):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -94,7 +101,7 @@ def launch(arguments: Sequence[str], num_ranks: int, threads: int, resume: Calla
             local_addr="localhost",
             max_restarts=0,
             monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         )
         try:
             elastic_launch(config, sys.executable)("-m", "pypar.cli", *arguments)
@@ -118,6 +125,15 @@ def _rank_environment(threads: int) -> dict[str, str]:
             "GLOO_SOCKET_IFNAME", "lo"
         )  # no host name to resolve
     return variables
+
+
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed launcher left
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -196,14 +196,18 @@ def _check_run_directory(config: RunConfig, overwrite: bool) -> None:
 
 def _check_resume(config: RunConfig, model: "DecoderConfig") -> tuple[str, list[str]]:
     """The checkpoint to start from as an absolute path, or ""; and what to say about it."""
-    path = config.resume_path()
+    path, notes = config.resume_path(), []
+    if config.train.resume == "auto":
+        complete, faults = checkpoint.survey(config.checkpoint_directory)
+        if faults and not complete:
+            raise ValueError(f"{faults[0]}, or start anew with --overwrite and without --resume")
+        notes = faults if complete else [f"no checkpoint in {config.checkpoint_directory} yet: starting anew"]
     if path is None:
-        note = f"no checkpoint in {config.checkpoint_directory} yet: starting anew"
-        return "", [note] if config.train.resume else []
+        return "", notes
     step = checkpoint.check_readable(path, model)["step"]
     if step >= config.train.steps:
         raise ValueError(
             f"checkpoint {path} is at step {step} and train.steps is {config.train.steps}: nothing is left "
             "to train; raise train.steps"
         )
-    return os.path.abspath(path), []
+    return os.path.abspath(path), notes
