@@ -77,9 +77,9 @@ class _RingAttention(torch.autograd.Function):
         ring = RingExchange(axis)
         k_here, v_here = k, v
         travelling = _pack(k, v)
-        # attention_forward rounds its output to the dtype of its inputs, so they are widened here: parts that are
-        # rounded at every hop make the error grow with the number of ranks. The CPU kernel computes in fp32 and
-        # is as fast with fp32 inputs as with bf16 ones.
+        # attention_forward rounds its output to its inputs' dtype, so they are widened: parts that are rounded
+        # at every hop make the error grow with the number of ranks. The CPU kernel computes in fp32 and takes
+        # the same time for both.
         q_wide = q.to(_wide(q))
         for index, hop in enumerate(plan):
             arriving = ring.start(travelling) if index + 1 < axis.size else None
