@@ -68,8 +68,8 @@ class RingExchange:
         axis.traffic.record("ring_exchange", source.nbytes)
         works = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, source, self._next, axis.group, _RING_TAG),
                 dist.P2POp(dist.irecv, buffer, self._previous, axis.group, _RING_TAG),
+                dist.P2POp(dist.isend, source, self._next, axis.group, _RING_TAG),
             ]
         )
         return Handle(buffer, tuple(works), traffic=axis.traffic, keep=(source,))
