@@ -8,7 +8,7 @@ from pypar.comm import all_gather_start, all_reduce_start, reduce_scatter_start,
 from pypar.comm.collectives import local_slice
 from pypar.mesh import Axis
 
-WORLD_SIZES = [1, 2, 4]
+WORLD_SIZES = [1, 2, 3, 4]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -154,8 +154,8 @@ def _traffic(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_bytes_on_the_wire_are_the_theory(ranks, world_size, dtype):
-    num_bytes = 4 * 7 * dtype.itemsize
-    counts = ranks(world_size, _traffic, (4, 7), dtype)
+    num_bytes = 12 * 7 * dtype.itemsize
+    counts = ranks(world_size, _traffic, (12, 7), dtype)
     if world_size == 1:
         assert counts == [[(0, {})] * 3]
         return
