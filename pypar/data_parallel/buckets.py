@@ -11,40 +11,15 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pypar.comm import Handle, all_reduce_start
+from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
+from pypar.data_parallel.flat import Bucket, Slot, fill_buckets, take_in
 from pypar.mesh import Axis, as_axis
-
-
-@dataclass(eq=False)
-class _Slot:
-    """One parameter and where its gradient lies."""
-
-    parameter: nn.Parameter
-    name: str
-    gradient: Tensor  # view of the bucket, in the parameter's shape
-    bucket: _Bucket
-    is_ready: bool = False  # its last backward of this step is done
-    is_stale: bool = False  # holds the sum of an earlier step, not cleared since
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether the gradient is what parameter.grad shows; not where the bucket has a dtype of its own."""
-        return self.gradient.dtype == self.parameter.dtype
-
-
-@dataclass(eq=False)
-class _Bucket:
-    flat: Tensor
-    slots: list[_Slot] = field(default_factory=list)
-    num_ready: int = 0
-    handle: Handle | None = None
 
 
 class GradientBuckets:
@@ -105,11 +80,11 @@ class GradientBuckets:
         self._accumulating = False
         self._num_backward = 0  # gradients that arrived since zero()
         self._next = 0  # the bucket that starts next
-        self._buckets = _fill_buckets(named, bucket_bytes, first_bucket_bytes, gradient_dtype)
+        self._buckets = fill_buckets(named, bucket_bytes, first_bucket_bytes, gradient_dtype)
         self._slots = {slot.parameter: slot for bucket in self._buckets for slot in bucket.slots}
         hook = _weak_hook(self)
         for slot in self._slots.values():
-            _take_in(slot)
+            take_in(slot)
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for _, p in named]
 
     @property
@@ -207,7 +182,7 @@ class GradientBuckets:
         self._num_backward += 1
         slot.is_stale = False
         if parameter.grad is not slot.gradient:
-            _take_in(slot)
+            take_in(slot)
         if self._accumulating:
             return
         slot.is_ready = True
@@ -215,7 +190,7 @@ class GradientBuckets:
         while self._next < len(self._buckets) and self._is_full(self._buckets[self._next]):
             self._start_next()
 
-    def _settle(self, slot: _Slot) -> None:
+    def _settle(self, slot: Slot) -> None:
         """A gradient that no backward outside of accumulate() has reached: what it holds is what this rank
         contributes.
         """
@@ -228,7 +203,7 @@ class GradientBuckets:
         if slot.is_shown and slot.parameter.grad is not slot.gradient:
             if slot.parameter.grad is None:
                 slot.gradient.zero_()
-            _take_in(slot)
+            take_in(slot)
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]
@@ -236,7 +211,7 @@ class GradientBuckets:
         self._next += 1
 
     @staticmethod
-    def _is_full(bucket: _Bucket) -> bool:
+    def _is_full(bucket: Bucket) -> bool:
         return bucket.num_ready == len(bucket.slots)
 
     def _forget_step(self) -> None:
@@ -251,22 +226,6 @@ class GradientBuckets:
             raise RuntimeError(f"{what} was called while gradients are being reduced; call finish() first")
 
 
-@torch.no_grad()
-def _take_in(slot: _Slot) -> None:
-    """Bring what parameter.grad holds into the bucket, and make parameter.grad the bucket's view where dtypes
-    agree.
-    """
-    grad = slot.parameter.grad
-    if not slot.is_shown:
-        if grad is not None:
-            slot.gradient.add_(grad)
-        slot.parameter.grad = None
-        return
-    if grad is not None:
-        slot.gradient.copy_(grad.detach().to_dense() if grad.is_sparse else grad.detach())
-    slot.parameter.grad = slot.gradient
-
-
 def _weak_hook(buckets: GradientBuckets) -> Callable[[Tensor], None]:
     """A hook that does not keep the buckets alive: they go when their user drops them."""
     reference = weakref.ref(buckets)
@@ -277,35 +236,3 @@ def _weak_hook(buckets: GradientBuckets) -> Callable[[Tensor], None]:
             alive._arrived(parameter)  # type: ignore[arg-type]
 
     return hook
-
-
-def _fill_buckets(
-    named: list[tuple[str, nn.Parameter]],
-    bucket_bytes: int,
-    first_bucket_bytes: int,
-    dtype: torch.dtype | None,
-) -> list[_Bucket]:
-    """Parameters in reverse order, cut into buckets of one dtype and device; a bucket closes once it has its
-    bytes.
-    """
-    closed: list[tuple[list[tuple[str, nn.Parameter]], torch.dtype]] = []
-    is_open: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
-    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-    for name, parameter in reversed(named):
-        kind = (dtype or parameter.dtype, parameter.device)
-        is_open.setdefault(kind, []).append((name, parameter))
-        sizes[kind] = sizes.get(kind, 0) + parameter.numel() * kind[0].itemsize
-        if sizes[kind] >= (bucket_bytes if closed else min(first_bucket_bytes, bucket_bytes)):
-            closed.append((is_open.pop(kind), kind[0]))
-            sizes[kind] = 0
-    closed += [(members, kind[0]) for kind, members in is_open.items()]
-    return [_bucket(members, kind) for members, kind in closed]
-
-
-def _bucket(members: list[tuple[str, nn.Parameter]], dtype: torch.dtype) -> _Bucket:
-    total = sum(p.numel() for _, p in members)
-    bucket = _Bucket(torch.zeros(total, dtype=dtype, device=members[0][1].device))
-    parts = bucket.flat.split([p.numel() for _, p in members])
-    for (name, parameter), part in zip(members, parts, strict=True):
-        bucket.slots.append(_Slot(parameter, name, part.view(parameter.shape), bucket))
-    return bucket

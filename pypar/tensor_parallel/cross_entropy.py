@@ -1,8 +1,8 @@
 """Cross-entropy of logits whose vocabulary is cut over the tp axis; the logits are never gathered.
 
-With lse_r the logsumexp of rank r's logits and M = max_r lse_r, that of the whole vocabulary is
-lse = M + log sum_r exp(lse_r - M). So three numbers a token travel (M, the sum, the target's logit), in two
-all-reduces, whatever the vocabulary. Source: Megatron-LM (arXiv 1909.08053).
+Each rank r has the maximum m_r and the total t_r = sum exp(logits - m_r) of its part. With M = max_r m_r, the
+loss is log sum_r t_r exp(m_r - M) - (logits[target] - M). So three numbers a token travel (M, the sum, the
+target's logit less M), in two all-reduces, whatever the vocabulary. Source: Megatron-LM (arXiv 1909.08053).
 """
 
 from __future__ import annotations
@@ -51,27 +51,29 @@ class _VocabParallelCrossEntropy(Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, ignore_index: int) -> Tensor:
         start, ignored = axis.rank * logits.shape[-1], targets == ignore_index
         here = (targets >= start) & (targets < start + logits.shape[-1]) & ~ignored
-        # A token whose target another rank has: any target of this rank's gives its logsumexp; backward
-        # corrects column 0.
+        # A token whose target another rank has: any target of this rank gives the same total; backward corrects
+        # column 0.
         rows = torch.where(here, targets - start, 0)
         backend = choose("cross_entropy", BACKENDS, {"logits": logits, "targets": rows}, None).name
-        _, part_lse = torch.ops.pypar.cross_entropy_forward(logits, rows, _NEVER, backend)
-        picked = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1).to(part_lse.dtype)
-        top = all_reduce_start(part_lse.clone(), axis, dist.ReduceOp.MAX).wait()
-        packed = torch.stack((torch.exp(part_lse - top), torch.where(here, picked, 0)))
+        _, part_max, part_total = torch.ops.pypar.cross_entropy_forward(logits, rows, _NEVER, backend)
+        part_max.masked_fill_(part_total == 0, -torch.inf)  # nothing but -inf here: no say in the maximum
+        maximum = all_reduce_start(part_max.clone(), axis, dist.ReduceOp.MAX).wait()
+        picked = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1) - maximum
+        packed = torch.stack((part_total * torch.exp(part_max - maximum), torch.where(here, picked, 0)))
         total, target_logit = all_reduce_start(packed, axis).wait()
-        lse = top + total.log()
-        ctx.save_for_backward(logits, rows, here, ignored, lse)
+        ctx.save_for_backward(logits, rows, here, ignored, maximum, total)
         ctx.backend = backend
-        return torch.where(ignored, 0, lse - target_logit)
+        return torch.where(ignored, 0, total.log() - target_logit)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, rows, here, ignored, lse = ctx.saved_tensors
+        logits, rows, here, ignored, maximum, total = ctx.saved_tensors
         dloss = torch.where(ignored, 0, dloss)
-        dlogits = torch.ops.pypar.cross_entropy_backward(dloss, logits, rows, lse, _NEVER, ctx.backend)
-        first = torch.exp(logits[..., 0].to(lse.dtype) - lse) * dloss
+        dlogits = torch.ops.pypar.cross_entropy_backward(
+            dloss, logits, rows, maximum, total, _NEVER, ctx.backend
+        )
+        first = torch.exp(logits[..., 0] - maximum) / total * dloss
         dlogits[..., 0] = torch.where(here, dlogits[..., 0], first.to(dlogits.dtype))
         return dlogits, None, None, None
 
