@@ -72,6 +72,6 @@ def _delete_earlier(config: RunConfig) -> None:
 
 
 def _train(config: RunConfig) -> None:
-    from pypar.train.trainer import run
+    from pypar.train.run import run
 
     run(config)

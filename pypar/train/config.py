@@ -77,6 +77,7 @@ class TrainConfig:
     precision: str = "fp32"  # or "bf16" with fp32 master weights
     evaluate_every: int = 50  # steps; 0: only at the end
     evaluate_batches: int = 4
+    final_evaluate_batches: int = 32  # at the end of the run
     checkpoint_every: int = 100  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest so many; 0: all
     resume: str = ""  # "": start anew; "auto" (or true): the newest checkpoint of this run; or a path
@@ -248,6 +249,9 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         key, kind = prefix + name, hints.get(name)
         if kind is None:
+            while isinstance(value, Mapping) and value:  # of an unknown section, its first key
+                leaf, value = next(iter(value.items()))
+                key += f".{leaf}"
             raise _unknown(key)
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping):

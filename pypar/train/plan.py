@@ -50,6 +50,7 @@ BOUNDS: dict[str, tuple[float | str, float | str]] = {
     "train.sequence_length": _AT_LEAST_1,
     "train.evaluate_every": _AT_LEAST_0,
     "train.evaluate_batches": _AT_LEAST_1,
+    "train.final_evaluate_batches": _AT_LEAST_1,
     "train.checkpoint_every": _AT_LEAST_0,
     "train.keep_checkpoints": _AT_LEAST_0,
     "train.threads": _AT_LEAST_0,

@@ -1,28 +1,20 @@
-"""The training run of one rank: build the model on the mesh, step, evaluate, save, resume."""
+"""One rank of a training run: the model on the mesh, a step, evaluation, checkpoints."""
 
-import contextlib
-import json
 import math
-import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ..comm import all_reduce_start
 from ..data_parallel import GradientBuckets
-from ..mesh import Axis, Mesh, parse_mesh
+from ..mesh import Axis, Mesh
 from ..models import Decoder
 from ..pipeline_parallel import PipelineRuntime, schedules
 from . import checkpoint
 from .batch import TrainingStage, split_batch
 from .config import RunConfig
 from .data import open_data
-from .generate import generate
 from .gradients import PartialGradients, tied_embedding_axis
-from .metrics import FLOP_CONVENTION, Metrics, draw_loss_curve, matmul_rate
 from .optimizer import Optimizer, learning_rate
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -143,102 +135,3 @@ class Trainer:
     def load(self, path: Path) -> None:
         self.step = checkpoint.load(path, self.optimizer.state(), self.mesh)["step"]
         self.optimizer.loaded(self.step)
-
-
-@contextlib.contextmanager
-def process_group(threads: int) -> Iterator[torch.device]:
-    """Joins the job that torchrun (or ``pypar train``) started, if any; yields this rank's device."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def run(config: RunConfig) -> None:
-    """Train as ``config`` says, from its last complete checkpoint where it asks to resume; writes runs/<name>/."""
-    with process_group(config.train.threads) as device:
-        mesh = Mesh(**parse_mesh(config.mesh), device_type=device.type)
-        _run(Trainer(config, mesh, device), config.run_directory)
-
-
-def _run(trainer: Trainer, directory: Path) -> None:
-    config, mesh = trainer.config, trainer.mesh
-    writes = mesh.world.rank == 0
-    resume_from = config.resume_path()
-    if resume_from is not None:
-        trainer.load(resume_from)
-    if writes:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    metrics = Metrics(directory if writes else None, config.train.steps, trainer.step)
-    if resume_from is not None:
-        metrics.say(f"resumed from {resume_from} at step {trainer.step}")
-    _steps(trainer, directory, metrics)
-    val_loss = trainer.evaluate(trainer.data.num_validation_batches(config.train.batch_size))
-    saved = trainer.save(directory / "checkpoints")
-    metrics.close()
-    if writes:
-        _report(trainer, directory, val_loss, saved)
-
-
-def _steps(trainer: Trainer, directory: Path, metrics: Metrics) -> None:
-    config, train = trainer.config, trainer.config.train
-    peak = matmul_rate(PRECISIONS[train.precision], trainer.device) * trainer.mesh.world.size
-    tokens_per_step = train.batch_size * train.sequence_length
-    flops_per_step = tokens_per_step * trainer.model_config.flops_per_token(train.sequence_length)
-    if trainer.step == 0:
-        metrics.say(
-            f"MFU: {FLOP_CONVENTION}; peak = {peak / 1e9:.0f} GFLOP/s, measured ({train.precision} 1024^3 matmul x ranks)"
-        )
-    while trainer.step < train.steps:
-        for axis in trainer.axes:
-            axis.traffic.reset()
-        start = time.perf_counter()
-        line: dict[str, object] = dict(trainer.train_step())
-        seconds = time.perf_counter() - start
-        waited = sum(axis.traffic.wait_seconds for axis in trainer.axes)
-        line |= {
-            "tokens_per_s": tokens_per_step / seconds,
-            "mfu": flops_per_step / seconds / peak,
-            "wait_share": waited / seconds,
-            "bytes_sent": {axis.name: axis.traffic.bytes_sent for axis in trainer.axes if axis.size > 1},
-        }
-        last = trainer.step == train.steps
-        if train.evaluate_every and trainer.step % train.evaluate_every == 0 and not last:
-            line["val_loss"] = trainer.evaluate(train.evaluate_batches)
-        metrics.write(line, show=trainer.step % train.log_every == 0 or trainer.step == 1 or last)
-        if train.checkpoint_every and trainer.step % train.checkpoint_every == 0 and not last:
-            trainer.save(directory / "checkpoints")
-            checkpoint.keep_newest(directory / "checkpoints", train.keep_checkpoints)
-
-
-def _report(trainer: Trainer, directory: Path, val_loss: float, saved: Path) -> None:
-    config = trainer.config
-    entropies = trainer.data.validation_entropies()
-    lines = Metrics.read(directory / "metrics.jsonl")
-    lines[-1]["val_loss"] = val_loss
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    levels = {f"{name} entropy": value for name, value in entropies.items()}
-    draw_loss_curve(lines, levels, directory / "loss.png")
-    compared = ", ".join(f"{name} {value:.3f}" for name, value in levels.items())
-    print(f"validation loss {val_loss:.4f} nats a token ({compared} of the same text)")
-    text = generate(
-        saved, config.train.sample_prompt, config.train.sample_tokens, temperature=0.8, seed=config.seed
-    )
-    (directory / "sample.txt").write_text(text + "\n")
-    print(f"sample:\n{text}\n")
-    print(
-        f"checkpoint {saved}\nloss curve {directory / 'loss.png'}\nmetrics    {directory / 'metrics.jsonl'}"
-    )

@@ -1,0 +1,118 @@
+"""A training run from start to end: join the job, step through it, write what the user reads."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..mesh import Mesh, parse_mesh
+from . import checkpoint
+from .config import RunConfig
+from .generate import generate
+from .metrics import FLOP_CONVENTION, Metrics, draw_loss_curve, matmul_rate
+from .trainer import PRECISIONS, Trainer
+
+
+@contextlib.contextmanager
+def process_group(threads: int) -> Iterator[torch.device]:
+    """Joins the job that torchrun (or ``pypar train``) started, if any; yields this rank's device."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(config: RunConfig) -> None:
+    """Train as ``config`` says, from the checkpoint that it names, if any; writes <directory>/<name>/."""
+    with process_group(config.train.threads) as device:
+        mesh = Mesh(**parse_mesh(config.mesh), device_type=device.type)
+        trainer = Trainer(config, mesh, device)
+        saved = _train(trainer, writes=mesh.world.rank == 0)
+    if mesh.world.rank == 0:
+        _report(trainer, saved)
+
+
+def _train(trainer: Trainer, *, writes: bool) -> Path:
+    config = trainer.config
+    directory = config.run_directory
+    resume_from = config.resume_path()
+    if resume_from is not None:
+        trainer.load(resume_from)
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    metrics = Metrics(directory if writes else None, config.train.steps, trainer.step)
+    if resume_from is not None:
+        metrics.say(f"resumed from {resume_from} at step {trainer.step}")
+    with contextlib.closing(metrics):
+        _steps(trainer, metrics)
+    return trainer.save(config.checkpoint_directory)
+
+
+def _steps(trainer: Trainer, metrics: Metrics) -> None:
+    train, directory = trainer.config.train, trainer.config.checkpoint_directory
+    rate = matmul_rate(PRECISIONS[train.precision], trainer.device) * trainer.mesh.world.size
+    tokens = train.batch_size * train.sequence_length
+    flops = tokens * trainer.model_config.flops_per_token(train.sequence_length)
+    metrics.say(
+        f"MFU: {FLOP_CONVENTION}; peak {rate / 1e9:.0f} GFLOP/s = ranks x a {train.precision} matmul, measured now"
+    )
+    while trainer.step < train.steps:
+        for axis in trainer.axes:
+            axis.traffic.reset()
+        start = time.perf_counter()
+        line: dict[str, object] = dict(trainer.train_step())
+        seconds = time.perf_counter() - start
+        line |= {
+            "tokens_per_s": tokens / seconds,
+            "mfu": flops / seconds / rate,
+            "wait_share": sum(axis.traffic.wait_seconds for axis in trainer.axes) / seconds,
+            "bytes_sent": {axis.name: axis.traffic.bytes_sent for axis in trainer.axes if axis.size > 1},
+        }
+        last = trainer.step == train.steps
+        if last:
+            line["val_loss"] = trainer.evaluate(train.final_evaluate_batches)
+        elif train.evaluate_every and trainer.step % train.evaluate_every == 0:
+            line["val_loss"] = trainer.evaluate(train.evaluate_batches)
+        metrics.write(line, show=trainer.step % train.log_every == 0 or trainer.step == 1 or last)
+        if train.checkpoint_every and trainer.step % train.checkpoint_every == 0 and not last:
+            trainer.save(directory)
+            checkpoint.keep_newest(directory, train.keep_checkpoints)
+
+
+def _report(trainer: Trainer, saved: Path) -> None:
+    """What the user came for: validation loss beside the text's entropies, a picture, a sample."""
+    train, directory = trainer.config.train, trainer.config.run_directory
+    lines = Metrics.read(directory / "metrics.jsonl")
+    levels = {f"{name} entropy": value for name, value in trainer.data.validation_entropies().items()}
+    draw_loss_curve(lines, levels, directory / "loss.png")
+    compared = ", ".join(f"{name} {value:.3f}" for name, value in levels.items())
+    print(f"validation loss {lines[-1]['val_loss']:.4f} nats a token ({compared} of the same text)")
+    text = generate(
+        saved, train.sample_prompt, train.sample_tokens, temperature=0.8, seed=trainer.config.seed
+    )
+    (directory / "sample.txt").write_text(text + "\n")
+    print(f"sample:\n{text}\n")
+    for what, path in (
+        ("checkpoint", saved),
+        ("loss curve", directory / "loss.png"),
+        ("metrics", directory / "metrics.jsonl"),
+    ):
+        print(f"{what:<11}{path}")
