@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from pypar import comm as comm
     from pypar import context_parallel as context_parallel
     from pypar import data_parallel as data_parallel
-    from pypar import kernels as kernels
     from pypar import layout as layout
     from pypar import mesh as mesh
     from pypar import models as models
@@ -38,7 +37,6 @@ _ROOMS = (
     "comm",
     "context_parallel",
     "data_parallel",
-    "kernels",
     "layout",
     "mesh",
     "models",

@@ -56,7 +56,7 @@ def run(command: list[str], cwd: Path, **env: str) -> str:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | env
     no_input = subprocess.DEVNULL
     result = subprocess.run(
-        command, cwd=cwd, env=env, stdin=no_input, capture_output=True, text=True, timeout=300
+        command, cwd=cwd, env=env, stdin=no_input, capture_output=True, text=True, timeout=600
     )
     if result.returncode != 0:
         output = result.stdout + result.stderr
