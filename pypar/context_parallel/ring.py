@@ -77,7 +77,7 @@ class _RingAttention(torch.autograd.Function):
         ring = RingExchange(axis)
         k_here, v_here = k, v
         travelling = _pack(k, v)
-        # attention_forward rounds its output to its inputs' dtype, so they are widened: parts that are rounded
+        # attention_forward rounds its output to its inputs' dtype, so they are widened: parts rounded
         # at every hop make the error grow with the number of ranks. The CPU kernel computes in fp32 and takes
         # the same time for both.
         q_wide = q.to(_wide(q))
