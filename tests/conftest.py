@@ -12,9 +12,9 @@ from ranks import RankPools
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPools]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPools]:
     """ranks(world_size, fn, *args, timeout_s=60): call a module-level function in every rank."""
-    pools = RankPools()
+    pools = RankPools(tmp_path_factory.mktemp("ranks"))
     try:
         yield pools
     finally:

@@ -53,7 +53,9 @@ class RankError(AssertionError):
 class RankPools:
     """Calls fn in every rank of a pool: pools(world_size, fn, *args, timeout_s=60) -> results by rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        """folder: where each pool keeps its files, in a folder of its own, as long as it lives."""
+        self._folder = folder
         self._pools: dict[int, _Pool] = {}
 
     def __call__(
@@ -62,7 +64,7 @@ class RankPools:
         __tracebackhide__ = True
         pool = self._pools.get(world_size)
         if pool is None:
-            pool = self._pools[world_size] = _Pool(world_size)
+            pool = self._pools[world_size] = _Pool(world_size, self._folder)
         try:
             if not pool.ready:
                 pool.wait_until_ready()
@@ -89,8 +91,8 @@ class RankPools:
 class _Pool:
     """The parent's end of one set of ranks."""
 
-    def __init__(self, world_size: int) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="pypar-ranks-"))
+    def __init__(self, world_size: int, folder: Path) -> None:
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
         (self.folder / "status").write_bytes(bytes(STATUS_BYTES * world_size))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)

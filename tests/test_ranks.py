@@ -106,8 +106,8 @@ sys.path.insert(0, {tests!r})
 import test_ranks
 from ranks import RankPools
 
-def test_hang():
-    pools = RankPools()
+def test_hang(tmp_path):
+    pools = RankPools(tmp_path)
     try:
         identities = [process for _, process in pools(2, test_ranks._threads_and_process)]
         folder = pools._pools[2].folder

@@ -117,7 +117,7 @@ def reduce_scatter_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
     source = _split_by_rank(x.detach(), axis, dim).contiguous()
     axis.traffic.record("reduce_scatter", wire_bytes("reduce_scatter", source.nbytes, axis.size))
     if x.is_cpu:
-        # gloo's reduce_scatter takes 1.5 to 2 times as long (2 and 4 ranks on one host, 1 to 8 MiB), and it adds
+        # gloo's reduce_scatter takes 1.5 to 2 times as long (2 and 4 ranks on one host, 1 to 8 MiB), and adds
         # in the tensor's 16 bits.
         parts = torch.empty_like(source)
         work = dist.all_to_all_single(parts.view(-1), source.view(-1), group=axis.group, async_op=True)
