@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 STATUS_BYTES = 256  # per rank: its latest collective, as text
-START_TIMEOUT_S = 120.0  # for a pool to start, which loads torch
+START_TIMEOUT_S = 120.0  # torch is loaded in it
 PRELOAD = [
     "torch.distributed.checkpoint",
     "torch.distributed.tensor",
@@ -227,8 +227,6 @@ def _rank_main(
             answer = (True, pickle.dumps(_call(message)))
         except BaseException:
             answer = (False, traceback.format_exc())
-        sys.stdout.flush()
-        sys.stderr.flush()
         connection.send_bytes(pickle.dumps(answer))
 
 
