@@ -7,7 +7,8 @@ struct CrossEntropyForward {
   const void* logits;      // [rows, size], rows `stride` apart
   const int64_t* targets;  // [rows]
   float* loss;             // [rows]
-  float* lse;              // [rows]
+  float* maximum;          // [rows]: each row's greatest logit
+  float* total;            // [rows]: the sum of exp(logit - maximum)
   int64_t* wrong_row;      // holds `rows`; set to the first row whose target is out of range
   int64_t rows, size, stride, ignore_index;
   int element_type, num_threads;
@@ -17,7 +18,8 @@ struct CrossEntropyBackward {
   const float* dloss;      // [rows]
   const void* logits;      // [rows, size], rows `stride` apart
   const int64_t* targets;  // [rows], those that forward took
-  const float* lse;        // [rows]
+  const float* maximum;    // [rows], of forward
+  const float* total;      // [rows]
   void* dlogits;           // [rows, size]
   int64_t rows, size, stride, ignore_index;
   int element_type, num_threads;
@@ -41,7 +43,7 @@ constexpr int64_t kBlock = 2048;
 PYPAR_INLINE float exp_of(float x) { return exp(broadcast(x))[0]; }
 
 template <class Element>
-static float maximum(const Element* x, int64_t size) {
+static float greatest_of(const Element* x, int64_t size) {
   Float greatest = broadcast(-__builtin_inff());
   int64_t i = 0;
   for (; i + kWidth <= size; i += kWidth) greatest = max(load(x + i), greatest);
@@ -53,28 +55,28 @@ static float maximum(const Element* x, int64_t size) {
   return reduce_max(greatest);
 }
 
-// log(sum(exp(x))), with the sum of each block scaled by the maximum so far (Milakov and Gimelshein, arXiv
-// 1805.02867).
+// The sum of exp(x - *maximum), which each block scales by the maximum so far (Milakov and Gimelshein,
+// arXiv 1805.02867).
 template <class Element>
-static float log_sum_exp(const Element* x, int64_t size) {
+static float sum_of_exponentials(const Element* x, int64_t size, float* maximum) {
   const float infinity = __builtin_inff();
-  float greatest = -infinity, sum = 0.0f;
+  float greatest = -infinity, shift = 0.0f, sum = 0.0f;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const Element* block = x + begin;
     const int64_t block_size = smaller(kBlock, size - begin);
-    const float before = greatest;
-    const float here = maximum(block, block_size);
+    const float here = greatest_of(block, block_size);
+    const float before = shift;
     greatest = here > greatest ? here : greatest;
     // Nothing but -inf or NaN so far: zero keeps what follows from -inf - -inf, and lets NaN through.
-    const float shift = greatest == -infinity ? 0.0f : greatest;
+    shift = greatest == -infinity ? 0.0f : greatest;
     const float block_sum = sum_over(block_size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
       const Float term = exp(load_first(block + i, count) - shift);
       return count == kWidth ? term : select(lane_indices() < static_cast<int32_t>(count), term, zero());
     });
-    sum = sum * exp_of(before - shift) + block_sum;
+    sum = (sum == 0.0f ? 0.0f : sum * exp_of(before - shift)) + block_sum;
   }
-  if (greatest == infinity) return infinity;
-  return (greatest == -infinity ? 0.0f : greatest) + __builtin_logf(sum);
+  *maximum = shift;
+  return sum;
 }
 
 PYPAR_INLINE void lower_to(int64_t* first, int64_t row) {
@@ -88,16 +90,17 @@ template <class Element>
 static void forward_row(const CrossEntropyForward& a, int64_t row) {
   const Element* logits = static_cast<const Element*>(a.logits) + row * a.stride;
   const int64_t target = a.targets[row];
-  const float lse = log_sum_exp(logits, a.size);
-  a.lse[row] = lse;
-  if (target == a.ignore_index) {
-    a.loss[row] = 0.0f;
-  } else if (target < 0 || target >= a.size) {
-    a.loss[row] = 0.0f;
+  a.loss[row] = a.maximum[row] = 0.0f;
+  a.total[row] = 1.0f;
+  if (target == a.ignore_index) return;
+  if (target < 0 || target >= a.size) {
     lower_to(a.wrong_row, row);
-  } else {
-    a.loss[row] = lse - to_float(logits[target]);
+    return;
   }
+  a.total[row] = sum_of_exponentials(logits, a.size, a.maximum + row);
+  // The maximum is taken from the logit and not added to the logarithm: the other way round, a large one
+  // would swallow the digits of a small loss.
+  a.loss[row] = __builtin_logf(a.total[row]) - (to_float(logits[target]) - a.maximum[row]);
 }
 
 template <class Element>
@@ -109,11 +112,11 @@ static void backward_row(const CrossEntropyBackward& a, int64_t row) {
     std::memset(dlogits, 0, sizeof(Element) * a.size);
     return;
   }
-  const float dloss = a.dloss[row], lse = a.lse[row];
+  const float dloss = a.dloss[row], maximum = a.maximum[row], scale = 1.0f / a.total[row];
   for_vectors(a.size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
-    store_first(dlogits + i, exp(load_first(logits + i, count) - lse) * dloss, count);
+    store_first(dlogits + i, exp(load_first(logits + i, count) - maximum) * scale * dloss, count);
   });
-  from_float((exp_of(to_float(logits[target]) - lse) - 1.0f) * dloss, dlogits + target);
+  from_float((exp_of(to_float(logits[target]) - maximum) * scale - 1.0f) * dloss, dlogits + target);
 }
 
 void cross_entropy_forward(const CrossEntropyForward& a) {
@@ -138,24 +141,27 @@ void cross_entropy_backward(const CrossEntropyBackward& a) {
 
 PYPAR_BIND(cross_entropy) {
   // Returns the first row whose target is out of range, or -1.
-  module.def("cross_entropy_forward",
-             [](uintptr_t logits, uintptr_t targets, uintptr_t loss, uintptr_t lse, int64_t rows,
-                int64_t size, int64_t stride, int64_t ignore_index, int element_type, int num_threads) {
-               int64_t wrong_row = rows;
-               pypar::launch<pypar::cross_entropy_forward_kernels>(pypar::CrossEntropyForward{
-                   reinterpret_cast<const void*>(logits), reinterpret_cast<const int64_t*>(targets),
-                   reinterpret_cast<float*>(loss), reinterpret_cast<float*>(lse), &wrong_row, rows, size,
-                   stride, ignore_index, element_type, num_threads});
-               return wrong_row < rows ? wrong_row : -1;
-             });
-  module.def("cross_entropy_backward", [](uintptr_t dloss, uintptr_t logits, uintptr_t targets, uintptr_t lse,
-                                          uintptr_t dlogits, int64_t rows, int64_t size, int64_t stride,
-                                          int64_t ignore_index, int element_type, int num_threads) {
-    pypar::launch<pypar::cross_entropy_backward_kernels>(pypar::CrossEntropyBackward{
-        reinterpret_cast<const float*>(dloss), reinterpret_cast<const void*>(logits),
-        reinterpret_cast<const int64_t*>(targets), reinterpret_cast<const float*>(lse),
-        reinterpret_cast<void*>(dlogits), rows, size, stride, ignore_index, element_type, num_threads});
+  module.def("cross_entropy_forward", [](uintptr_t logits, uintptr_t targets, uintptr_t loss,
+                                         uintptr_t maximum, uintptr_t total, int64_t rows, int64_t size,
+                                         int64_t stride, int64_t ignore_index, int element_type,
+                                         int num_threads) {
+    int64_t wrong_row = rows;
+    pypar::launch<pypar::cross_entropy_forward_kernels>(pypar::CrossEntropyForward{
+        reinterpret_cast<const void*>(logits), reinterpret_cast<const int64_t*>(targets),
+        reinterpret_cast<float*>(loss), reinterpret_cast<float*>(maximum), reinterpret_cast<float*>(total),
+        &wrong_row, rows, size, stride, ignore_index, element_type, num_threads});
+    return wrong_row < rows ? wrong_row : -1;
   });
+  module.def("cross_entropy_backward",
+             [](uintptr_t dloss, uintptr_t logits, uintptr_t targets, uintptr_t maximum, uintptr_t total,
+                uintptr_t dlogits, int64_t rows, int64_t size, int64_t stride, int64_t ignore_index,
+                int element_type, int num_threads) {
+               pypar::launch<pypar::cross_entropy_backward_kernels>(pypar::CrossEntropyBackward{
+                   reinterpret_cast<const float*>(dloss), reinterpret_cast<const void*>(logits),
+                   reinterpret_cast<const int64_t*>(targets), reinterpret_cast<const float*>(maximum),
+                   reinterpret_cast<const float*>(total), reinterpret_cast<void*>(dlogits), rows, size,
+                   stride, ignore_index, element_type, num_threads});
+             });
 }
 
 #endif

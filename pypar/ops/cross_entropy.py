@@ -34,31 +34,39 @@ def cross_entropy(
     return _forward(logits, targets, ignore_index, chosen.name)[0]
 
 
-def reference_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The definition. Returns (loss [...], lse [...]), both fp32 unless logits are fp64."""
-    vocabulary_size = logits.shape[-1]
+def reference_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition. Returns (loss, maximum, total), each [...], fp32 unless logits are fp64.
+
+    logsumexp = maximum + log(total). The two are kept apart, since adding a large maximum to the logarithm
+    would lose the digits of a small loss. Both are 0 and 1 for an ignored token.
+    """
     counted = targets != ignore_index
     if logits.device.type == "cpu":
-        wrong = counted & ((targets < 0) | (targets >= vocabulary_size))
+        wrong = counted & ((targets < 0) | (targets >= logits.shape[-1]))
         if wrong.any():
-            raise _out_of_range(int(targets[wrong].flatten()[0]), vocabulary_size, ignore_index)
-    wide = logits.to(accumulate_dtype(logits))
-    lse = torch.logsumexp(wide, dim=-1)
-    if vocabulary_size == 0:
-        return torch.zeros_like(lse), lse
+            raise _out_of_range(int(targets[wrong].flatten()[0]), logits.shape[-1], ignore_index)
+    wide = torch.where(counted.unsqueeze(-1), logits.to(accumulate_dtype(logits)), -torch.inf)
+    if not logits.numel():
+        zero = wide.new_zeros(targets.shape)
+        return zero, zero.clone(), zero + 1
+    maximum = wide.amax(-1)
+    maximum = torch.where(maximum == -torch.inf, 0.0, maximum)
+    total = torch.where(counted, (wide - maximum.unsqueeze(-1)).exp().sum(-1), 1.0)
     picked = wide.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(counted, lse - picked, 0.0).contiguous(), lse.contiguous()
+    loss = torch.where(counted, total.log() - (picked - maximum), 0.0)
+    return loss.contiguous(), maximum.contiguous(), total.contiguous()
 
 
 def reference_backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
+    dloss: Tensor, logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
 ) -> Tensor:
     """dlogits = dloss * (softmax(logits) - onehot(targets)), 0 for ignored tokens."""
-    counted = targets != ignore_index
-    weight = torch.where(counted, dloss.to(lse.dtype), 0.0).unsqueeze(-1)
-    dlogits = (logits.to(lse.dtype) - lse.unsqueeze(-1)).exp() * weight
+    counted = (targets != ignore_index).unsqueeze(-1)
+    dlogits = (logits.to(total.dtype) - maximum.unsqueeze(-1)).exp() / total.unsqueeze(-1)
     if logits.shape[-1]:
-        dlogits.scatter_add_(-1, torch.where(counted, targets, 0).unsqueeze(-1), -weight)
+        picked = torch.where(counted, targets.unsqueeze(-1), 0)
+        dlogits.scatter_add_(-1, picked, torch.full_like(picked, -1.0, dtype=total.dtype))
+    dlogits = torch.where(counted, dlogits * dloss.to(total.dtype).unsqueeze(-1), 0.0)
     return dlogits.to(logits.dtype).contiguous()
 
 
@@ -73,30 +81,30 @@ def _native_unsupported(logits: Tensor, targets: Tensor) -> str | None:
     return native_refusal(logits, targets)
 
 
-def _native_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _native_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = as_rows(logits)
     targets = targets.contiguous()
-    loss = torch.empty(targets.shape, dtype=torch.float32)
-    lse = torch.empty(targets.shape, dtype=torch.float32)
+    loss, maximum, total = (torch.empty(targets.shape, dtype=torch.float32) for _ in range(3))
     wrong_row = native.module().cross_entropy_forward(
-        rows.data_ptr(), targets.data_ptr(), loss.data_ptr(), lse.data_ptr(), rows.shape[0], rows.shape[1],
-        rows.stride(0), ignore_index, native.dtype_code(logits), native.num_threads(),
+        rows.data_ptr(), targets.data_ptr(), loss.data_ptr(), maximum.data_ptr(), total.data_ptr(),
+        rows.shape[0], rows.shape[1], rows.stride(0), ignore_index,
+        native.dtype_code(logits), native.num_threads(),
     )  # fmt: skip
     if wrong_row >= 0:
         raise _out_of_range(int(targets.flatten()[wrong_row]), rows.shape[1], ignore_index)
-    return loss, lse
+    return loss, maximum, total
 
 
 def _native_backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
+    dloss: Tensor, logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
 ) -> Tensor:
     rows = as_rows(logits)
     dloss = dloss.float().contiguous()
     targets = targets.contiguous()
     dlogits = torch.empty(logits.shape, dtype=logits.dtype)
     native.module().cross_entropy_backward(
-        dloss.data_ptr(), rows.data_ptr(), targets.data_ptr(), lse.data_ptr(), dlogits.data_ptr(),
-        rows.shape[0], rows.shape[1], rows.stride(0), ignore_index,
+        dloss.data_ptr(), rows.data_ptr(), targets.data_ptr(), maximum.data_ptr(), total.data_ptr(),
+        dlogits.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0), ignore_index,
         native.dtype_code(logits), native.num_threads(),
     )  # fmt: skip
     return dlogits
@@ -112,38 +120,39 @@ BACKENDS = (
 )
 
 
-def _fake_forward(logits: Tensor, targets: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
-    dtype = accumulate_dtype(logits)
-    return logits.new_empty(targets.shape, dtype=dtype), logits.new_empty(targets.shape, dtype=dtype)
+def _fake_forward(
+    logits: Tensor, targets: Tensor, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = logits.new_empty(targets.shape, dtype=accumulate_dtype(logits))
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
-def _fake_backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, backend: str
-) -> Tensor:
+def _fake_backward(dloss: Tensor, logits: Tensor, *_rest: object) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, targets, ctx.ignore_index, ctx.backend = inputs
-    ctx.save_for_backward(logits, targets, output[1])
+    ctx.save_for_backward(logits, targets, output[1], output[2])
 
 
-def _gradient(ctx: Any, dloss: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    logits, targets, lse = ctx.saved_tensors
-    return _backward(dloss, logits, targets, lse, ctx.ignore_index, ctx.backend), None, None, None
+def _gradient(ctx: Any, dloss: Tensor, _dmaximum: Tensor, _dtotal: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.backend), None, None, None
 
 
+_INPUTS = "Tensor logits, Tensor targets"
+_OPTIONS = "int ignore_index, str backend"
 _forward = register(
     "cross_entropy",
     "forward",
-    "(Tensor logits, Tensor targets, int ignore_index, str backend) -> (Tensor, Tensor)",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     BACKENDS,
     _fake_forward,
 )
 _backward = register(
     "cross_entropy",
     "backward",
-    "(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, str backend) -> Tensor",
+    f"(Tensor dloss, {_INPUTS}, Tensor maximum, Tensor total, {_OPTIONS}) -> Tensor",
     BACKENDS,
     _fake_backward,
 )

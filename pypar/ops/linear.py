@@ -19,6 +19,11 @@ from torch import Tensor
 from pypar.ops.backend import Backend, choose
 from pypar.ops.register import register, register_gradient
 
+# oneDNN adds up in long chains, whose error grows with their length (2.5 times MKL's at 2048): the sum over
+# rows is cut into pieces, which costs one addition per output and 1024 products.
+_MAX_SUM_ROWS = 1024
+_MIN_FEATURES = 16
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """x @ weight.T + bias.
@@ -31,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         raise ValueError(
             f"bias {tuple(bias.shape)} must be [O] = {tuple(weight.shape[:1])}, one value a row of weight"
         )
-    name = _choose(x, weight, backend)
+    name = _choose(x, weight.shape[1], weight.shape[0], backend)
     if name == "torch":
         return torch.nn.functional.linear(x, weight, bias)
     return _forward(x, weight, bias, name)
@@ -40,13 +45,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 def linear_forward(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """x @ weight.T: x [..., K], weight [O, K] -> [..., O]. For layers that write their own backward."""
     _check_matrix("x", x, weight, 1)
-    return _forward_by(_choose(x, weight, backend), x, weight)
+    name = _choose(x, weight.shape[1], weight.shape[0], backend)
+    return torch.nn.functional.linear(x, weight) if name == "torch" else _forward(x, weight, None, name)
 
 
 def linear_input_gradient(dout: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """dout @ weight: dout [..., O], weight [O, K] -> dx [..., K]."""
     _check_matrix("dout", dout, weight, 0)
-    name = _choose(dout, weight, backend)
+    name = _choose(dout, weight.shape[1], weight.shape[0], backend)
     return torch.matmul(dout, weight) if name == "torch" else _input_gradient(dout, weight, name)
 
 
@@ -57,7 +63,7 @@ def linear_weight_gradient(dout: Tensor, x: Tensor, *, backend: str | None = Non
             f"dout {tuple(dout.shape)} {dout.dtype} and x {tuple(x.shape)} {x.dtype} must have the same "
             f"dtype and the same dimensions but the last; pass the x of the forward pass"
         )
-    name = _choose(dout, x, backend)
+    name = _choose(dout, x.shape[-1], dout.shape[-1], backend)
     return _torch_weight_gradient(dout, x) if name == "torch" else _weight_gradient(dout, x, name)
 
 
@@ -106,12 +112,9 @@ def _check_matrix(name: str, x: Tensor, weight: Tensor, dim: int) -> None:
         )
 
 
-def _choose(x: Tensor, weight: Tensor, backend: str | None) -> str:
-    return choose("linear", BACKENDS, {"x": x, "weight": weight}, backend).name
-
-
-def _forward_by(name: str, x: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x, weight) if name == "torch" else _forward(x, weight, None, name)
+def _choose(x: Tensor, in_features: int, out_features: int, backend: str | None) -> str:
+    args = {"x": x, "in_features": in_features, "out_features": out_features}
+    return choose("linear", BACKENDS, args, backend).name
 
 
 def _torch_weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
@@ -119,8 +122,13 @@ def _torch_weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
 
 
 def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a [M, K] @ b.T [K, O] + bias. Both may have transposed strides: oneDNN reads them as they are."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    """a [M, K] @ b.T [K, O] + bias."""
+    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
+
+
+def _dense(a: Tensor) -> Tensor:
+    """oneDNN reads a matrix or its transpose as they are; other strides take it a hundred times as long."""
+    return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
 
 
 def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,7 +141,12 @@ def _onednn_input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn_weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
-    return _onednn_product(dout.reshape(-1, dout.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
+    dout, x = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
+    dweight = _onednn_product(dout[:_MAX_SUM_ROWS].t(), x[:_MAX_SUM_ROWS].t())
+    for begin in range(_MAX_SUM_ROWS, x.shape[0], _MAX_SUM_ROWS):
+        end = begin + _MAX_SUM_ROWS
+        dweight += _onednn_product(dout[begin:end].t(), x[begin:end].t())
+    return dweight
 
 
 def _onednn_missing() -> str | None:
@@ -144,19 +157,19 @@ def _onednn_missing() -> str | None:
     return None
 
 
-def _onednn_unsupported(x: Tensor, weight: Tensor) -> str | None:
+def _onednn_unsupported(x: Tensor, in_features: int, out_features: int) -> str | None:
     if _ONEDNN_MISSING is not None:
         return _ONEDNN_MISSING
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, and oneDNN computes on CPU"
     if x.dtype != torch.float32:
         return f"x is {x.dtype}; only float32 gains, torch's own choice is as good for other dtypes"
-    if not x.numel() or not weight.numel():
-        return "there is nothing to compute for an empty tensor"
+    if not x.numel() or min(in_features, out_features) < _MIN_FEATURES:
+        return f"there is nothing to gain below {_MIN_FEATURES} features, nor for an empty x"
     return None
 
 
-def _torch_unsupported(x: Tensor, weight: Tensor) -> str | None:
+def _torch_unsupported(x: Tensor, in_features: int, out_features: int) -> str | None:
     return None
 
 
@@ -209,7 +222,7 @@ def _gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
     dx = _input_gradient(dout, weight, ctx.backend) if x_needed else None
     dweight = _weight_gradient(dout, x, ctx.backend) if weight_needed else None
-    dbias = dout.flatten(0, -2).sum(0) if bias_needed else None
+    dbias = dout.reshape(-1, dout.shape[-1]).sum(0) if bias_needed else None
     return dx, dweight, dbias, None
 
 

@@ -39,9 +39,9 @@ def merge(
     return _forward(out_a, lse_a, out_b, lse_b, chosen.name)
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """exp(part - whole), the weight of one part as [B, T, N, 1]; 0 where neither part saw a key."""
-    share_BNT = torch.where(torch.isneginf(part), 0.0, (part - whole).exp())
+def _share(part: Tensor, other: Tensor) -> Tensor:
+    """exp(part) / (exp(part) + exp(other)) as [B, T, N, 1]; 0 where neither part saw a key."""
+    share_BNT = torch.where(torch.isneginf(part), 0.0, torch.sigmoid(part - other))
     return share_BNT.transpose(1, 2).unsqueeze(-1)
 
 
@@ -49,7 +49,7 @@ def reference_forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
     """The definition."""
     dtype = accumulate_dtype(out_a)
     lse = torch.logaddexp(lse_a, lse_b)
-    out = out_a.to(dtype) * _share(lse_a, lse) + out_b.to(dtype) * _share(lse_b, lse)
+    out = out_a.to(dtype) * _share(lse_a, lse_b) + out_b.to(dtype) * _share(lse_b, lse_a)
     return out.to(out_a.dtype).contiguous(), lse.contiguous()
 
 
@@ -58,8 +58,7 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With s the share of a part: d(part) = s * dout, d(lse of part) = s * (dlse + <dout, part - merged>)."""
     dtype = accumulate_dtype(out_a)
-    lse = torch.logaddexp(lse_a, lse_b)
-    share_a, share_b = _share(lse_a, lse), _share(lse_b, lse)
+    share_a, share_b = _share(lse_a, lse_b), _share(lse_b, lse_a)
     wide_dout, wide_a, wide_b = dout.to(dtype), out_a.to(dtype), out_b.to(dtype)
     slope = (wide_dout * (wide_a - wide_b)).sum(-1, keepdim=True) * share_a * share_b
     dlse_BTN1 = dlse.transpose(1, 2).unsqueeze(-1)

@@ -21,7 +21,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() < 1:
         raise ValueError(
-            f"up {tuple(up.shape)} {up.dtype} must match gate {tuple(gate.shape)} {gate.dtype}, with at least "
+            f"up {tuple(up.shape)} {up.dtype} must match gate {tuple(gate.shape)} {gate.dtype}, of at least "
             f"one dimension; broadcast or convert it first"
         )
     chosen = choose("swiglu", BACKENDS, {"gate": gate, "up": up}, backend)
