@@ -66,8 +66,6 @@ class RankPools:
         if pool is None:
             pool = self._pools[world_size] = _Pool(world_size, self._folder)
         try:
-            if not pool.ready:
-                pool.wait_until_ready()
             results = pool.call(fn, args, timeout_s)
         except BaseException:
             del self._pools[world_size]
@@ -115,10 +113,6 @@ class _Pool:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def wait_until_ready(self) -> None:
-        self._collect("the start", START_TIMEOUT_S)
-        self.ready = True
-
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
         __tracebackhide__ = True
         path = sys.modules[fn.__module__].__file__
@@ -127,6 +121,9 @@ class _Pool:
                 f"{fn.__qualname__} must be a module-level function of a file for ranks to load it"
             )
         message = pickle.dumps((path, fn.__module__, fn.__qualname__, pickle.dumps(args)))
+        if not self.ready:
+            self._collect("the start", START_TIMEOUT_S)
+            self.ready = True
         for connection in self.connections:
             connection.send_bytes(message)
         return self._collect(fn.__qualname__, timeout_s)
@@ -147,15 +144,19 @@ class _Pool:
             try:
                 succeeded, payloads[rank] = pickle.loads(self.connections[rank].recv_bytes())
             except (EOFError, OSError):
-                waiting.remove(rank)
-                self.processes[rank].join(5)
-                code = self.processes[rank].exitcode
-                raise RankError(
-                    f"rank {rank} died in {name}, exit code {code}\n{self._describe(waiting)}"
-                ) from None
+                succeeded = False
             if not succeeded:
-                raise RankError(f"rank {rank} of {len(self.processes)} raised in {name}:\n{payloads[rank]}")
+                raise RankError(self._failure(name, rank, payloads.get(rank)))
         return [pickle.loads(payloads[rank]) for rank in sorted(payloads)]
+
+    def _failure(self, name: str, failed: int, raised: str | None) -> str:
+        """Which ranks died, and what the failed one raised (after a death only that its peer is gone)."""
+        multiprocessing.connection.wait([process.sentinel for process in self.processes], 0.5)
+        dead = [rank for rank, process in enumerate(self.processes) if not process.is_alive()]
+        lines = [f"rank {rank} died in {name}, exit code {self.processes[rank].exitcode}" for rank in dead]
+        if raised is not None or not dead:
+            lines.append(f"rank {failed} of {len(self.processes)} raised in {name}:\n{raised}")
+        return "\n".join([*lines, self._describe([])])
 
     def print_output(self) -> None:
         """Print what the ranks printed since the last time, for pytest to show with a failed test."""
