@@ -1,0 +1,110 @@
+"""What was built, what this machine can run, and which backend of which operator takes what.
+
+The support table is made by asking: every operator module of pypar.ops is found by being there, and every
+backend's `unsupported` is called with tensors that have a device and a dtype but no memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import platform
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pypar
+from pypar.ops import native
+from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
+from pypar.ops.linear import cpu_vendor, library_choice
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ("cpu", "cuda")
+_SIZE = 64  # of every dimension and count that a backend is asked about: an ordinary one
+
+
+def main() -> int:
+    """Prints the report; returns the exit code, 0 also where parts are missing."""
+    for line in [*machine_lines(), "", *linear_lines(), "", *support_lines()]:
+        print(line)
+    return 0
+
+
+def machine_lines() -> Iterator[str]:
+    """Versions, processor, native module, accelerators, communication."""
+    yield f"pypar {pypar.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    yield f"machine: {platform.machine()}, processor vendor {cpu_vendor()}, {torch.get_num_threads()} threads"
+    missing = native.missing()
+    if missing is None:
+        module = native.module()
+        isas = ", ".join(module.supported_isas())
+        yield f"native module: {module.__file__}"
+        yield f"instruction sets of this CPU: {isas}; in use: {module.selected_isa()}"
+    else:
+        yield f"native module: none, {missing}"
+    if torch.cuda.is_available():
+        yield from (
+            f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
+            for i in range(torch.cuda.device_count())
+        )
+    else:
+        built = torch.version.cuda
+        yield f"GPU: none ({f'torch is built for CUDA {built}' if built else 'torch is built without CUDA'})"
+    yield f"triton: {'installed' if importlib.util.find_spec('triton') else 'not installed'}"
+    distributed = torch.distributed
+    backends = [n for n in ("gloo", "nccl", "mpi") if getattr(distributed, f"is_{n}_available", bool)()]
+    yield f"torch.distributed: {', '.join(backends) or 'not built'}"
+
+
+def linear_lines() -> Iterator[str]:
+    """Which library multiplies fp32 matrices on the CPU, and why."""
+    name, reason = library_choice(cpu_vendor())
+    yield f"linear in fp32 on CPU: {name}; {reason}"
+
+
+def support_lines() -> Iterator[str]:
+    """Every operator x backend x device x dtype, then the reasons of the refusals."""
+    yield f"Operators (backend= or {ENVIRONMENT_VARIABLE} names a backend, else the first yes runs):"
+    rows, reasons = support_table()
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from (f"  [{i}] {reason}" for i, reason in enumerate(reasons, 1))
+
+
+def support_table() -> tuple[list[list[str]], list[str]]:
+    """(rows of cells, the first being the header; reasons). A cell is "yes" or "[n]", reason number n."""
+    rows = [["operator", "backend", "device", *(str(d).removeprefix("torch.") for d in DTYPES)]]
+    reasons: list[str] = []
+    for module in op_modules():
+        for backend in module.BACKENDS:
+            for device in DEVICES:
+                cells = []
+                for dtype in DTYPES:
+                    reason = ask(backend.unsupported, device, dtype)
+                    if reason is not None and reason not in reasons:
+                        reasons.append(reason)
+                    cells.append("yes" if reason is None else f"[{reasons.index(reason) + 1}]")
+                rows.append([module.__name__.rsplit(".", 1)[1], backend.name, device, *cells])
+    return rows, reasons
+
+
+def ask(unsupported: Callable[..., str | None], device: str, dtype: torch.dtype) -> str | None:
+    """What a backend answers for tensors of one device and dtype, options at their defaults."""
+    arguments: dict[str, object] = {}
+    with FakeTensorMode():
+        for name, parameter in inspect.signature(unsupported, eval_str=True).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                continue
+            if parameter.annotation is torch.Tensor:
+                arguments[name] = torch.empty(1, _SIZE, _SIZE, _SIZE, device=device, dtype=dtype)
+            else:  # a size or an option: int, float, bool
+                arguments[name] = parameter.annotation(_SIZE)
+        return unsupported(**arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
