@@ -255,5 +255,6 @@ def keep_newest(directory: Path, count: int) -> None:
     if count < 1 or (dist.is_initialized() and dist.get_rank() != 0):
         return
     for path in survey(directory)[0][count:]:
-        (path / MANIFEST).unlink()  # first, so that no moment shows a complete checkpoint that is not
-        shutil.rmtree(path)
+        doomed = path.with_name(path.name + REPLACED)
+        os.rename(path, doomed)  # first, so that no moment shows half a checkpoint
+        shutil.rmtree(doomed)

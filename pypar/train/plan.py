@@ -174,9 +174,8 @@ def _check_layout(config: RunConfig, model: "DecoderConfig", sizes: dict[str, in
     catalog.build(config.pipeline.schedule, pp, num_microbatches)
     if num_microbatches < pp:
         idle = (pp - 1) / (num_microbatches + pp - 1)
-        return [
-            f"{num_microbatches} microbatches over {pp} stages leave each rank idle {idle:.0%} of the time"
-        ]
+        count = f"{num_microbatches} microbatch{'es' * (num_microbatches > 1)}"
+        return [f"{pp} stages with {count} a step leave each rank idle {idle:.0%} of the time"]
     return []
 
 

@@ -1,0 +1,212 @@
+"""Checkpoints: any layout reads what any other wrote, and only what was completely written."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pypar.layout import Layout, local_part
+from pypar.mesh import Mesh, format_mesh
+from pypar.models import DecoderConfig
+from pypar.train import checkpoint
+
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
+    "embedding.weight": ((16, 8), (("tp", 0),)),
+    "layers.0.norm.weight": ((8,), ()),
+    "layers.0.q.weight": ((16, 8), (("tp", 0),)),
+    "layers.1.out.weight": ((8, 16), (("tp", 1),)),
+    "norm.weight": ((8,), ()),
+}
+
+
+def _state(mesh: Mesh, scale: float) -> dict[str, tuple[torch.Tensor, Layout]]:
+    """This rank's part of a made-up model: the first two names on the first stage, the others on the last.
+
+    The embedding is on both, as a tied one is.
+    """
+    state = {}
+    for (i, name), kind in itertools.product(enumerate(SHAPES), ("model", "optimizer.exp_avg")):
+        on_stages = {0 if i < 2 else mesh.pp.size - 1} | ({mesh.pp.size - 1} if i == 0 else set())
+        if mesh.pp.rank in on_stages:
+            layout = Layout(*SHAPES[name])
+            seed = torch.Generator().manual_seed(i + 100 * len(kind))
+            whole = scale * torch.randn(layout.global_shape, generator=seed)
+            state[f"{kind}.{name}"] = (local_part(whole, layout, mesh).clone(), layout)
+    return state
+
+
+def save_in_rank(directory: str, sizes: dict[str, int], step: int = 100) -> str:
+    mesh = Mesh(**sizes)
+    return str(checkpoint.save(Path(directory), step, _state(mesh, 1.0), mesh, {"note": sizes}))
+
+
+def load_in_rank(path: str, sizes: dict[str, int]) -> list[str]:
+    """Names that differ from what was written."""
+    mesh = Mesh(**sizes)
+    loaded, expected = _state(mesh, 0.0), _state(mesh, 1.0)
+    assert checkpoint.load(Path(path), loaded, mesh)["step"] == 100
+    return [name for name in expected if not loaded[name][0].equal(expected[name][0])]
+
+
+LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"cp": 2}, {"pp": 2, "tp": 2}, {"dp": 2, "tp": 2}, {"tp": 4}]
+
+
+@pytest.mark.parametrize("written", LAYOUTS, ids=format_mesh)
+def test_every_layout_reads_every_layout(ranks, tmp_path: Path, written: dict[str, int]) -> None:
+    paths = ranks(math.prod(written.values()), save_in_rank, str(tmp_path), written)
+    assert set(paths) == {str(tmp_path / "step_00000100")}
+    for read in LAYOUTS:
+        differing = ranks(math.prod(read.values()), load_in_rank, paths[0], read)
+        assert differing == [[]] * len(differing), format_mesh(read)
+    manifest = checkpoint.check_readable(Path(paths[0]))
+    assert manifest["extra"] == {"note": written}
+    tensor_bytes = 2 * 4 * sum(math.prod(shape) for shape, _ in SHAPES.values())
+    stored = sum(size for name, size in manifest["files"].items() if name.endswith(".distcp"))
+    assert tensor_bytes <= stored < tensor_bytes + 4096 * len(SHAPES) * 4  # what ranks share is stored once
+
+
+def _save(directory: Path, step: int) -> Path:
+    return Path(save_in_rank(str(directory), {}, step))
+
+
+def test_single_process_needs_no_process_group(tmp_path: Path, recwarn) -> None:
+    path = _save(tmp_path, 100)
+    assert load_in_rank(str(path), {}) == []
+    assert checkpoint.read_extra(path) == {"note": {}}
+    assert not recwarn.list
+
+
+def test_latest_is_the_last_written_not_the_highest_step(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    for step in (10, 30, 20):
+        newest = _save(tmp_path, step)
+    assert checkpoint.latest(tmp_path) == newest == tmp_path / "step_00000020"
+    checkpoint.keep_newest(tmp_path, 0)
+    assert len(list(tmp_path.iterdir())) == 3
+    checkpoint.keep_newest(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000020", "step_00000030"]
+
+
+def test_a_step_written_again_replaces_the_old(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    mesh = Mesh()
+    checkpoint.save(tmp_path, 5, _state(mesh, 2.0), mesh, {})
+    loaded = _state(mesh, 0.0)
+    checkpoint.load(tmp_path / "step_00000005", loaded, mesh)
+    assert loaded["model.norm.weight"][0].equal(_state(mesh, 2.0)["model.norm.weight"][0])
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_a_partial_one_is_never_taken_and_is_removed_by_the_next(tmp_path: Path) -> None:
+    whole = _save(tmp_path, 5)
+    partial = tmp_path / f"step_00000010{checkpoint.PARTIAL}"
+    partial.mkdir()
+    for file in whole.iterdir():
+        (partial / file.name).write_bytes(file.read_bytes())
+    assert checkpoint.survey(tmp_path) == ([whole], [])
+    newest = _save(tmp_path, 15)
+    assert checkpoint.latest(tmp_path) == newest and not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda p: (p / checkpoint.MANIFEST).unlink(), "has no complete.json"),
+        (lambda p: (p / checkpoint.MANIFEST).write_text("{"), "its complete.json is damaged"),
+        (lambda p: (p / checkpoint.MANIFEST).write_text('{"files": {}}'), "its complete.json is damaged"),
+        (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
+        (lambda p: os.truncate(p / "__0_0.distcp", 100), "__0_0.distcp has 100 bytes instead of"),
+        (lambda p: (p / ".metadata").write_bytes(b"x" * (p / ".metadata").stat().st_size), "cannot be read"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage, sentence: str) -> None:
+    older, path = _save(tmp_path, 5), _save(tmp_path, 10)
+    damage(path)
+    with pytest.raises(ValueError) as refused:
+        checkpoint.check_readable(path)
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+    if sentence != "cannot be read":  # same size: found when it is read
+        assert checkpoint.latest(tmp_path) == older
+        assert len(checkpoint.survey(tmp_path)[1]) == 1
+
+
+def test_a_missing_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        checkpoint.check_readable(tmp_path / "nowhere")
+
+
+def test_a_run_folder_stands_for_its_newest(tmp_path: Path) -> None:
+    newest = _save(tmp_path / "checkpoints", 5)
+    assert checkpoint.resolve(tmp_path) == checkpoint.resolve(tmp_path / "checkpoints") == newest
+    assert checkpoint.resolve(newest) == newest
+    assert checkpoint.resolve(tmp_path / "other") == tmp_path / "other"
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    path = _save(tmp_path, 5)
+    mesh = Mesh()
+    wrong = torch.zeros(16, 12)
+    with pytest.raises(
+        ValueError, match=r"holds model.embedding.weight of shape \[16, 8\] but the model has \[16, 12\]"
+    ):
+        checkpoint.load(path, {"model.embedding.weight": (wrong, Layout((16, 12)))}, mesh)
+    with pytest.raises(ValueError, match="does not hold model.extra"):
+        checkpoint.load(path, {"model.extra": (wrong, Layout((16, 12)))}, mesh)
+    sizes = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_size": 4, "d_ff": 16}
+    checkpoint.check_readable(path, DecoderConfig(vocab_size=16, d_model=8, **sizes))
+    with pytest.raises(ValueError, match=r"shape \[16, 8\] but the model has \[32, 8\]"):
+        checkpoint.check_readable(path, DecoderConfig(vocab_size=32, d_model=8, **sizes))
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest["extra"]["config"] = {"model": {"num_layers": 3, "vocab_size": 0}}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match="num_layers = 3 but the configuration says 2; set model.num_layers=3"
+    ):
+        checkpoint.check_readable(path, DecoderConfig(vocab_size=16, d_model=8, **sizes))
+
+
+ENDLESS_SAVES = """
+import sys
+from pathlib import Path
+import torch
+from pypar.layout import Layout
+from pypar.mesh import Mesh
+from pypar.train import checkpoint
+
+mesh, directory = Mesh(), Path(sys.argv[1])
+for step in range(1, 10**6):
+    state = {"w": (torch.full((300_000,), float(step)), Layout((300_000,)))}
+    checkpoint.save(directory, step, state, mesh, {})
+    checkpoint.keep_newest(directory, 2)
+    print(step, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL at moments spread over the writing; whatever counts as complete must load and be whole."""
+    mesh = Mesh()
+    for trial in range(4):
+        directory = tmp_path / str(trial)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_SAVES, str(directory)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        for _ in range(3):
+            writer.stdout.readline()
+        time.sleep(0.004 * trial)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        complete, faults = checkpoint.survey(directory)
+        assert complete and not faults
+        for path in complete:
+            loaded = {"w": (torch.zeros(300_000), Layout((300_000,)))}
+            step = checkpoint.load(path, loaded, mesh)["step"]
+            assert (loaded["w"][0] == step).all()

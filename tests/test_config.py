@@ -1,0 +1,124 @@
+"""The configuration: where values come from, and what is said of those that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pypar.train.config import RunConfig, all_keys, filled_model, load_config
+
+
+def test_file_then_overrides_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('name = "mine"\nmesh = "tp=2"\n[optimizer]\nlr = 1e-3\nbeta1 = 0.8\n[train]\nsteps = 7\n')
+    config = load_config(file, ["optimizer.lr=3e-4", "train.steps = 8"], {"name": "yours"})
+    assert (config.name, config.mesh) == ("yours", "tp=2")
+    assert (config.optimizer.lr, config.optimizer.beta1, config.train.steps) == (3e-4, 0.8, 8)
+    assert config.train.batch_size == RunConfig().train.batch_size
+    assert config.run_directory == Path("runs/yours")
+
+
+def test_bare_strings_and_toml_values() -> None:
+    config = load_config(
+        None, ["data.path=some/texts/*.txt", 'train.sample_prompt="a = 1"', "model.tied_embeddings=true"]
+    )
+    assert config.data.path == "some/texts/*.txt"
+    assert config.train.sample_prompt == "a = 1"
+    assert config.model.tied_embeddings is True
+
+
+def test_whole_number_where_a_number_is_due() -> None:
+    lr = load_config(None, ["optimizer.lr=1"]).optimizer.lr
+    assert lr == 1.0 and isinstance(lr, float)
+
+
+def test_mesh_as_a_table_and_as_single_keys(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[mesh]\ntp = 2\npp = 3\n")
+    assert load_config(file).mesh == "tp=2,pp=3"
+    assert load_config(None, ["mesh.cp=2"]).mesh == "cp=2"
+
+
+def test_resume_is_true_or_a_path() -> None:
+    assert load_config(None, ["train.resume=true"]).train.resume == "auto"
+    assert load_config(None, ["train.resume=false"]).train.resume == ""
+    assert load_config(None, ["train.resume=runs/x"]).train.resume == "runs/x"
+
+
+def test_round_trip_through_json() -> None:
+    config = load_config(None, ["optimizer.lr=0.1", "context.layout=contiguous", "mesh=tp=2"])
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("train.sequence_lenght", "train.sequence_length"),
+        ("num_heads", "model.num_heads"),
+        ("trian.steps", "train.steps"),
+        ("optimiser.weight_decay", "optimizer.weight_decay"),
+        ("nam", "name"),
+    ],
+)
+def test_unknown_key_suggests_the_nearest(key: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean '{near}'") as refused:
+        load_config(None, [f"{key}=1"])
+    assert "unknown configuration key" in str(refused.value)
+
+
+def test_unknown_key_without_a_neighbour_lists_the_section() -> None:
+    with pytest.raises(ValueError, match="model has vocab_size, num_layers"):
+        load_config(None, ["model.zzzzzzz=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.steps=many", "'train.steps' must be a whole number, not 'many'"),
+        ("train.steps=1.5", "'train.steps' must be a whole number, not 1.5"),
+        ("train.steps=true", "'train.steps' must be a whole number, not True"),
+        ("optimizer.lr=.1", "'optimizer.lr' must be a number, not '.1'"),
+        ("model.tied_embeddings=1", "'model.tied_embeddings' must be true or false, not 1"),
+        ("name=3", "'name' must be text, not 3"),
+        ("optimizer=3", "'optimizer' is a section"),
+        ("train.steps.x=3", "must be a whole number"),
+        ("train.steps", "must look like section.key=value"),
+    ],
+)
+def test_wrong_type(override: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        load_config(None, [override])
+    assert sentence in str(refused.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        load_config(file)
+    file.write_text("steps = = 3")
+    with pytest.raises(ValueError, match="is not TOML"):
+        load_config(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not TOML"):
+        load_config(file)
+
+
+def test_every_key_can_be_set() -> None:
+    values = RunConfig().to_dict()
+    for key in all_keys():
+        section, _, leaf = key.rpartition(".")
+        value = (values[section] if section else values)[leaf]
+        assert load_config(None, [f"{key}={json.dumps(value)}"]) == RunConfig()
+
+
+def test_sizes_that_follow_from_others() -> None:
+    model = load_config(None, ["model.d_model=96", "model.num_heads=6"]).model
+    filled = filled_model(model, 256)
+    assert (filled.head_size, filled.vocab_size) == (16, 256)
+    with pytest.raises(ValueError, match="must divide by model.num_heads"):
+        filled_model(load_config(None, ["model.d_model=97", "model.num_heads=6"]).model, 256)
+    with pytest.raises(
+        ValueError, match=r"model.vocab_size \(100\) must be at least the tokenizer's \(256\)"
+    ):
+        filled_model(load_config(None, ["model.vocab_size=100"]).model, 256)

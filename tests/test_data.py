@@ -1,0 +1,339 @@
+"""Sources, tokenizers, the token cache and the order of batches."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pypar.train import cache, sources
+from pypar.train.config import DataConfig
+from pypar.train.data import IGNORED, TokenData, open_data, shuffled
+from pypar.train.tokens import ByteTokenizer, open_tokenizer
+
+
+def _config(tmp_path: Path, path: Path | str, **more: object) -> DataConfig:
+    return DataConfig(path=str(path), cache_directory=str(tmp_path / "cache"), **more)  # type: ignore[arg-type]
+
+
+def _stream(data: TokenData, part: str) -> bytes:
+    return np.asarray(data.tokens[part]).tobytes()
+
+
+def _folder(tmp_path: Path, count: int = 40) -> Path:
+    folder = tmp_path / "texts"
+    for i in range(count):
+        file = folder / f"part{i % 3}" / f"{i:02d}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"document {i} says {i * i}\n" * 5)
+    return folder
+
+
+def test_folder_holds_every_document_once_with_its_end(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    (folder / ".hidden").write_text("not read")
+    (folder / "empty.txt").touch()
+    data = open_data(_config(tmp_path, folder, validation_fraction=0.2), 8, 0)
+    parts = {part: _stream(data, part).split(b"\0") for part in ("train", "validation")}
+    assert parts["train"].pop() == parts["validation"].pop() == b""
+    expected = sorted(f.read_bytes() for f in folder.rglob("[0-9]*.txt"))
+    assert sorted(parts["train"] + parts["validation"]) == expected
+    assert 1 <= len(parts["validation"]) <= 20
+    names = [f.name for f in sources.find_files(_config(tmp_path, folder))]
+    assert names == sorted(names) and names[0] == "part0/00.txt"
+    assert data.cache.sizes["train"].text_bytes == sum(map(len, parts["train"]))
+
+
+def test_split_does_not_move_when_a_document_is_added(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    config = _config(tmp_path, folder, validation_fraction=0.3)
+    before = set(_stream(open_data(config, 8, 0), "validation").split(b"\0"))
+    (folder / "new.txt").write_text("a new document\n")
+    after = set(_stream(open_data(config, 8, 0), "validation").split(b"\0"))
+    assert before <= after and after - before <= {b"a new document\n"}
+
+
+def test_two_documents_give_one_to_each_side(tmp_path: Path) -> None:
+    for fraction in (0.001, 0.999):
+        data = open_data(_config(tmp_path, _folder(tmp_path, 2), validation_fraction=fraction), 8, 0)
+        assert _stream(data, "train").count(b"\0") == _stream(data, "validation").count(b"\0") == 1
+
+
+def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
+    file = tmp_path / "one.txt"
+    file.write_bytes(bytes(range(1, 256)) * 8)
+    data = open_data(_config(tmp_path, file, validation_fraction=0.25), 8, 0)
+    assert _stream(data, "train") + _stream(data, "validation") == file.read_bytes() + b"\0"
+    assert len(_stream(data, "validation")) == (255 * 8 + 1) // 4
+
+
+def test_glob_and_pattern(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    (folder / "note.md").write_text("# a note")
+    found = sources.find_files(_config(tmp_path, f"{folder}/part[01]/*.txt"))
+    assert len(found) == 27 and found[0].name == "part0/00.txt"
+    assert [f.name for f in sources.find_files(_config(tmp_path, folder, pattern="*.md"))] == ["note.md"]
+
+
+def test_python_stdlib_is_large_and_has_no_packages(tmp_path: Path) -> None:
+    files = sources.find_files(DataConfig(path="python-stdlib"))
+    assert sum(f.size for f in files) > 10e6
+    assert not any("site-packages" in f.name for f in files)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda d: d / "nowhere", "does not exist"),
+        (lambda d: d / "*.nothing", "no file matches"),
+        (lambda d: d / "empty", "holds only empty files"),
+        (lambda d: d / "bare", "it holds no file at all"),
+        (lambda d: d / "nul.txt", "holds a NUL byte"),
+        (lambda d: d / "short.txt", "lower train.sequence_length to at most"),
+        (lambda d: d / "bad.jsonl", "bad.jsonl line 3 is not JSON"),
+        (lambda d: d / "fields.jsonl", "line 2 must be"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, make, sentence: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").touch()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "nul.txt").write_bytes(b"text\0text" * 100)
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
+    (tmp_path / "fields.jsonl").write_text('{"text": "a"}\n{"prompt": "only"}\n')
+    with pytest.raises(ValueError, match="^[^\n]*$") as refused:
+        open_data(_config(tmp_path, make(tmp_path)), 32, 0)
+    assert sentence in str(refused.value)
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_pattern_without_a_match_says_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"matches data.pattern '\*.py' \(it holds 40 .txt\)"):
+        sources.find_files(_config(tmp_path, _folder(tmp_path), pattern="*.py"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "secret.txt"
+    file.write_text("secret")
+    file.chmod(0)
+    with pytest.raises(ValueError, match="secret.txt cannot be read: Permission denied"):
+        open_data(_config(tmp_path, file), 2, 0)
+
+
+def test_only_responses_and_their_ends_are_learned(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    records = [
+        {"prompt": "2+2=", "response": "4"},
+        {"text": "plain text"},
+        {"prompt": "é?", "response": "ü!"},
+    ]
+    file.write_text("\n".join(json.dumps(r) for r in records * 20))
+    data = open_data(_config(tmp_path, file, validation_fraction=0.1), 16, 0)
+    learned: list[bytes] = []
+    for part in ("train", "validation"):
+        mask = data.learned[part]
+        assert mask is not None and len(mask) == len(data.tokens[part])
+        kept = np.asarray(data.tokens[part])[np.asarray(mask) == 1].tobytes()
+        learned += kept.split(b"\0")[:-1]
+    assert Counter(learned) == {b"4": 20, b"plain text": 20, "ü!".encode(): 20}
+    tokens, targets = data.train_batch(0, 4)
+    stream = _stream(data, "train")
+    start = stream.index(tokens[0].numpy().astype(np.uint8).tobytes())
+    mask = data.learned["train"]
+    assert mask is not None
+    for t in range(16):
+        assert targets[0, t] == (stream[start + t + 1] if mask[start + t + 1] else IGNORED)
+
+
+def test_undecodable_bytes_are_tokens_like_any_other(tmp_path: Path) -> None:
+    file = tmp_path / "latin1.txt"
+    file.write_bytes("straße".encode("latin-1") * 100)
+    assert _stream(open_data(_config(tmp_path, file), 8, 0), "train").startswith(b"stra\xdfe")
+
+
+def test_long_files_are_cut_at_line_ends_and_between_characters(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 7)
+    file = tmp_path / "text.txt"
+    for text in ("éüß€" * 9, "a line\n" * 5 + "€" * 8, "x" * 20):
+        file.write_text(text)
+        (source,) = sources.find_files(_config(tmp_path, file))
+        (pieces,) = [list(p) for p in source.documents()]
+        assert "".join(p.text.decode() for p in pieces) == text
+
+
+def test_cache_is_reused_and_rebuilt_when_the_input_changes(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    config = _config(tmp_path, folder)
+    first = cache.prepare_cache(config, ByteTokenizer())
+    stamp = (first.path / "meta.json").stat().st_mtime_ns
+    assert cache.prepare_cache(config, ByteTokenizer()).path == first.path
+    assert (first.path / "meta.json").stat().st_mtime_ns == stamp
+    file = folder / "part0" / "00.txt"
+    file.write_text("changed\n")
+    second = cache.prepare_cache(config, ByteTokenizer())
+    assert second.path != first.path and not first.path.exists()
+    assert b"changed" in second.tokens("train").tobytes() + second.tokens("validation").tobytes()
+    os.utime(file, ns=(1, 1))
+    assert cache.prepare_cache(config, ByteTokenizer()).path != second.path
+
+
+def test_a_damaged_cache_is_built_again(tmp_path: Path) -> None:
+    config = _config(tmp_path, _folder(tmp_path))
+    built = cache.prepare_cache(config, ByteTokenizer())
+    whole = (built.path / "train.tokens").read_bytes()
+    (built.path / "train.tokens").write_bytes(whole[:-5])
+    assert cache.prepare_cache(config, ByteTokenizer()).tokens("train").tobytes() == whole
+
+
+def test_processes_that_build_at_once_share_one_cache(tmp_path: Path) -> None:
+    config = _config(tmp_path, _folder(tmp_path))
+    program = (
+        "import sys; from pypar.train.config import DataConfig; from pypar.train.cache import prepare_cache;"
+        "from pypar.train.tokens import ByteTokenizer;"
+        "config = DataConfig(path=sys.argv[1], cache_directory=sys.argv[2]);"
+        "print(prepare_cache(config, ByteTokenizer()).path)"
+    )
+    command = [sys.executable, "-c", program, config.path, config.cache_directory]
+    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    paths = {builder.communicate(timeout=60)[0] for builder in builders}
+    assert len(paths) == 1 and Path(paths.pop().strip()).is_dir()
+    assert not list(Path(config.cache_directory).glob("*.partial"))
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = DataConfig(path=str(_folder(tmp_path)), cache_directory=str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match="set data.cache_directory"):
+        cache.prepare_cache(config, ByteTokenizer())
+
+
+@given(count=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 100))
+def test_shuffled_is_a_bijection(count: int, seed: int, epoch: int) -> None:
+    order = shuffled(np.arange(count), count, seed, epoch)
+    assert sorted(order) == list(range(count))
+    some = np.arange(0, count, 7)
+    assert (shuffled(some, count, seed, epoch) == order[some]).all()
+
+
+def test_shuffled_mixes_and_depends_on_the_key() -> None:
+    first, second = (shuffled(np.arange(1000), 1000, 0, epoch) for epoch in (0, 1))
+    assert (first != second).mean() > 0.98
+    assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.1
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
+    large = shuffled(np.array([0, 10**12]), 10**12 + 1, 5)
+    assert ((large >= 0) & (large <= 10**12)).all()
+
+
+def test_an_epoch_shows_every_window_once_and_the_next_cuts_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "count.txt"
+    file.write_text("".join(chr(0x100 + i) for i in range(1000)))  # 2 bytes each: windows differ
+    data = open_data(_config(tmp_path, file), 10, 2)
+    stream = _stream(data, "train")
+    count = data.num_train_windows
+    epochs: list[list[int]] = []
+    for epoch in range(2):
+        rows = [data.train_batch(step, 1) for step in range(epoch * count, (epoch + 1) * count)]
+        starts = []
+        for tokens, targets in rows:
+            starts.append(stream.index(bytes(tokens[0].tolist())))
+            assert stream[starts[-1] + 1 : starts[-1] + 11] == bytes(targets[0].tolist())
+        assert np.unique(np.diff(sorted(starts))).tolist() == [10]
+        epochs.append(starts)
+    assert epochs[0] != sorted(epochs[0]) and set(epochs[0]) != set(epochs[1])
+
+
+def test_batches_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    config = _config(tmp_path, _folder(tmp_path))
+    one, two, other = (open_data(config, 16, seed) for seed in (0, 0, 1))
+    for step in (5, 0, 3):
+        a, b = one.train_batch(step, 4), two.train_batch(step, 4)
+        assert a[0].equal(b[0]) and a[1].equal(b[1]) and a[0].dtype == a[1].dtype
+        assert a[0][:, 1:].equal(a[1][:, :-1])
+    assert not one.train_batch(0, 4)[0].equal(other.train_batch(0, 4)[0])
+    rows = [one.train_batch(step, 1)[0] for step in range(4)]
+    assert all(
+        one.train_batch(0, 4)[0][i].equal(rows[i][0]) for i in range(4)
+    )  # sample g, whatever the batch
+
+
+def test_validation_covers_every_window_once_and_pads_the_last_batch(tmp_path: Path) -> None:
+    data = open_data(_config(tmp_path, _folder(tmp_path), validation_fraction=0.3), 16, 0)
+    windows = data.num_validation_windows
+    assert windows % 5
+    seen = 0
+    for index in range(data.num_validation_batches(5)):
+        tokens, targets = data.validation_batch(index, 5)
+        assert tokens.shape == targets.shape == (5, 16)
+        seen += int((targets != IGNORED).any(1).sum())
+    assert seen == windows
+    again = open_data(_config(tmp_path, tmp_path / "texts", validation_fraction=0.3), 16, 9)
+    assert again.validation_batch(0, 4)[0].equal(data.validation_batch(0, 4)[0])  # whatever the seed
+
+
+def test_entropies_against_a_direct_count(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pypar.train.data.ENTROPY_CHUNK", 100)
+    data = open_data(_config(tmp_path, _folder(tmp_path), validation_fraction=0.3), 16, 0)
+    text = _stream(data, "validation")
+    singles, pairs = Counter(text), Counter(zip(text, text[1:], strict=False))
+    befores = Counter(text[:-1])
+    unigram = -sum(n / len(text) * math.log(n / len(text)) for n in singles.values())
+    bigram = -sum(n / (len(text) - 1) * math.log(n / befores[a]) for (a, _), n in pairs.items())
+    assert data.validation_entropies() == pytest.approx({"unigram": unigram, "bigram": bigram}, rel=1e-9)
+
+
+def _tokenizer_file(tmp_path: Path, end: str = "<|endoftext|>") -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    library.train_from_iterator(["the cat sat on the mat and the dog sat on the cat"] * 5, trainer)
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    return path
+
+
+def test_hugging_face_tokenizer(tmp_path: Path) -> None:
+    path = _tokenizer_file(tmp_path)
+    tokenizer = open_tokenizer(str(path))
+    text = "the dog sat on the mat: é\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < len(text)
+    file = tmp_path / "text.txt"
+    file.write_text(text * 300)
+    data = open_data(_config(tmp_path, file, tokenizer=str(path)), 16, 0)
+    assert data.vocab_size == tokenizer.vocab_size and data.cache.dtype == "uint16"
+    streams = [data.tokens["train"].tolist(), data.tokens["validation"].tolist()]
+    assert streams[1][-1] == tokenizer.end_token
+    assert tokenizer.decode(streams[0] + streams[1][:-1]) == text * 300
+    assert set(data.validation_entropies()) == {"unigram"}
+    bytes_cache = open_data(_config(tmp_path, file), 16, 0).cache.path
+    assert bytes_cache != data.cache.path and data.cache.path.is_dir()
+
+
+def test_end_token_of_a_tokenizer(tmp_path: Path) -> None:
+    path = _tokenizer_file(tmp_path, end="<stop>")
+    with pytest.raises(ValueError, match="has no token that ends a document"):
+        open_tokenizer(str(path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
+    assert open_tokenizer(str(tmp_path)).end_token == 0
+
+
+def test_tokenizers_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a tokenizer.json"):
+        open_tokenizer(str(tmp_path / "bad.json"))
+    with pytest.raises(ValueError, match="neither 'bytes' nor a file"):
+        open_tokenizer("byte")
