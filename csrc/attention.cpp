@@ -1,8 +1,9 @@
-// Attention, forward: online softmax over blocks of keys (Milakov and Gimelshein, arXiv 1805.02867; Dao, arXiv
-// 2307.08691), in base 2.
+// Attention, forward: online softmax over blocks of keys (Milakov and Gimelshein, arXiv 1805.02867; Dao,
+// arXiv 2307.08691), in base 2.
 //
-// Scores are computed transposed, scores[key][row] = K Q^T, so that lanes are query rows: the softmax over keys needs
-// no reduction across lanes, and the operand that must be transposed, Q, is the one that stays for the whole task.
+// Scores are computed transposed, scores[key][row] = K Q^T, so that lanes are query rows: the softmax over
+// keys needs no reduction across lanes, and the operand that must be transposed, Q, is the one that stays for
+// the whole task.
 #include "attention.h"
 
 namespace pypar {
@@ -11,33 +12,35 @@ PYPAR_KERNEL(attention_forward, AttentionForward)
 
 #ifndef PYPAR_BINDING
 
-#include "attention_tile.h"
-#include "parallel.h"
+#  include "attention_tile.h"
+#  include "parallel.h"
 
 namespace pypar::PYPAR_ISA {
 namespace {
 
 // Query blocks that share the packed keys and values of one task.
 constexpr int64_t kBlocksPerTask = 2;
-// A row's reference value, subtracted from its scores, follows the row's maximum only when that has grown by more than
-// this (in powers of two), which spares most rescaling. Sums stay below 2^8 times what they would be.
+// A row's reference value, subtracted from its scores, follows the row's maximum only when that has grown by
+// more than this (in powers of two), which spares most rescaling. Sums stay below 2^8 times what they would
+// be.
 constexpr float kSlack = 8.0f;
 
 // The state of one block of query rows.
 struct QueryBlock {
-  float* q_transposed;  // [H][kBlock], times scale * log2(e)
-  float* out;           // [kBlock][padded Hv], not yet normalised
-  float* reference;     // [kBlock], what is subtracted from a row's scores, in base 2
-  float* sum;           // [kBlock], of 2^(score - reference)
-  int32_t* limit;       // [kBlock], the last key that a row sees
-  int64_t first, count; // rows
-  int64_t num_keys;     // that any of its rows sees
+  float* q_transposed;   // [H][kBlock], times scale * log2(e)
+  float* out;            // [kBlock][padded Hv], not yet normalised
+  float* reference;      // [kBlock], what is subtracted from a row's scores, in base 2
+  float* sum;            // [kBlock], of 2^(score - reference)
+  int32_t* limit;        // [kBlock], the last key that a row sees
+  int64_t first, count;  // rows
+  int64_t num_keys;      // that any of its rows sees
 };
 
 struct Layout {
   int64_t padded_h, padded_hv;
 
-  explicit Layout(const AttentionSizes& s) : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {}
+  explicit Layout(const AttentionSizes& s)
+      : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {}
 
   int64_t block_floats() const { return kBlock * (padded_h + padded_hv + 3); }
   int64_t total_floats() const {
@@ -45,9 +48,9 @@ struct Layout {
   }
 };
 
-// scores[key][row] -> 2^(score - reference), for keys [0, num_keys) of one block, and the rows' new references and
-// sums. Unseen scores become 0. `rescale` [kBlock] receives by how much the rows' output must be multiplied; false if
-// by nothing.
+// scores[key][row] -> 2^(score - reference), for keys [0, num_keys) of one block, and the rows' new
+// references and sums. Unseen scores become 0. `rescale` [kBlock] receives by how much the rows' output must
+// be multiplied; false if by nothing.
 template <bool kMasked>
 bool soften(QueryBlock& block, float* scores, int64_t first_key, int64_t num_keys, float* rescale) {
   bool any_rescale = false;
@@ -138,13 +141,13 @@ void attend(const AttentionSizes& s, const Layout& layout, QueryBlock& block, co
       depth[row / kRows] = {0, larger(0, smaller(num_keys, last - first_key + 1))};
     }
   }
-  multiply<false, false>(num_keys, num_vecs, s.H, k, layout.padded_h, block.q_transposed, kBlock, scores, kBlock,
-                         masked ? columns : nullptr, nullptr);
+  multiply<false, false>(num_keys, num_vecs, s.H, k, layout.padded_h, block.q_transposed, kBlock, scores,
+                         kBlock, masked ? columns : nullptr, nullptr);
   const bool any_rescale = masked ? soften<true>(block, scores, first_key, num_keys, rescale)
                                   : soften<false>(block, scores, first_key, num_keys, rescale);
   if (any_rescale) rescale_out(block, rescale, layout.padded_hv);
-  multiply<true, true>(block.count, layout.padded_hv / kWidth, num_keys, scores, kBlock, v, layout.padded_hv, block.out,
-                       layout.padded_hv, nullptr, masked ? depth : nullptr);
+  multiply<true, true>(block.count, layout.padded_hv / kWidth, num_keys, scores, kBlock, v, layout.padded_hv,
+                       block.out, layout.padded_hv, nullptr, masked ? depth : nullptr);
 }
 
 void begin_block(const AttentionForward& a, const Layout& layout, const Rows& q, int64_t first, float* memory,
@@ -188,7 +191,8 @@ void end_block(const AttentionForward& a, const Layout& layout, const Rows& out,
 }
 
 // Consecutive query blocks of one key/value head against all keys that they see.
-void run_task(const AttentionForward& a, int64_t batch, int64_t head, int64_t first_block, int64_t num_blocks) {
+void run_task(const AttentionForward& a, int64_t batch, int64_t head, int64_t first_block,
+              int64_t num_blocks) {
   const AttentionSizes& s = a.sizes;
   const Layout layout(s);
   const int64_t group = s.N / s.G;
@@ -202,7 +206,8 @@ void run_task(const AttentionForward& a, int64_t batch, int64_t head, int64_t fi
   const Rows q_rows = rows_of(a.q, batch, head, group), out_rows = rows_of(a.out, batch, head, group);
   QueryBlock blocks[kBlocksPerTask];
   for (int64_t i = 0; i < num_blocks; ++i) {
-    begin_block(a, layout, q_rows, (first_block + i) * kBlock, blocks_memory + i * layout.block_floats(), k, &blocks[i]);
+    begin_block(a, layout, q_rows, (first_block + i) * kBlock, blocks_memory + i * layout.block_floats(), k,
+                &blocks[i]);
   }
   const int64_t end = blocks[num_blocks - 1].num_keys;
   for (int64_t first_key = 0; first_key < end; first_key += kBlock) {
@@ -238,20 +243,21 @@ void attention_forward(const AttentionForward& a) {
 
 #else
 
-#include "attention_binding.h"
+#  include "attention_binding.h"
 
 PYPAR_BIND(attention_forward) {
-  module.def("attention_forward", [](const py::tuple& sizes, double scale, const py::tuple& q, const py::tuple& k,
-                                     const py::tuple& v, const py::tuple& out, uintptr_t lse) {
-    pypar::AttentionForward a{};
-    a.sizes = pypar::attention_sizes(sizes, scale);
-    a.q = pypar::attention_tensor(q);
-    a.k = pypar::attention_tensor(k);
-    a.v = pypar::attention_tensor(v);
-    a.out = pypar::attention_tensor(out);
-    a.lse = reinterpret_cast<float*>(lse);
-    pypar::launch<pypar::attention_forward_kernels>(a);
-  });
+  module.def("attention_forward",
+             [](const py::tuple& sizes, double scale, const py::tuple& q, const py::tuple& k,
+                const py::tuple& v, const py::tuple& out, uintptr_t lse) {
+               pypar::AttentionForward a{};
+               a.sizes = pypar::attention_sizes(sizes, scale);
+               a.q = pypar::attention_tensor(q);
+               a.k = pypar::attention_tensor(k);
+               a.v = pypar::attention_tensor(v);
+               a.out = pypar::attention_tensor(out);
+               a.lse = reinterpret_cast<float*>(lse);
+               pypar::launch<pypar::attention_forward_kernels>(a);
+             });
 }
 
 #endif

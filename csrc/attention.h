@@ -33,8 +33,9 @@ struct AttentionBackward {
   AttentionTensor dout, q, k, v, out, dq, dk, dv;
   const float* lse;   // [B, N, T], contiguous
   const float* dlse;  // the same, or null
-  float* dq_sum;      // dq_sum_size floats of any content
-  int32_t* progress;  // progress_size zeros
+  float* row_values;  // memory of any content: per block of rows 2 * kAttentionBlock floats
+  float* dq_sum;      // memory of any content: per block of rows kAttentionBlock * padded H floats
+  int32_t* progress;  // per block of rows a zero: how many blocks of keys its dq_sum contains
 };
 
 // Query rows and keys are worked on in blocks of this many.

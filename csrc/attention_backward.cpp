@@ -1,9 +1,10 @@
-// Attention, backward: five products per pair of blocks, scores recomputed from lse (Dao et al., arXiv 2205.14135).
+// Attention, backward: five products per pair of blocks, scores recomputed from lse (Dao et al., arXiv
+// 2205.14135).
 //
-// A task is one block of keys of one key/value head: it sums dk and dv over the query rows of the whole group of heads
-// in its own memory and rounds them once. dq needs a sum over tasks. It is made in the order of the keys, each task
-// waiting until its predecessor has passed a block of rows, so the result is the same for any number of threads; tasks
-// start in that order too, so whoever waits, waits for a task that runs.
+// A task is one block of keys of one key/value head: it sums dk and dv over the query rows of the whole group
+// of heads in its own memory and rounds them once. dq needs a sum over tasks. It is made in the order of the
+// keys, each task waiting until its predecessor has passed a block of rows, so the result is the same for any
+// number of threads; tasks start in that order too, so whoever waits, waits for a task that runs.
 #include "attention.h"
 
 namespace pypar {
@@ -12,21 +13,20 @@ PYPAR_KERNEL(attention_backward, AttentionBackward)
 
 #ifndef PYPAR_BINDING
 
-#include "attention_tile.h"
-#include "parallel.h"
+#  include "attention_tile.h"
+#  include "parallel.h"
 
 namespace pypar::PYPAR_ISA {
 namespace {
 
 struct Scratch {
   float *k, *k_transposed, *v_transposed, *dk, *dv;  // of the task's keys
-  float *q, *dout, *base, *delta;                    // of one block of rows
+  float *q, *dout;                                   // of one block of rows
   float *p, *ds;                                     // [row][key]
   int64_t padded_h, padded_hv;
 
-  Scratch(const AttentionSizes& s)
-      : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {
-    const int64_t total = kBlock * (4 * padded_h + 3 * padded_hv + 2 * kBlock + 2);
+  Scratch(const AttentionSizes& s) : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {
+    const int64_t total = kBlock * (4 * padded_h + 3 * padded_hv + 2 * kBlock);
     k = static_cast<float*>(thread_scratch(total * sizeof(float)));
     k_transposed = k + kBlock * padded_h;
     dk = k_transposed + kBlock * padded_h;
@@ -36,50 +36,47 @@ struct Scratch {
     dout = dv + kBlock * padded_hv;
     p = dout + kBlock * padded_hv;
     ds = p + kBlock * kBlock;
-    base = ds + kBlock * kBlock;
-    delta = base + kBlock;
   }
 };
+
+// The 2 * kBlock values that `prepare_row_block` leaves.
+PYPAR_INLINE float* row_values(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
+  return a.row_values + ((batch * a.sizes.G + head) * attention_row_blocks(a.sizes) + row_block) * 2 * kBlock;
+}
 
 struct Task {
   int64_t batch, head, key_block;
   int64_t first_key, num_keys;
-  Rows q, dout, out, dq;
+  Rows q, dout, dq;
 };
 
-template <class Element>
-float dot(const Element* x, int64_t x_stride, const float* y, int64_t size) {
-  float rest = 0.0f;
-  Float sum = zero();
-  int64_t i = 0;
-  if (x_stride == 1) {
-    for (; i + kWidth <= size; i += kWidth) sum += load(x + i) * load(y + i);
-  }
-  for (; i < size; ++i) rest += to_float(x[i * x_stride]) * y[i];
-  return reduce_sum(sum) + rest;
-}
-
-float dot_row(const Rows& x, int64_t row, const float* y, int64_t size) {
-  switch (x.dtype) {
-    case kFloat32: return dot(x.row<float>(row), x.element_stride, y, size);
-    case kBFloat16: return dot(x.row<BFloat16>(row), x.element_stride, y, size);
-    default: return dot(x.row<Float16>(row), x.element_stride, y, size);
-  }
-}
-
-// Per row: `base`, with which p = 2^(score - base), and delta = dout . out - dlse, with which ds = p * (dp - delta).
-void pack_row_block(const AttentionBackward& a, const Task& task, int64_t first, int64_t count, const Scratch& m) {
+// Per row of a block of rows: `base`, with which p = 2^(score - base), and delta = dout . out - dlse, with
+// which ds = p * (dp - delta). delta's products are summed in the order of dp's: a row that sees one key then
+// gets exactly 0.
+void prepare_row_block(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
   const AttentionSizes& s = a.sizes;
-  const int64_t group = s.N / s.G;
-  pack(task.q, first, count, s.H, s.scale * kLog2e, m.q, m.padded_h);
-  pack(task.dout, first, count, s.Hv, 1.0f, m.dout, m.padded_hv);
+  const int64_t group = s.N / s.G, first = row_block * kBlock;
+  const int64_t count = smaller(kBlock, s.T * group - first);
+  const Scratch m(s);
+  float *const dout = m.v_transposed, *const out = m.dout;
+  pack(rows_of(a.dout, batch, head, group), first, count, s.Hv, 1.0f, m.dv, m.padded_hv);
+  transpose(m.dv, m.padded_hv, count, m.padded_hv, dout, kBlock);
+  pack(rows_of(a.out, batch, head, group), first, count, s.Hv, 1.0f, m.dv, m.padded_hv);
+  transpose(m.dv, m.padded_hv, count, m.padded_hv, out, kBlock);
+  float* const base = row_values(a, batch, head, row_block);
+  float* const delta = base + kBlock;
+  for (int64_t i = 0; i < count; i += kWidth) {
+    Float sum = zero();
+    for (int64_t j = 0; j < s.Hv; ++j) sum += load(dout + j * kBlock + i) * load(out + j * kBlock + i);
+    store(delta + i, sum);
+  }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = first + i;
-    const int64_t index = (task.batch * s.N + task.head * group + row % group) * s.T + row / group;
+    const int64_t index = (batch * s.N + head * group + row % group) * s.T + row / group;
     const float lse = a.lse[index];
     // A row that saw no key: p becomes 2^-huge = 0.
-    m.base[i] = lse == -__builtin_inff() ? 3e38f : lse * kLog2e;
-    m.delta[i] = dot_row(task.out, row, m.dout + i * m.padded_hv, s.Hv) - (a.dlse ? a.dlse[index] : 0.0f);
+    base[i] = lse == -__builtin_inff() ? 3e38f : lse * kLog2e;
+    if (a.dlse) delta[i] -= a.dlse[index];
   }
 }
 
@@ -90,12 +87,13 @@ PYPAR_INLINE int64_t limit_of(const AttentionSizes& s, const Task& task, int64_t
 
 // p: scores -> probabilities, ds: dp -> gradient of the scores (without the scale), for `count` rows.
 template <bool kMasked>
-void differentiate(const AttentionSizes& s, const Task& task, int64_t first, int64_t count, const Scratch& m) {
+void differentiate(const AttentionSizes& s, const Task& task, int64_t first, int64_t count,
+                   const float* values, const Scratch& m) {
   const int64_t width = round_up(task.num_keys, kWidth);
   for (int64_t i = 0; i < count; ++i) {
     float* p = m.p + i * kBlock;
     float* ds = m.ds + i * kBlock;
-    const Float base = broadcast(m.base[i]), delta = broadcast(m.delta[i]);
+    const Float base = broadcast(values[i]), delta = broadcast(values[kBlock + i]);
     const Int limit = broadcast_int(kMasked ? static_cast<int32_t>(limit_of(s, task, first + i)) : 0);
     for (int64_t j = 0; j < width; j += kWidth) {
       const Float probability = exp2(load(p + j) - base);
@@ -109,9 +107,9 @@ void differentiate(const AttentionSizes& s, const Task& task, int64_t first, int
 
 // What the causal mask leaves of each product of a block of rows and a block of keys.
 struct Trim {
-  Range keys[kGroups];          // per group of rows, in vectors
-  Range keys_in_depth[kGroups]; // per group of rows, in keys
-  Range rows[kGroups];          // per group of keys, in rows
+  Range keys[kGroups];           // per group of rows, in vectors
+  Range keys_in_depth[kGroups];  // per group of rows, in keys
+  Range rows[kGroups];           // per group of keys, in rows
 
   Trim(const AttentionSizes& s, const Task& task, int64_t first, int64_t count) {
     for (int64_t row = 0; row < count; row += kRows) {
@@ -135,9 +133,9 @@ bool await_turn(const int32_t* progress, int32_t turn) {
     if (now == turn) return true;
     if (now < 0) return false;
     if (spins < 200) {
-#if defined(__x86_64__)
+#  if defined(__x86_64__)
       _mm_pause();
-#endif
+#  endif
     } else {
       yield_thread();  // the other thread may need this core
     }
@@ -155,9 +153,11 @@ void add_dq(const AttentionBackward& a, const Task& task, int64_t row_block, int
   const Range* depth = trim ? trim->keys_in_depth : nullptr;
   if (!await_turn(progress, static_cast<int32_t>(task.key_block))) return;
   if (task.key_block == 0) {
-    multiply<false, false>(count, vecs, task.num_keys, m.ds, kBlock, m.k, m.padded_h, sum, m.padded_h, nullptr, depth);
+    multiply<false, false>(count, vecs, task.num_keys, m.ds, kBlock, m.k, m.padded_h, sum, m.padded_h,
+                           nullptr, depth);
   } else {
-    multiply<false, true>(count, vecs, task.num_keys, m.ds, kBlock, m.k, m.padded_h, sum, m.padded_h, nullptr, depth);
+    multiply<false, true>(count, vecs, task.num_keys, m.ds, kBlock, m.k, m.padded_h, sum, m.padded_h, nullptr,
+                          depth);
   }
   const int64_t last_row = row_block * kBlock + count - 1;
   if (limit_of(s, task, last_row) < kBlock || task.first_key + kBlock >= s.S) {  // no later key is seen
@@ -177,19 +177,22 @@ void propagate(const AttentionBackward& a, const Task& task, int64_t row_block, 
   const Trim* trim = masked ? &trim_of_mask : nullptr;
   const Range* keys = trim ? trim->keys : nullptr;
   const Range* rows = trim ? trim->rows : nullptr;
-  pack_row_block(a, task, first, count, m);
-  multiply<false, false>(count, key_vecs, s.H, m.q, m.padded_h, m.k_transposed, kBlock, m.p, kBlock, keys, nullptr);
-  multiply<false, false>(count, key_vecs, s.Hv, m.dout, m.padded_hv, m.v_transposed, kBlock, m.ds, kBlock, keys,
+  const float* values = row_values(a, task.batch, task.head, row_block);
+  pack(task.q, first, count, s.H, s.scale * kLog2e, m.q, m.padded_h);
+  pack(task.dout, first, count, s.Hv, 1.0f, m.dout, m.padded_hv);
+  multiply<false, false>(count, key_vecs, s.H, m.q, m.padded_h, m.k_transposed, kBlock, m.p, kBlock, keys,
                          nullptr);
+  multiply<false, false>(count, key_vecs, s.Hv, m.dout, m.padded_hv, m.v_transposed, kBlock, m.ds, kBlock,
+                         keys, nullptr);
   if (masked) {
-    differentiate<true>(s, task, first, count, m);
+    differentiate<true>(s, task, first, count, values, m);
   } else {
-    differentiate<false>(s, task, first, count, m);
+    differentiate<false>(s, task, first, count, values, m);
   }
-  multiply<true, true>(task.num_keys, m.padded_hv / kWidth, count, m.p, kBlock, m.dout, m.padded_hv, m.dv, m.padded_hv,
-                       nullptr, rows);
-  multiply<true, true>(task.num_keys, m.padded_h / kWidth, count, m.ds, kBlock, m.q, m.padded_h, m.dk, m.padded_h,
-                       nullptr, rows);
+  multiply<true, true>(task.num_keys, m.padded_hv / kWidth, count, m.p, kBlock, m.dout, m.padded_hv, m.dv,
+                       m.padded_hv, nullptr, rows);
+  multiply<true, true>(task.num_keys, m.padded_h / kWidth, count, m.ds, kBlock, m.q, m.padded_h, m.dk,
+                       m.padded_h, nullptr, rows);
   add_dq(a, task, row_block, count, trim, m);
 }
 
@@ -207,7 +210,6 @@ void run_task(const AttentionBackward& a, int64_t batch, int64_t head, int64_t k
                   smaller(kBlock, s.S - first_key),
                   rows_of(a.q, batch, head, group),
                   rows_of(a.dout, batch, head, group),
-                  rows_of(a.out, batch, head, group),
                   rows_of(a.dq, batch, head, group)};
   const Scratch m(s);
   pack(rows_of(a.v, batch, head, 1), first_key, task.num_keys, s.Hv, 1.0f, m.dv, m.padded_hv);
@@ -217,20 +219,22 @@ void run_task(const AttentionBackward& a, int64_t batch, int64_t head, int64_t k
   clear(m.dk, kBlock * m.padded_h);
   clear(m.dv, kBlock * m.padded_hv);
   const int64_t first_position = s.causal ? larger(0, first_key - (s.S - s.T)) : 0;
-  for (int64_t i = first_position * group / kBlock; i < attention_row_blocks(s); ++i) propagate(a, task, i, m);
+  for (int64_t i = first_position * group / kBlock; i < attention_row_blocks(s); ++i)
+    propagate(a, task, i, m);
   // q was packed times scale * log2(e), so dk lacks only the logarithm's base.
   unpack(m.dk, m.padded_h, task.num_keys, s.H, kLn2, rows_of(a.dk, batch, head, 1), first_key);
   unpack(m.dv, m.padded_hv, task.num_keys, s.Hv, 1.0f, rows_of(a.dv, batch, head, 1), first_key);
 }
 
-// dq = 0 for the blocks of rows that no block of keys reaches: those before the first key of a causal mask.
-void clear_unseen(const AttentionBackward& a, int64_t batch, int64_t head) {
+// dq = 0 for the rows of a block that no key reaches.
+void clear_unseen(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
   const AttentionSizes& s = a.sizes;
-  const int64_t group = s.N / s.G, num_rows = s.T * group;
-  const int64_t num_unseen = s.S == 0 ? num_rows : s.causal ? smaller(num_rows, larger(0, s.T - s.S) * group) : 0;
+  const int64_t group = s.N / s.G, first = row_block * kBlock;
+  const int64_t unseen_positions = s.S == 0 ? s.T : s.causal ? larger(0, s.T - s.S) : 0;
+  const int64_t end = smaller(first + kBlock, unseen_positions * group);
   const float zeros[kWidth] = {};
   const Rows dq = rows_of(a.dq, batch, head, group);
-  for (int64_t row = 0; row < num_unseen; ++row) {
+  for (int64_t row = first; row < end; ++row) {
     for (int64_t i = 0; i < s.H; i += kWidth) {
       Rows part = dq;
       part.data += i * dq.element_stride * element_size(dq.dtype);
@@ -243,8 +247,15 @@ void clear_unseen(const AttentionBackward& a, int64_t batch, int64_t head) {
 
 void attention_backward(const AttentionBackward& a) {
   const AttentionSizes& s = a.sizes;
-  const int64_t heads = s.B * s.G, num_key_blocks = (s.S + kBlock - 1) / kBlock;
-  for (int64_t head = 0; head < heads; ++head) clear_unseen(a, head / s.G, head % s.G);
+  const int64_t heads = s.B * s.G, num_row_blocks = attention_row_blocks(s);
+  const int64_t num_key_blocks = (s.S + kBlock - 1) / kBlock;
+  parallel_for(heads * num_row_blocks, 1, s.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / num_row_blocks, row_block = i % num_row_blocks;
+      clear_unseen(a, head / s.G, head % s.G, row_block);
+      prepare_row_block(a, head / s.G, head % s.G, row_block);
+    }
+  });
   // Key blocks in order, and for each of them all heads, so that threads rarely meet in one head's dq.
   parallel_for(heads * num_key_blocks, 1, s.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -253,7 +264,8 @@ void attention_backward(const AttentionBackward& a) {
         run_task(a, head / s.G, head % s.G, task / heads);
       } catch (...) {
         // No memory. The other threads must not wait for this one.
-        for (int64_t i = 0; i < heads * attention_row_blocks(s); ++i) __atomic_store_n(a.progress + i, -1, __ATOMIC_RELEASE);
+        for (int64_t i = 0; i < heads * num_row_blocks; ++i)
+          __atomic_store_n(a.progress + i, -1, __ATOMIC_RELEASE);
         throw;
       }
     }
@@ -264,30 +276,33 @@ void attention_backward(const AttentionBackward& a) {
 
 #else
 
-#include "attention_binding.h"
+#  include "attention_binding.h"
 
 PYPAR_BIND(attention_backward) {
-  module.def("attention_backward", [](const py::tuple& sizes, double scale, const py::tuple& inputs,
-                                      const py::tuple& gradients, const py::tuple& lse, const py::tuple& memory) {
-    pypar::AttentionBackward a{};
-    a.sizes = pypar::attention_sizes(sizes, scale);
-    pypar::AttentionTensor* const tensors[] = {&a.dout, &a.q, &a.k, &a.v, &a.out};
-    for (size_t i = 0; i < 5; ++i) *tensors[i] = pypar::attention_tensor(inputs[i]);
-    pypar::AttentionTensor* const results[] = {&a.dq, &a.dk, &a.dv};
-    for (size_t i = 0; i < 3; ++i) *results[i] = pypar::attention_tensor(gradients[i]);
-    a.lse = reinterpret_cast<const float*>(lse[0].cast<uintptr_t>());
-    a.dlse = reinterpret_cast<const float*>(lse[1].cast<uintptr_t>());
-    a.dq_sum = reinterpret_cast<float*>(memory[0].cast<uintptr_t>());
-    a.progress = reinterpret_cast<int32_t*>(memory[1].cast<uintptr_t>());
-    pypar::launch<pypar::attention_backward_kernels>(a);
-  });
+  module.def(
+      "attention_backward", [](const py::tuple& sizes, double scale, const py::tuple& inputs,
+                               const py::tuple& gradients, const py::tuple& lse, const py::tuple& memory) {
+        pypar::AttentionBackward a{};
+        a.sizes = pypar::attention_sizes(sizes, scale);
+        pypar::AttentionTensor* const tensors[] = {&a.dout, &a.q, &a.k, &a.v, &a.out};
+        for (size_t i = 0; i < 5; ++i) *tensors[i] = pypar::attention_tensor(inputs[i]);
+        pypar::AttentionTensor* const results[] = {&a.dq, &a.dk, &a.dv};
+        for (size_t i = 0; i < 3; ++i) *results[i] = pypar::attention_tensor(gradients[i]);
+        a.lse = reinterpret_cast<const float*>(lse[0].cast<uintptr_t>());
+        a.dlse = reinterpret_cast<const float*>(lse[1].cast<uintptr_t>());
+        a.row_values = reinterpret_cast<float*>(memory[0].cast<uintptr_t>());
+        a.dq_sum = a.row_values +
+                   a.sizes.B * a.sizes.G * pypar::attention_row_blocks(a.sizes) * 2 * pypar::kAttentionBlock;
+        a.progress = reinterpret_cast<int32_t*>(memory[1].cast<uintptr_t>());
+        pypar::launch<pypar::attention_backward_kernels>(a);
+      });
   // How much memory the caller lends: floats of any content, 32-bit integers that are zero.
   module.def("attention_backward_memory", [](const py::tuple& sizes) {
     const pypar::AttentionSizes s = pypar::attention_sizes(sizes, 1.0);
     const int64_t blocks = s.B * s.G * pypar::attention_row_blocks(s);
     const int64_t widest_vector = 16;
     const int64_t padded_h = (s.H + widest_vector - 1) / widest_vector * widest_vector;
-    return py::make_tuple(blocks * pypar::kAttentionBlock * padded_h, blocks);
+    return py::make_tuple(blocks * pypar::kAttentionBlock * (padded_h + 2), blocks);
   });
 }
 

@@ -17,7 +17,8 @@ inline AttentionSizes attention_sizes(const py::tuple& t, double scale) {
   s.num_threads = t[8].cast<int>();
   s.scale = static_cast<float>(scale);
   constexpr int64_t kMost = int64_t{1} << 31;
-  const bool sound = s.B >= 0 && s.T >= 0 && s.S >= 0 && s.G > 0 && s.N > 0 && s.N % s.G == 0 && s.H > 0 && s.Hv > 0;
+  const bool sound =
+      s.B >= 0 && s.T >= 0 && s.S >= 0 && s.G > 0 && s.N > 0 && s.N % s.G == 0 && s.H > 0 && s.Hv > 0;
   if (!sound || s.T >= kMost || s.S >= kMost || s.H >= 1 << 20 || s.Hv >= 1 << 20) {
     throw py::value_error("attention's sizes must be positive, N a multiple of G, T and S below 2^31");
   }

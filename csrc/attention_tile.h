@@ -1,7 +1,7 @@
 // The parts that attention's forward and backward are made of: packed blocks of rows, and products of blocks.
 //
-// Blocks are kBlock rows or keys, in fp32, rows padded to whole vectors; together the blocks of one step stay in the
-// second-level cache, and the operand that a product re-reads most (at H = 64: 24 KiB) in the first.
+// Blocks are kBlock rows or keys, in fp32, rows padded to whole vectors; together the blocks of one step stay
+// in the second-level cache, and the operand that a product re-reads most (at H = 64: 24 KiB) in the first.
 #pragma once
 
 #include "attention.h"
@@ -10,8 +10,9 @@
 namespace pypar::PYPAR_ISA {
 
 constexpr int64_t kBlock = kAttentionBlock;
-// A register tile is kRows x kVecs vectors: its sums, one row of the right operand and one broadcast value fill the
-// registers. kBlock is a multiple of kRows and of kVecs * kWidth or half of it, so full blocks waste nothing.
+// A register tile is kRows x kVecs vectors: its sums, one row of the right operand and one broadcast value
+// fill the registers. kBlock is a multiple of kRows and of kVecs * kWidth or half of it, so full blocks waste
+// nothing.
 constexpr int kRows = 6;
 constexpr int kVecs = kNumRegisters == 32 ? 4 : 2;
 constexpr int64_t kGroups = kBlock / kRows;
@@ -24,16 +25,18 @@ struct Range {
   int64_t begin, end;
 };
 
-// c[kRows][kUsed vectors] (+)= a[kRows][k] * b[k][kUsed vectors]. a is stored with its rows adjacent along k, or, if
-// kTransposedA, with the values of one k adjacent.
+// c[kRows][kUsed vectors] (+)= a[kRows][k] * b[k][kUsed vectors]. a is stored with its rows adjacent along k,
+// or, if kTransposedA, with the values of one k adjacent. The products are summed before they are added to c:
+// over many blocks that loses far less than one long sum would.
 template <int kUsed, bool kTransposedA, bool kAccumulate>
-static __attribute__((noinline)) void multiply_tile(int64_t k, const float* a, int64_t a_stride, const float* b,
-                                                    int64_t b_stride, float* c, int64_t c_stride) {
+static __attribute__((noinline)) void multiply_tile(int64_t k, const float* a, int64_t a_stride,
+                                                    const float* b, int64_t b_stride, float* c,
+                                                    int64_t c_stride) {
   Float sum[kRows][kUsed];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kUsed; ++j) sum[i][j] = kAccumulate ? load(c + i * c_stride + j * kWidth) : zero();
+    for (int j = 0; j < kUsed; ++j) sum[i][j] = zero();
   }
   for (int64_t p = 0; p < k; ++p) {
     Float right[kUsed];
@@ -51,13 +54,16 @@ static __attribute__((noinline)) void multiply_tile(int64_t k, const float* a, i
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kUsed; ++j) store(c + i * c_stride + j * kWidth, sum[i][j]);
+    for (int j = 0; j < kUsed; ++j) {
+      float* result = c + i * c_stride + j * kWidth;
+      store(result, kAccumulate ? load(result) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 
-// c[num_rows][num_vecs] (+)= a * b over k in [0, k_size), num_rows rounded up to whole tiles. Where given, `columns`
-// (in vectors) and `depth` (in k) hold one range per group of kRows rows: what lies outside is not computed, and c is
-// left as it is there.
+// c[num_rows][num_vecs] (+)= a * b over k in [0, k_size), num_rows rounded up to whole tiles. Where given,
+// `columns` (in vectors) and `depth` (in k) hold one range per group of kRows rows: what lies outside is not
+// computed, and c is left as it is there.
 template <bool kTransposedA, bool kAccumulate>
 static void multiply(int64_t num_rows, int64_t num_vecs, int64_t k_size, const float* a, int64_t a_stride,
                      const float* b, int64_t b_stride, float* c, int64_t c_stride, const Range* columns,
@@ -74,13 +80,22 @@ static void multiply(int64_t num_rows, int64_t num_vecs, int64_t k_size, const f
       const float* right = b + k_begin * b_stride + begin * kWidth;
       float* result = c + row * c_stride + begin * kWidth;
       switch (end - begin) {
-        case 1: multiply_tile<1, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride); break;
-        case 2: multiply_tile<2, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride); break;
+        case 1:
+          multiply_tile<1, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride);
+          break;
+        case 2:
+          multiply_tile<2, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride);
+          break;
 #if defined(__AVX512F__) || defined(__aarch64__)
-        case 3: multiply_tile<3, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride); break;
-        case 4: multiply_tile<4, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride); break;
+        case 3:
+          multiply_tile<3, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride);
+          break;
+        case 4:
+          multiply_tile<4, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride);
+          break;
 #endif
-        default: break;
+        default:
+          break;
       }
     }
   }
@@ -88,7 +103,8 @@ static void multiply(int64_t num_rows, int64_t num_vecs, int64_t k_size, const f
 
 // ---- rows in the caller's memory
 
-// Rows of one batch element and key/value head. Row r is position r / group and, within the group, head r % group.
+// Rows of one batch element and key/value head. Row r is position r / group and, within the group, head r %
+// group.
 struct Rows {
   char* data;
   int64_t position_stride, head_stride, element_stride;
@@ -110,8 +126,8 @@ PYPAR_INLINE Rows rows_of(const AttentionTensor& x, int64_t batch, int64_t head,
 }
 
 template <class Element>
-static void pack_as(const Rows& source, int64_t first, int64_t count, int64_t size, float factor, float* packed,
-                    int64_t stride) {
+static void pack_as(const Rows& source, int64_t first, int64_t count, int64_t size, float factor,
+                    float* packed, int64_t stride) {
   for (int64_t r = 0; r < count; ++r) {
     const Element* from = source.row<Element>(first + r);
     float* to = packed + r * stride;
@@ -126,22 +142,28 @@ static void pack_as(const Rows& source, int64_t first, int64_t count, int64_t si
   }
 }
 
-// packed[count][stride] = rows first, first + 1, ... times factor; stride is `size` rounded up to whole vectors, and
-// what is beyond `size`, or beyond `count` up to a whole tile or vector of rows, is zero.
+// packed[count][stride] = rows first, first + 1, ... times factor; stride is `size` rounded up to whole
+// vectors, and what is beyond `size`, or beyond `count` up to a whole tile or vector of rows, is zero.
 static void pack(const Rows& source, int64_t first, int64_t count, int64_t size, float factor, float* packed,
                  int64_t stride) {
   switch (source.dtype) {
-    case kFloat32: pack_as<float>(source, first, count, size, factor, packed, stride); break;
-    case kBFloat16: pack_as<BFloat16>(source, first, count, size, factor, packed, stride); break;
-    default: pack_as<Float16>(source, first, count, size, factor, packed, stride); break;
+    case kFloat32:
+      pack_as<float>(source, first, count, size, factor, packed, stride);
+      break;
+    case kBFloat16:
+      pack_as<BFloat16>(source, first, count, size, factor, packed, stride);
+      break;
+    default:
+      pack_as<Float16>(source, first, count, size, factor, packed, stride);
+      break;
   }
   const int64_t padded = smaller(kBlock, round_up(count, kWidth) + kRows);
   for (float* p = packed + count * stride; p < packed + padded * stride; p += kWidth) store(p, zero());
 }
 
 template <class Element>
-static void unpack_as(const float* packed, int64_t stride, int64_t count, int64_t size, float factor, const Rows& target,
-                      int64_t first) {
+static void unpack_as(const float* packed, int64_t stride, int64_t count, int64_t size, float factor,
+                      const Rows& target, int64_t first) {
   for (int64_t r = 0; r < count; ++r) {
     const float* from = packed + r * stride;
     Element* to = target.row<Element>(first + r);
@@ -156,12 +178,18 @@ static void unpack_as(const float* packed, int64_t stride, int64_t count, int64_
 }
 
 // The reverse: rows first, first + 1, ... of the target = packed * factor, rounded once.
-static void unpack(const float* packed, int64_t stride, int64_t count, int64_t size, float factor, const Rows& target,
-                   int64_t first) {
+static void unpack(const float* packed, int64_t stride, int64_t count, int64_t size, float factor,
+                   const Rows& target, int64_t first) {
   switch (target.dtype) {
-    case kFloat32: unpack_as<float>(packed, stride, count, size, factor, target, first); break;
-    case kBFloat16: unpack_as<BFloat16>(packed, stride, count, size, factor, target, first); break;
-    default: unpack_as<Float16>(packed, stride, count, size, factor, target, first); break;
+    case kFloat32:
+      unpack_as<float>(packed, stride, count, size, factor, target, first);
+      break;
+    case kBFloat16:
+      unpack_as<BFloat16>(packed, stride, count, size, factor, target, first);
+      break;
+    default:
+      unpack_as<Float16>(packed, stride, count, size, factor, target, first);
+      break;
   }
 }
 
@@ -174,7 +202,8 @@ PYPAR_INLINE Float interleave(Float a, Float b) {
   const Int index = lane_indices() / 2 + (kUpper ? kWidth / 2 : 0) + (lane_indices() % 2) * kWidth;
   return (Float)_mm512_permutex2var_ps((__m512)a, (__m512i)index, (__m512)b);
 #elif defined(__AVX2__)
-  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b),
+               high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
   return (Float)_mm256_permute2f128_ps(low, high, kUpper ? 0x31 : 0x20);
 #else
   constexpr int kStart = kUpper ? kWidth / 2 : 0;
@@ -183,14 +212,15 @@ PYPAR_INLINE Float interleave(Float a, Float b) {
 }
 
 // to[j][i] = from[i][j] for i < num_rows, j < num_columns, both rounded up to whole vectors.
-static void transpose(const float* from, int64_t from_stride, int64_t num_rows, int64_t num_columns, float* to,
-                      int64_t to_stride) {
+static void transpose(const float* from, int64_t from_stride, int64_t num_rows, int64_t num_columns,
+                      float* to, int64_t to_stride) {
   for (int64_t i = 0; i < num_rows; i += kWidth) {
     for (int64_t j = 0; j < num_columns; j += kWidth) {
       Float x[kWidth], y[kWidth];
 #pragma GCC unroll 16
       for (int r = 0; r < kWidth; ++r) x[r] = load(from + (i + r) * from_stride + j);
-      // Each round interleaves row r with row r + kWidth / 2; after log2(kWidth) rounds rows have become columns.
+      // Each round interleaves row r with row r + kWidth / 2; after log2(kWidth) rounds rows have become
+      // columns.
 #pragma GCC unroll 4
       for (int round = 1; round < kWidth; round *= 2) {
 #pragma GCC unroll 8

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 from pathlib import Path
 from types import ModuleType
@@ -31,33 +32,23 @@ def module() -> ModuleType:
     ImportError when it was not built; ValueError when PYPAR_ISA names an instruction set that this CPU lacks.
     """
     try:
-        from pypar import _native
+        native = importlib.import_module("pypar._native")
     except ImportError as error:
         raise ImportError(
-            f"pypar's native module does not load ({error}); build it with `pip install -e .` in the source folder"
+            f"the native module does not load ({error}); `pip install -e .` in the source folder builds it"
         ) from error
-    _native.set_parallel_entry(_torch_parallel_entry())
+    native.set_parallel_entry(_torch_parallel_entry())
     if isa := os.environ.get(ISA_VARIABLE):
         try:
-            _native.select_isa(isa)
+            native.select_isa(isa)
         except ValueError as error:
             raise ValueError(f"{ISA_VARIABLE}: {error}") from None
-    return _native
+    return native
 
 
 def dtype_code(x: Tensor) -> int:
     """The native module's number for x's dtype."""
     return _DTYPE_CODES[x.dtype]
-
-
-def refusal(*tensors: Tensor) -> str | None:
-    """Why the native kernels cannot take these tensors, or None: they must lie in CPU memory, in one known dtype."""
-    for x in tensors:
-        if x.device.type != "cpu":
-            return f"it runs on the CPU, and a tensor is on {x.device}"
-        if x.dtype not in _DTYPE_CODES:
-            return f"{_plain(x.dtype)} is not one of float32, bfloat16, float16"
-    return missing()
 
 
 @functools.cache
@@ -68,10 +59,6 @@ def missing() -> str | None:
     except ImportError as error:
         return str(error)
     return None
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _torch_parallel_entry() -> int:
