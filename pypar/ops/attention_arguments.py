@@ -31,9 +31,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"v {tuple(v.shape)} must have one vector per key of k {tuple(k.shape)}; "
             f"pass v of shape [{B}, {S}, {G}, Hv] with Hv > 0"
         )
-    if G == 0 or N % G != 0:
+    if G == 0 or N == 0 or N % G != 0:
         raise ValueError(
-            f"q's number of heads ({N}) must be a multiple of k's ({G}), whole groups of query heads share a "
+            f"q's number of heads ({N}) must be a positive multiple of k's ({G}), whole groups of query heads share a "
             "key/value head; pass k and v with a number of heads that divides it"
         )
 
