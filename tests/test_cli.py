@@ -97,7 +97,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "short data": (["--set", "train.sequence_length=100000"], "tokens but one sequence needs 100001"),
     "unknown key": (["--set", "optimizer.learning_rate=1"], "did you mean 'optimizer.lr'?"),
     "wrong type": (["--set", "train.steps=few"], "'train.steps' must be a whole number, not 'few'"),
-    "schedule": (["--set", "pipeline.schedule=one_b_one_f"], "did you mean 'one_f_one_b'?"),
+    "schedule": (["--set", "pipeline.schedule=one_f_b"], "did you mean 'one_f_one_b'?"),
     "precision": (["--set", "train.precision=bf61"], "did you mean 'bf16'?"),
     "no TOML": (["{place}/bad.toml"], "bad.toml is not TOML"),
     "damaged checkpoint": (["--name", "damaged", "--resume"], "its complete.json is damaged"),
