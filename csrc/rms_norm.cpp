@@ -93,12 +93,18 @@ void rms_norm_backward(const RmsNormBackward& a) {
       }
     });
   });
-  // Blocks are added in their order, whichever thread made them.
+  // Blocks are added in an order given by their number, whichever thread made them, and in several chains,
+  // since the error grows with the length of a chain.
   for_vectors(a.size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
-    Float sum = zero();
-    for (int64_t block = 0; block < num_blocks; ++block)
-      sum += load_first(a.partial + block * a.size + i, count);
-    store_first(a.dweight + i, sum, count);
+    constexpr int kChains = 16;
+    Float sums[kChains] = {};
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      sums[block % kChains] += load_first(a.partial + block * a.size + i, count);
+    }
+    for (int half = kChains / 2; half > 0; half /= 2) {
+      for (int chain = 0; chain < half; ++chain) sums[chain] += sums[chain + half];
+    }
+    store_first(a.dweight + i, sums[0], count);
   });
 }
 

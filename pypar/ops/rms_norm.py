@@ -13,8 +13,9 @@ from pypar.ops.register import register, register_gradient
 from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
 
 # The gradient of weight is summed in blocks of rows, whose number does not depend on the number of threads:
-# enough blocks for the threads of a large machine, and enough rows that adding the blocks up costs little.
-_MAX_BLOCKS = 128
+# enough blocks for the threads of a large machine and for short, exact chains, and enough rows in each that
+# adding the blocks up costs little.
+_MAX_BLOCKS = 256
 _MIN_BLOCK_ROWS = 16
 
 
