@@ -106,11 +106,15 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def refusals(place: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """All of BAD_INPUT, two processes at a time (each loads torch)."""
+def refusals(
+    place: Path, request: pytest.FixtureRequest
+) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """BAD_INPUT, as far as it was selected, two processes at a time (each loads torch)."""
     pool = concurrent.futures.ThreadPoolExecutor(2)
     results = {}
-    for name, (more, _) in BAD_INPUT.items():
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    for name in [test.callspec.params["name"] for test in tests if "refusals" in test.fixturenames]:
+        more = BAD_INPUT[name][0]
         arguments = ["train", *_sets(place), "--name", "refused", "--mesh", "dp=2"]
         arguments += [argument.replace("{place}", str(place)) for argument in more]
         results[name] = pool.submit(_pypar, place, *arguments)

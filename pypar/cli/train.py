@@ -4,7 +4,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pypar.train import checkpoint
@@ -41,15 +41,16 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _join(plan: Plan, overwrite: bool) -> int:
-    if overwrite and not launched_here() and os.environ["RANK"] == "0":
-        _delete_earlier(plan.config)
+    if not launched_here() and os.environ["RANK"] == "0":
+        _show(plan.notes)
+        if overwrite:
+            _delete_earlier(plan.config)
     run_rank(lambda: _train(plan.config))
     return 0
 
 
 def _start(plan: Plan, arguments: argparse.Namespace) -> int:
-    for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+    _show(plan.notes)
     config = plan.config
     if arguments.overwrite:
         _delete_earlier(config)
@@ -64,6 +65,11 @@ def _start(plan: Plan, arguments: argparse.Namespace) -> int:
         folder=config.run_directory / ".launch",
         resume=lambda: resume_sentence(arguments.argv, checkpoint.latest(config.checkpoint_directory)),
     )
+
+
+def _show(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _delete_earlier(config: RunConfig) -> None:
