@@ -226,15 +226,15 @@ def run_user_gradients(way):
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         elif way == "zero":
             made.zero()
-        loss_of(model, axis.rank, step).backward(create_graph=way == "create_graph")
-        made.finish()
-        if way == "create_graph":
+        graph = way == "create_graph"
+        if graph:
             made.zero()
-            loss_of(model, axis.rank, step).backward(create_graph=True)
-            made.finish()
-            break
+        with made.accumulate():
+            loss_of(model, axis.rank, step, 0).backward(create_graph=graph)
+        loss_of(model, axis.rank, step, 1).backward(create_graph=graph)
+        made.finish()
     views = all(p.grad is made.gradient(p) for p in model.parameters() if p.requires_grad)
-    return gradients(model), reduced_without_buckets(axis, step + 1, 1), views
+    return gradients(model), reduced_without_buckets(axis, 2, 2), views
 
 
 @pytest.mark.parametrize("way", ["zero", "zero_grad", "new tensors", "create_graph"])
@@ -244,6 +244,18 @@ def test_gradients_that_the_user_replaced_are_taken_in(ranks, way):
         assert views
         for name, gradient in actual.items():
             assert torch.equal(gradient, expected[name]), name
+
+
+def test_a_gradient_set_to_none_and_then_not_computed_counts_as_zero():
+    """The bucket still holds the sum of the step before."""
+    used, left_out = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    made = GradientBuckets([used, left_out], SINGLE)
+    (used.sum() + left_out.sum()).backward()
+    made.finish()
+    used.grad = left_out.grad = None
+    used.sum().backward()
+    made.finish()
+    assert left_out.grad.tolist() == [0.0] * 3 and used.grad.tolist() == [1.0] * 2
 
 
 def test_gradients_from_before_are_kept():

@@ -196,10 +196,11 @@ def run_layouts(sequence_parallel):
     on_meta = nn.ModuleList([ColumnParallelLinear(6, 8, mesh.tp, bias=True, device="meta")]).to_empty(
         device="cpu"
     )
-    for module in (layers, copy.deepcopy(layers), copy.deepcopy(layers).to(torch.bfloat16)):
-        layouts = [layout_of(p) for p in module.parameters()]
-        assert all(tuple(p.shape) == local_shape(layout_of(p), mesh) for p in module.parameters())
-    return layouts, [layout_of(p) for p in on_meta.parameters()]
+    copies = (layers, copy.deepcopy(layers), copy.deepcopy(layers).to(torch.bfloat16))
+    layouts = [[layout_of(p) for p in module.parameters()] for module in copies]
+    assert layouts[1] == layouts[0] and layouts[2] == layouts[0]
+    assert [tuple(p.shape) for p in layers.parameters()] == [local_shape(each, mesh) for each in layouts[0]]
+    return layouts[0], [layout_of(p) for p in on_meta.parameters()]
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sequence"])

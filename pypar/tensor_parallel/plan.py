@@ -254,8 +254,8 @@ def _check_heads(region: Region, axis: Axis) -> None:
         counts = {n: value for n in CONFIG_HEAD_COUNTS if type(value := getattr(config, n, None)) is int}
     for name, count in counts.items():
         if count % axis.size:
-            common = math.gcd(*counts.values())
-            divisors = " or ".join(str(d) for d in range(1, common + 1) if common % d == 0)
+            divisor = math.gcd(*counts.values())
+            divisors = " or ".join(str(d) for d in range(1, divisor + 1) if divisor % d == 0)
             raise ValueError(
                 f"{name} ({count}) of {region.name} must divide by the tp size ({axis.size}); use a tp size "
                 "of "
