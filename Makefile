@@ -1,4 +1,4 @@
-# make train    set up .venv and train a small model on real text    ARGS="--mesh tp=2" reaches `pypar train`
+# make train    set up .venv and train a small model on real text    ARGS="--mesh tp=2 --name other" goes to `pypar train`
 # make test     set up .venv and run the tests                      ARGS="-k attention" reaches pytest
 # make test-all the same with the long ones; make lint; make bench (BENCH=attention); make clean
 #
@@ -18,7 +18,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 .DELETE_ON_ERROR:
 
 train: .venv/.set-up
-	$(BIN)/pypar train $(ARGS)
+	$(BIN)/pypar train $(or $(ARGS),--mesh dp=2 --overwrite)
 
 test: .venv/.set-up-dev
 	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)

@@ -1,4 +1,4 @@
-"""The decoder of pypar.models in plain PyTorch, as its users write it today: what bench/train.py compares with."""
+"""The decoder of pypar.models in plain PyTorch, as one writes it today: what bench/train.py compares with."""
 
 import torch
 import torch.nn.functional as F

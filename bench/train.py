@@ -2,10 +2,10 @@
 
     python bench/train.py [--steps 4] [--rounds 2] [--only NAME ...] [--ranks 2]
 
-Every contender trains the same decoder (24.1 M parameters: V 512, D 512, 8 layers, N 8, G 4, F 1408) in fp32 on the same
-text, 8 sequences of 1,024 tokens a step, one sequence a microbatch, AdamW (fused), each rank pinned to its share of the
-cores. Each launch makes one warm-up step; the figure is the median over all timed steps of all rounds. Contenders take
-turns, so a machine that drifts drifts for all. First it is checked that all of them report the same losses.
+Every contender trains the same decoder (24.1 M parameters: V 512, D 512, 8 layers, N 8, G 4, F 1408) in fp32 on
+the same text, 8 sequences of 1,024 tokens a step, one sequence a microbatch, AdamW (fused), each rank pinned to its
+share of the cores. Each launch makes one warm-up step; the figure is the median over all timed steps of all rounds.
+Contenders take turns, so a machine that drifts drifts for all. All of them must report the same losses.
 """
 
 import argparse
@@ -242,7 +242,8 @@ def report(seconds: dict[str, list[float]]) -> None:
     peak = matmul_rate(torch.float32, torch.device("cpu"))
     cores = len(os.sched_getaffinity(0))
     print(
-        f"torch {torch.__version__}, {cores} cores, fp32 matmul {peak / 1e9:.0f} GFLOP/s with {torch.get_num_threads()} threads"
+        f"torch {torch.__version__}, {cores} cores, fp32 matmul {peak / 1e9:.0f} GFLOP/s with "
+        f"{torch.get_num_threads()} threads"
     )
     print("| contender | tokens/s | GFLOP/s | of matmul | x best torch | spread |\n|---|---|---|---|---|---|")
     for name, tokens_per_s in rate.items():
@@ -250,7 +251,8 @@ def report(seconds: dict[str, list[float]]) -> None:
         ratio = f"{tokens_per_s / max(peers):.2f}" if peers else "-"
         work = tokens_per_s * flops
         print(
-            f"| {name} | {tokens_per_s:,.0f} | {work / 1e9:.0f} | {work / peak:.0%} | {ratio} | {spread:.0%} |"
+            f"| {name} | {tokens_per_s:,.0f} | {work / 1e9:.0f} | {work / peak:.0%} | {ratio} "
+            f"| {spread:.0%} |"
         )
 
 

@@ -1,4 +1,4 @@
-"""A rank that is killed in the middle of a run: what the user sees, what is left, and what a restart gives."""
+"""A rank is killed in the middle of a run: what the user sees, what is left, what a restart gives."""
 
 import os
 import signal

@@ -1,7 +1,8 @@
 """A Llama-style decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU) spread over a mesh.
 
-Shapes: B batch, T query positions on this rank, N query heads, G key/value heads, H head size, D model width, F feed-forward
-width, V vocabulary. Sources: Llama (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245).
+Shapes: B batch, T query positions on this rank, N query heads, G key/value heads, H head size, D model width,
+F feed-forward width, V vocabulary. Sources: Llama (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv
+2305.13245).
 """
 
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads ({self.num_heads}) must divide by num_kv_heads ({self.num_kv_heads}): each key/value head "
-                "serves the same number of query heads"
+                f"num_heads ({self.num_heads}) must divide by num_kv_heads ({self.num_kv_heads}): each "
+                "key/value head serves the same number of query heads"
             )
         if self.head_size % 2:
             raise ValueError(
@@ -55,25 +56,57 @@ class DecoderConfig:
 
     @property
     def num_matmul_parameters(self) -> int:
-        """Parameters that take part in a matrix multiplication for every token (the embedding lookup does not)."""
+        """Parameters that take part in a matrix product for every token (the embedding lookup does not)."""
         attention_DN = self.d_model * self.head_size * (2 * self.num_heads + 2 * self.num_kv_heads)
         return (
             self.num_layers * (attention_DN + 3 * self.d_model * self.d_ff) + self.vocab_size * self.d_model
         )
 
     def flops_per_token(self, length: int) -> int:
-        """Training FLOPs a token: 6 x matmul parameters + 6 L N H T (forward and backward, causal half of attention)."""
+        """Training FLOPs a token: 6 x matmul parameters + 6 L N H T (causal half of attention)."""
         return 6 * self.num_matmul_parameters + 6 * self.num_layers * self.num_heads * self.head_size * length
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467); with sequence parallel its weight's gradient is summed over tp."""
+@dataclass(frozen=True)
+class _Parts:
+    """Makes the parts of a decoder, all for one mesh, one way of splitting and one dtype."""
 
-    def __init__(self, d_model: int, eps: float, *, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    mesh: Mesh
+    sequence_parallel: bool
+    context_layout: str
+    dtype: torch.dtype
+
+    def column(self, in_features: int, out_features: int) -> ColumnParallelLinear:
+        return ColumnParallelLinear(
+            in_features,
+            out_features,
+            self.mesh.tp,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+        )
+
+    def row(self, in_features: int, out_features: int) -> RowParallelLinear:
+        return RowParallelLinear(
+            in_features,
+            out_features,
+            self.mesh.tp,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+        )
+
+    def norm(self, config: DecoderConfig) -> "RMSNorm":
+        sum_axes = ("tp",) if self.sequence_parallel else ()
+        return RMSNorm(config.d_model, config.norm_eps, self.dtype, sum_axes)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467); its weight's gradient is a part to be summed over ``sum_axes``."""
+
+    def __init__(self, d_model: int, eps: float, dtype: torch.dtype, sum_axes: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d_model, dtype=dtype))
-        set_layout(self.weight, Layout((d_model,), gradient_sum_axes=("tp",) if sequence_parallel else ()))
+        set_layout(self.weight, Layout((d_model,), gradient_sum_axes=sum_axes))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(x_BTD, self.weight, self.eps)
@@ -82,52 +115,29 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention: heads split over tp, positions over cp."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        mesh: Mesh,
-        *,
-        sequence_parallel: bool,
-        context_layout: str,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, parts: _Parts) -> None:
         super().__init__()
-        tp = mesh.tp
+        self.parts, self.head_size = parts, config.head_size
         for what, heads in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
-            if heads % tp.size:
-                raise ValueError(f"{what} ({heads}) must divide by the tp size ({tp.size})")
-        self.tp, self.cp = tp, mesh.cp
-        self.head_size, self.context_layout, self.sequence_parallel = (
-            config.head_size,
-            context_layout,
-            sequence_parallel,
-        )
+            if heads % parts.mesh.tp.size:
+                raise ValueError(f"{what} ({heads}) must divide by the tp size ({parts.mesh.tp.size})")
         width = config.num_heads * config.head_size
         kv_width = config.num_kv_heads * config.head_size
-        self.q = ColumnParallelLinear(
-            config.d_model, width, tp, sequence_parallel=sequence_parallel, dtype=dtype
-        )
-        self.k = ColumnParallelLinear(
-            config.d_model, kv_width, tp, sequence_parallel=sequence_parallel, dtype=dtype
-        )
-        self.v = ColumnParallelLinear(
-            config.d_model, kv_width, tp, sequence_parallel=sequence_parallel, dtype=dtype
-        )
-        self.out = RowParallelLinear(
-            width, config.d_model, tp, sequence_parallel=sequence_parallel, dtype=dtype
-        )
+        self.q = parts.column(config.d_model, width)
+        self.k = parts.column(config.d_model, kv_width)
+        self.v = parts.column(config.d_model, kv_width)
+        self.out = parts.row(width, config.d_model)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None) -> Tensor:
+        mesh = self.parts.mesh
         weights = (self.q.weight, self.k.weight, self.v.weight)
-        qkv = column_parallel(x_BTD, weights, self.tp, sequence_parallel=self.sequence_parallel)
+        qkv = column_parallel(x_BTD, weights, mesh.tp, sequence_parallel=self.parts.sequence_parallel)
         q_BTNH, k_BTGH, v_BTGH = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
         q_BTNH, k_BTGH = rope(q_BTNH, cos, sin), rope(k_BTGH, cos, sin)
         if cache is not None:
             k_BTGH, v_BTGH = cache.append(self, k_BTGH, v_BTGH)
-        if self.cp.size > 1:
-            out_BTNH = ring_attention(
-                q_BTNH, k_BTGH, v_BTGH, self.cp, layout=self.context_layout, causal=True
-            )
+        if mesh.cp.size > 1:
+            out_BTNH = ring_attention(q_BTNH, k_BTGH, v_BTGH, mesh.cp, layout=self.parts.context_layout)
         else:
             out_BTNH = attention(q_BTNH, k_BTGH, v_BTGH, causal=True)
         return self.out(out_BTNH.flatten(2))
@@ -136,42 +146,30 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(
-        self, config: DecoderConfig, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: DecoderConfig, parts: _Parts) -> None:
         super().__init__()
-        self.tp, self.sequence_parallel = mesh.tp, sequence_parallel
-        options = {"sequence_parallel": sequence_parallel, "dtype": dtype}
-        self.gate = ColumnParallelLinear(config.d_model, config.d_ff, mesh.tp, **options)
-        self.up = ColumnParallelLinear(config.d_model, config.d_ff, mesh.tp, **options)
-        self.down = RowParallelLinear(config.d_ff, config.d_model, mesh.tp, **options)
+        self.parts = parts
+        self.gate = parts.column(config.d_model, config.d_ff)
+        self.up = parts.column(config.d_model, config.d_ff)
+        self.down = parts.row(config.d_ff, config.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         weights = (self.gate.weight, self.up.weight)
-        gate_BTF, up_BTF = column_parallel(x_BTD, weights, self.tp, sequence_parallel=self.sequence_parallel)
+        gate_BTF, up_BTF = column_parallel(
+            x_BTD, weights, self.parts.mesh.tp, sequence_parallel=self.parts.sequence_parallel
+        )
         return self.down(swiglu(gate_BTF, up_BTF))
 
 
 class Layer(nn.Module):
     """Pre-norm residual layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        mesh: Mesh,
-        *,
-        sequence_parallel: bool,
-        context_layout: str,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, parts: _Parts) -> None:
         super().__init__()
-        norm = {"sequence_parallel": sequence_parallel and mesh.tp.size > 1, "dtype": dtype}
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, **norm)
-        self.attention = Attention(
-            config, mesh, sequence_parallel=sequence_parallel, context_layout=context_layout, dtype=dtype
-        )
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps, **norm)
-        self.feed_forward = FeedForward(config, mesh, sequence_parallel=sequence_parallel, dtype=dtype)
+        self.attention_norm = parts.norm(config)
+        self.attention = Attention(config, parts)
+        self.feed_forward_norm = parts.norm(config)
+        self.feed_forward = FeedForward(config, parts)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, cache)
@@ -179,9 +177,9 @@ class Layer(nn.Module):
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
-    """Layers of one pipeline stage: as equal as possible, the earlier stages take the remainder's extra ones last.
+    """Layers of one pipeline stage, as equal as possible.
 
-    The last stage also holds the head, the first the embedding; so a remainder goes to the stages in the middle first.
+    The last stage also holds the head, the first the embedding: a remainder goes to the stages in between first.
     """
     if num_layers < num_stages:
         raise ValueError(
@@ -197,7 +195,7 @@ def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
 class Decoder(nn.Module):
     """This rank's part of the decoder: its pipeline stage's layers, its tp shard of each weight.
 
-    Initial weights depend on ``seed`` and on each weight's global name and shape only, so every layout starts alike.
+    Initial weights depend on ``seed`` and on each weight's global name and shape only: all layouts start alike.
     """
 
     def __init__(
@@ -211,27 +209,20 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.config, self.mesh, self.context_layout = config, mesh, context_layout
         sequence_parallel = sequence_parallel and mesh.tp.size > 1
-        self.sequence_parallel = sequence_parallel
+        self.config, self.mesh, self.sequence_parallel = config, mesh, sequence_parallel
+        self.context_layout = context_layout
         self.is_first, self.is_last = mesh.pp.rank == 0, mesh.pp.rank == mesh.pp.size - 1
-        if config.vocab_size % mesh.tp.size:
-            up = -(-config.vocab_size // mesh.tp.size) * mesh.tp.size
-            raise ValueError(
-                f"vocab_size ({config.vocab_size}) must divide by the tp size ({mesh.tp.size}); use {up}"
-            )
-        parts = {"sequence_parallel": sequence_parallel, "dtype": dtype}
+        parts = _Parts(mesh, sequence_parallel, context_layout, dtype)
         if self.is_first:
-            self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, mesh.tp, **parts)
-        self.layers = nn.ModuleDict(
-            {
-                str(i): Layer(config, mesh, context_layout=context_layout, **parts)
-                for i in stage_layers(config.num_layers, mesh.pp.size, mesh.pp.rank)
-            }
-        )
+            self.embedding = VocabParallelEmbedding(
+                config.vocab_size, config.d_model, mesh.tp, sequence_parallel=sequence_parallel, dtype=dtype
+            )
+        stage = stage_layers(config.num_layers, mesh.pp.size, mesh.pp.rank)
+        self.layers = nn.ModuleDict({str(i): Layer(config, parts) for i in stage})
         if self.is_last:
-            self.norm = RMSNorm(config.d_model, config.norm_eps, **parts)
-            self.head = ColumnParallelLinear(config.d_model, config.vocab_size, mesh.tp, **parts)
+            self.norm = parts.norm(config)
+            self.head = parts.column(config.d_model, config.vocab_size)
             if config.tied_embeddings and self.is_first:
                 self.head.weight = self.embedding.weight
         self.reset_parameters(seed)
@@ -242,7 +233,7 @@ class Decoder(nn.Module):
         return self.config.tied_embeddings and self.mesh.pp.size > 1 and (self.is_first or self.is_last)
 
     def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(global name, local parameter); a tied head goes by the embedding's name, on whatever stage it lives."""
+        """(global name, local parameter); a tied head goes by the embedding's name, wherever it lives."""
         for name, parameter in self.named_parameters():
             tied_head = self.config.tied_embeddings and name == "head.weight"
             yield ("embedding.weight" if tied_head else name), parameter
@@ -273,8 +264,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
         """One stage.
 
-        x: token ids [B, T] (this cp rank's part) on the first stage, else the hidden state [B, T, D] ([B, T/tp, D] with
-        sequence parallel). Returns the hidden state, on the last stage the logits' shard [B, T, V/tp].
+        x: token ids [B, T] (this cp rank's part) on the first stage, else the hidden state [B, T, D] ([B, T/tp, D]
+        with sequence parallel). Returns the hidden state, on the last stage the logits' shard [B, T, V/tp].
         ``cache`` holds keys and values of earlier positions (generation on one rank's whole sequence).
         """
         length = x.shape[1] * (self.mesh.tp.size if self.sequence_parallel and not self.is_first else 1)

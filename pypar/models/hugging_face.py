@@ -24,7 +24,10 @@ _TOP_PARTS = {"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head"
 
 
 def global_name(hugging_face_name: str) -> str:
-    """'model.layers.3.self_attn.q_proj.weight' -> 'layers.3.attention.q.weight'; ValueError for a weight pypar has no place for."""
+    """'model.layers.3.self_attn.q_proj.weight' -> 'layers.3.attention.q.weight'.
+
+    ValueError for a weight that pypar's decoder has no place for.
+    """
     stem = hugging_face_name.removesuffix(".weight")
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     part = _LAYER_PARTS.get(layer[2]) if layer else _TOP_PARTS.get(stem)
@@ -48,7 +51,7 @@ def load_llama_weights(model: Decoder, state: Mapping[str, Tensor]) -> None:
             )
         if tuple(whole[name].shape) != layout.global_shape:
             raise ValueError(
-                f"{name} is {tuple(whole[name].shape)} in the state dict but the model has {layout.global_shape}; "
-                "build the Decoder with the checkpoint's sizes"
+                f"{name} is {tuple(whole[name].shape)} in the state dict but the model has "
+                f"{layout.global_shape}; build the Decoder with the checkpoint's sizes"
             )
         parameter.copy_(local_part(whole[name], layout, model.mesh))

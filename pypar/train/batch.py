@@ -13,7 +13,7 @@ from ..tensor_parallel import vocab_parallel_cross_entropy
 
 @dataclass(frozen=True)
 class Microbatch:
-    """tokens, targets: int64 [b, T] of this rank's sequences and positions; loss = loss_scale x sum over targets."""
+    """tokens, targets: int64 [b, T], this rank's sequences and positions; loss_scale: 1 / targets of the step."""
 
     tokens: Tensor
     targets: Tensor
@@ -25,7 +25,7 @@ def split_batch(
 ) -> list[Microbatch]:
     """This rank's microbatches of a global batch (tokens, targets: [B, T], target -100 = not learned).
 
-    Every rank sees the whole batch, so the number of targets, by which the loss is divided, needs no communication.
+    Every rank sees the whole batch, so the number of targets, which divides the loss, needs no communication.
     """
     scale = 1.0 / max(1, int((targets != -100).sum()))
     local = tokens.shape[0] // mesh.dp.size
@@ -39,7 +39,7 @@ def split_batch(
 
 
 class TrainingStage(nn.Module):
-    """A decoder's stage as the pipeline runs it: hidden state in and out, on the last stage the scaled loss."""
+    """A decoder's stage as the pipeline runs it: hidden state in and out, the last stage gives the scaled loss."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()

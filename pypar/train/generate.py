@@ -16,7 +16,7 @@ from .tokens import open_tokenizer
 
 
 def load_model(path: Path) -> tuple[Decoder, RunConfig]:
-    """The whole model of a checkpoint, whatever layout wrote it, in fp32 on one process without a process group."""
+    """The whole model of a checkpoint, whatever layout wrote it, in fp32, in a process without a process group."""
     config = RunConfig.from_dict(checkpoint.read_extra(path)["config"])
     tokenizer = open_tokenizer(config.data.tokenizer)
     model = Decoder(config.decoder_config(tokenizer.vocab_size), Mesh(), seed=config.seed)
@@ -35,7 +35,10 @@ def sample_tokens(
     temperature: float,
     generator: torch.Generator,
 ) -> Iterator[int]:
-    """Token ids one at a time. ``prompt_T`` int64 [T], T >= 1. When ``context`` positions are full, the newer half is kept."""
+    """Token ids one at a time; ``prompt_T``: int64 [T], T >= 1.
+
+    When ``context`` positions are full, the newer half is kept.
+    """
     window = prompt_T[-context:]
     cache, fed = KeyValueCache(context), 0
     for _ in range(num_tokens):
@@ -54,7 +57,7 @@ def sample_tokens(
 
 
 def generate(path: Path, prompt: str, num_tokens: int, *, temperature: float = 0.8, seed: int = 0) -> str:
-    """The prompt and up to ``num_tokens`` sampled tokens after it; stops at the end of a document. temperature 0 = greedy."""
+    """The prompt and up to ``num_tokens`` sampled after it, to the document's end at most; temperature 0 = greedy."""
     if temperature < 0:
         raise ValueError(
             f"temperature ({temperature}) must be at least 0; 0 always takes the likeliest token"

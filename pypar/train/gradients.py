@@ -12,12 +12,13 @@ from ..mesh import Axis, Mesh
 
 
 def tied_embedding_axis(mesh: Mesh) -> Axis | None:
-    """The first and the last pipeline stage of this rank's column, which both hold a tied embedding; None in between.
+    """The first and last pipeline stage of this rank's column, which both hold a tied embedding; None in between.
 
     Makes process groups, so every rank of the mesh calls it, once.
     """
     if mesh.pp.size <= 2:
         return mesh.pp if mesh.pp.size == 2 else None
+    assert mesh.device_mesh is not None
     ranks = mesh.device_mesh.mesh  # [pp, dp, cp, tp]
     own = None
     for column in ranks[[0, -1]].flatten(1).T.tolist():
@@ -28,7 +29,7 @@ def tied_embedding_axis(mesh: Mesh) -> Axis | None:
 
 
 class PartialGradients:
-    """After the data-parallel reduction: sums over tp what sequence parallelism left partial, over pp the tied embedding."""
+    """Sums over tp what sequence parallelism leaves partial, over pp the tied embedding; after the data axis."""
 
     def __init__(self, gradients: Mapping[nn.Parameter, Tensor], mesh: Mesh) -> None:
         self.mesh, self.gradients = mesh, gradients

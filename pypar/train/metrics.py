@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-FLOP_CONVENTION = "model FLOPs = 6 x matmul parameters + 6 x layers x heads x head size x T a token (causal half, no recompute)"
+FLOP_CONVENTION = (
+    "model FLOPs a token = 6 x matmul parameters + 6 x layers x heads x head size x T (causal half)"
+)
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -86,7 +88,7 @@ class Metrics:
 
 
 def draw_loss_curve(metrics: list[dict], levels: Mapping[str, float], path: Path) -> None:
-    """PNG of training and validation loss (nats a token) against steps; ``levels`` are horizontal lines to compare with."""
+    """PNG of training and validation loss (nats a token) against steps; ``levels``: horizontal lines to compare."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ from .config import OptimizerConfig
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up over ``warmup_steps``, then half a cosine down to ``min_lr_ratio`` x lr at ``num_steps`` (step from 0)."""
+    """Linear warm-up, then half a cosine to ``min_lr_ratio`` x lr at ``num_steps``; ``step`` counts from 0."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
@@ -24,7 +24,7 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
 class Optimizer:
     """AdamW (arXiv 1711.05101) over this rank's parameters; a parameter below fp32 has an fp32 master weight.
 
-    Gradients are read from ``buckets`` (fp32 there, whatever the parameter's type). Matrices decay, vectors do not.
+    Gradients are read from ``buckets`` (fp32 there, whatever the parameter's dtype). Matrices decay, vectors not.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Optimizer:
             }
 
     def square_sum(self, mesh: Mesh, tied_copy: str | None) -> Tensor:
-        """Sum of squares (fp64 scalar) of the gradients that this rank answers for: over all ranks, each element once.
+        """Sum of squares (fp64) of the gradients that this rank answers for: over all ranks, each element once.
 
-        After the data-parallel reduction every dp x cp rank holds the same gradients, so its first rank answers; a weight
-        that tp does not split is answered for by tp rank 0, a ``tied_copy`` by the other stage.
+        After the data-parallel reduction every dp x cp rank holds the same gradients, so the first rank answers; for
+        a weight that tp does not split tp rank 0 does, for a ``tied_copy`` the other stage.
         """
         total = torch.zeros((), dtype=torch.float64)
         if mesh.data.rank != 0:

@@ -72,7 +72,7 @@ def _steps(trainer: Trainer, metrics: Metrics) -> None:
     tokens = train.batch_size * train.sequence_length
     flops = tokens * trainer.model_config.flops_per_token(train.sequence_length)
     metrics.say(
-        f"MFU: {FLOP_CONVENTION}; peak {rate / 1e9:.0f} GFLOP/s = ranks x a {train.precision} matmul, measured now"
+        f"MFU: {FLOP_CONVENTION}; peak: {rate / 1e9:.0f} GFLOP/s, ranks x a {train.precision} matmul now"
     )
     while trainer.step < train.steps:
         for axis in trainer.axes:

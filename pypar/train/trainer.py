@@ -21,7 +21,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:
-    """One rank's share of a run; all its state is a function of (config, step), so any layout resumes any other."""
+    """One rank's share of a run. What it does is a function of (config, step): any layout resumes any other."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
@@ -91,11 +91,11 @@ class Trainer:
         return all_reduce_start(packed, self.mesh.world).wait().tolist()
 
     def _own_loss(self, losses: list[torch.Tensor]) -> float:
-        """This rank's part of the batch's loss: tp ranks of the last stage hold the same value, the first answers for it."""
+        """This rank's part of the loss: the tp ranks of the last stage hold the same value, the first one counts."""
         return sum(float(loss) for loss in losses) if self.mesh.tp.rank == 0 else 0.0
 
     def train_step(self) -> dict[str, float]:
-        """One update; returns its loss (nats a token, before the update) and gradient norm (before clipping)."""
+        """One update; returns the loss (nats a token) before it and the gradient norm before clipping."""
         self.buckets.zero()
         tokens, targets = self.data.train_batch(self.step, self.config.train.batch_size)
         losses = self.runtime.step(self._microbatches(tokens, targets), on_last_backward=self.buckets)
@@ -108,8 +108,8 @@ class Trainer:
         norm = math.sqrt(square_sum)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise RuntimeError(
-                f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; weights were not changed. Lower "
-                "optimizer.lr, or look at the data of this step; the last checkpoint is good"
+                f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were not "
+                "changed. Lower optimizer.lr, or look at this step's data; the last checkpoint is good"
             )
         lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         self.optimizer.step(lr, norm)
