@@ -108,6 +108,38 @@ def test_tied_weights_stay_one_parameter(ranks):
         assert layouts == [Layout((48, 32), (("tp", 0),)), Layout((32,)), Layout((32, 56), (("tp", 1),))]
 
 
+def run_generation():
+    ids = torch.tensor([[5, 11, 7], [1, 2, 40]])
+    tokens = []
+    for model in (
+        hugging_face_model("Llama", True),
+        pypar.parallelize(hugging_face_model("Llama", True), Mesh(tp=2)),
+    ):
+        tokens.append(model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=3).tolist())
+    return tokens
+
+
+@needs_transformers
+def test_generation_with_its_cache_works(ranks):
+    for expected, actual in ranks(2, run_generation):
+        assert actual == expected and len(actual[0]) == 9
+
+
+def run_recomputed():
+    grads = []
+    for recompute in (False, True):
+        model = pypar.parallelize(hugging_face_model("Llama", False), Mesh(tp=2)).train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        grads.append(loss_and_gradients(model)[2])
+    return all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+@needs_transformers
+def test_activation_checkpointing_changes_nothing(ranks):
+    assert all(ranks(2, run_recomputed))
+
+
 HUGGING_FACE_REFUSALS = {
     "Llama": ({"num_key_value_heads": 1}, "num_key_value_heads (1) of model.layers.0.self_attn must divide"),
     "Gemma": ({"num_key_value_heads": 2, "head_dim": 8}, "ScaledWordEmbedding, which may compute more"),
