@@ -129,3 +129,19 @@ def run_ignoring_zero():
     losses.sum().backward()
     assert not logits.grad[0].any() and logits.grad[1].any()
     return losses.tolist()
+
+
+def run_ignored_infinities():
+    axis = Mesh(tp=2).tp
+    logits = draw(3, 4, seed=1 + axis.rank)
+    logits[0], logits[1] = -math.inf, 1e38
+    logits.requires_grad_()
+    losses = vocab_parallel_cross_entropy(logits, torch.tensor([-100, -100, 5]), axis)
+    losses.sum().backward()
+    return losses.tolist(), logits.grad
+
+
+def test_an_ignored_token_gives_zeros_whatever_its_logits(ranks):
+    for losses, dlogits in ranks(2, run_ignored_infinities):
+        assert losses[:2] == [0, 0] and losses[2] > 0
+        assert not dlogits[:2].any() and dlogits[2].isfinite().all() and dlogits[2].all()

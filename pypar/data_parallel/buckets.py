@@ -61,8 +61,7 @@ class GradientBuckets:
         if bucket_bytes < 1 or first_bucket_bytes < 1:
             raise ValueError(
                 f"bucket_bytes ({bucket_bytes}) and first_bucket_bytes ({first_bucket_bytes}) must be "
-                "positive; "
-                "1 << 20 is one MiB"
+                "positive; 1 << 20 is one MiB"
             )
         self.axis, self.average = as_axis(axis), average
         named = [(f"parameter {i}", p) for i, p in enumerate(dict.fromkeys(params)) if p.requires_grad]
@@ -74,8 +73,7 @@ class GradientBuckets:
         if difference is not None:
             raise ValueError(
                 f"the parameters are not the same on all {self.axis.size} ranks of axis {self.axis.name!r}: "
-                f"{difference}; "
-                "start every rank from one seed or one checkpoint"
+                f"{difference}; start every rank from one seed or one checkpoint"
             )
         self._accumulating = False
         self._num_backward = 0  # gradients that arrived since zero()
@@ -99,8 +97,7 @@ class GradientBuckets:
         if slot is None:
             raise ValueError(
                 f"a tensor of shape {tuple(parameter.shape)} is not among the parameters that these buckets "
-                "were made of; "
-                "pass it when they are made, with requires_grad=True"
+                "were made of; pass it when they are made, with requires_grad=True"
             )
         return slot.gradient
 
@@ -168,16 +165,14 @@ class GradientBuckets:
         if slot.is_ready:
             raise RuntimeError(
                 f"backward reached {slot.name} {tuple(parameter.shape)} again after its gradient was handed "
-                "to communication; "
-                "put all but the step's last backward under `with buckets.accumulate():` and call finish() "
-                "after the last "
-                "(reentrant activation checkpointing also does this: use_reentrant=False does not)"
+                "to communication; put all but the step's last backward under `with buckets.accumulate():` "
+                "and call finish() after the last (reentrant activation checkpointing also does this: "
+                "use_reentrant=False does not)"
             )
         if slot.is_stale and (parameter.grad is slot.gradient or not slot.is_shown):
             raise RuntimeError(
                 f"backward added to the sum that finish() left in the gradient of {slot.name} "
-                f"{tuple(parameter.shape)}; "
-                "call buckets.zero() before each step's first backward"
+                f"{tuple(parameter.shape)}; call buckets.zero() before each step's first backward"
             )
         self._num_backward += 1
         slot.is_stale = False
@@ -197,8 +192,7 @@ class GradientBuckets:
         if slot.is_stale and (slot.parameter.grad is slot.gradient or not slot.is_shown):
             raise RuntimeError(
                 f"the gradient of {slot.name} {tuple(slot.parameter.shape)} still holds the sum of the last "
-                "finish(); "
-                "call buckets.zero() before each step's first backward"
+                "finish(); call buckets.zero() before each step's first backward"
             )
         if slot.is_shown and slot.parameter.grad is not slot.gradient:
             if slot.parameter.grad is None:

@@ -37,8 +37,7 @@ def vocab_parallel_cross_entropy(
     if logits_shard.dim() < 1 or targets.shape != logits_shard.shape[:-1]:
         raise ValueError(
             f"targets {tuple(targets.shape)} must have the shape of logits_shard {tuple(logits_shard.shape)} "
-            "without its "
-            f"last dimension; reshape targets to {tuple(logits_shard.shape[:-1])}"
+            f"without its last dimension; reshape targets to {tuple(logits_shard.shape[:-1])}"
         )
     if targets.dtype != torch.int64:
         raise ValueError(f"targets is {targets.dtype} and must be int64; convert with targets.long()")
@@ -51,34 +50,32 @@ class _VocabParallelCrossEntropy(Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, ignore_index: int) -> Tensor:
         start, ignored = axis.rank * logits.shape[-1], targets == ignore_index
         here = (targets >= start) & (targets < start + logits.shape[-1]) & ~ignored
-        # A token whose target another rank has: any target of this rank gives the same total; backward corrects
-        # column 0.
-        rows = torch.where(here, targets - start, 0)
+        # Where another rank has the target, any target of this rank gives the same total: 0, which backward undoes.
+        rows = torch.where(here, targets - start, 0).masked_fill_(ignored, _IGNORED)
         backend = choose("cross_entropy", BACKENDS, {"logits": logits, "targets": rows}, None).name
-        _, part_max, part_total = torch.ops.pypar.cross_entropy_forward(logits, rows, _NEVER, backend)
+        _, part_max, part_total = torch.ops.pypar.cross_entropy_forward(logits, rows, _IGNORED, backend)
         part_max.masked_fill_(part_total == 0, -torch.inf)  # nothing but -inf here: no say in the maximum
         maximum = all_reduce_start(part_max.clone(), axis, dist.ReduceOp.MAX).wait()
-        picked = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1) - maximum
+        picked = logits.gather(-1, rows.clamp(0).unsqueeze(-1)).squeeze(-1) - maximum
         packed = torch.stack((part_total * torch.exp(part_max - maximum), torch.where(here, picked, 0)))
         total, target_logit = all_reduce_start(packed, axis).wait()
-        ctx.save_for_backward(logits, rows, here, ignored, maximum, total)
+        ctx.save_for_backward(logits, rows, ~(here | ignored), maximum, total)
         ctx.backend = backend
         return torch.where(ignored, 0, total.log() - target_logit)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, rows, here, ignored, maximum, total = ctx.saved_tensors
-        dloss = torch.where(ignored, 0, dloss)
+        logits, rows, elsewhere, maximum, total = ctx.saved_tensors
         dlogits = torch.ops.pypar.cross_entropy_backward(
-            dloss, logits, rows, maximum, total, _NEVER, ctx.backend
+            dloss, logits, rows, maximum, total, _IGNORED, ctx.backend
         )
         first = torch.exp(logits[..., 0] - maximum) / total * dloss
-        dlogits[..., 0] = torch.where(here, dlogits[..., 0], first.to(dlogits.dtype))
+        dlogits[..., 0] = torch.where(elsewhere, first.to(dlogits.dtype), dlogits[..., 0])
         return dlogits, None, None, None
 
 
-_NEVER = -1  # an ignore_index that no local target has: ignored tokens are masked here
+_IGNORED = -1  # the ignore_index of targets that count from this rank's first token
 
 
 def _check_range(targets: Tensor, vocabulary_size: int, ignore_index: int) -> None:
@@ -91,6 +88,5 @@ def _check_range(targets: Tensor, vocabulary_size: int, ignore_index: int) -> No
     elif wrong.any():
         raise ValueError(
             f"targets contains {int(targets[wrong][0])}, outside of [0, {vocabulary_size}) and not "
-            "ignore_index "
-            f"({ignore_index}); check the tokenizer against the vocabulary of the logits"
+            f"ignore_index ({ignore_index}); check the tokenizer against the vocabulary of the logits"
         )

@@ -68,8 +68,7 @@ class VocabParallelEmbedding(ShardedModule):
         if self.sequence_parallel and self.axis.size > 1 and ids.dim() < 2:
             raise ValueError(
                 "an embedding with sequence_parallel=True cuts dim 1 of ids [B, T], but they have shape "
-                f"{tuple(ids.shape)}; "
-                "pass ids.unsqueeze(0) for a single sequence"
+                f"{tuple(ids.shape)}; pass ids.unsqueeze(0) for a single sequence"
             )
         _check_ids(ids, self.num_embeddings)
         if self.axis.size == 1:
@@ -135,6 +134,5 @@ def _check_ids(ids: Tensor, num_embeddings: int) -> None:
         wrong = ids[(ids < 0) | (ids >= num_embeddings)][0]
         raise ValueError(
             f"token id {int(wrong)} is outside of the vocabulary [0, {num_embeddings}); check the tokenizer "
-            "against the "
-            "embedding's num_embeddings"
+            "against the embedding's num_embeddings"
         )

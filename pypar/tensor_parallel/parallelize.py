@@ -50,8 +50,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Mapping[str, str] | None = N
         if difference is not None:
             raise ValueError(
                 f"parallelize needs the same whole model on every rank, but on axis {axis.name!r} "
-                f"{difference} differs; build it from one seed (torch.manual_seed) or load one checkpoint "
-                "on every rank"
+                f"{difference} differs; build it from one seed (torch.manual_seed) or load one checkpoint on "
+                "every rank"
             )
     if mesh.tp.size == 1:
         return model

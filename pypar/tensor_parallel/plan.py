@@ -168,8 +168,8 @@ def _check_module(match: Match, axis: Axis) -> None:
         extras = ("max_norm", "scale_grad_by_freq", "sparse")
         if any(getattr(module, extra) for extra in extras):
             raise ValueError(
-                f"{name} uses one of {', '.join(extras)}, which a cut embedding lacks; "
-                "leave it out of the plan"
+                f"{name} uses one of {', '.join(extras)}, which a cut embedding lacks; leave it out of the "
+                "plan"
             )
         part_length(f"num_embeddings of {name}", module.num_embeddings, axis)
     elif isinstance(module, nn.Linear):
@@ -239,10 +239,8 @@ def _check_insides(region: Region) -> None:
         if tuple(parameter.shape) != (region.width,) and not region.is_per_head(parameter):
             raise ValueError(
                 f"parallelize does not know {name} {tuple(parameter.shape)}, which stands beside layers that "
-                "it "
-                "cuts; give a plan, and sum that parameter's gradient over mesh.tp where it works on a part "
-                "of "
-                "the features"
+                "it cuts; give a plan, and sum that parameter's gradient over mesh.tp where it works on a "
+                "part of the features"
             )
 
 
@@ -258,8 +256,7 @@ def _check_heads(region: Region, axis: Axis) -> None:
             divisors = " or ".join(str(d) for d in range(1, divisor + 1) if divisor % d == 0)
             raise ValueError(
                 f"{name} ({count}) of {region.name} must divide by the tp size ({axis.size}); use a tp size "
-                "of "
-                f"{divisors}"
+                f"of {divisors}"
             )
 
 
