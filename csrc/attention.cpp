@@ -27,10 +27,10 @@ constexpr float kSlack = 8.0f;
 
 // The state of one block of query rows.
 struct QueryBlock {
-  float* q_transposed;   // [H][kBlock], times scale * log2(e)
+  float* q_transposed;   // [H][kBlock], negated for a negative scale
   float* out;            // [kBlock][padded Hv], not yet normalised
-  float* reference;      // [kBlock], what is subtracted from a row's scores, in base 2
-  float* sum;            // [kBlock], of 2^(score - reference)
+  float* reference;      // [kBlock], what is subtracted from a row's scores
+  float* sum;            // [kBlock], of 2^((score - reference) * factor)
   int32_t* limit;        // [kBlock], the last key that a row sees
   int64_t first, count;  // rows
   int64_t num_keys;      // that any of its rows sees
@@ -48,12 +48,15 @@ struct Layout {
   }
 };
 
-// scores[key][row] -> 2^(score - reference), for keys [0, num_keys) of one block, and the rows' new
-// references and sums. Unseen scores become 0. `rescale` [kBlock] receives by how much the rows' output must
-// be multiplied; false if by nothing.
+// scores[key][row] -> 2^((score - reference) * factor), for keys [0, num_keys) of one block, and the rows'
+// new references and sums. Unseen scores become 0. `rescale` [kBlock] receives by how much the rows' output
+// must be multiplied; false if by nothing.
 template <bool kMasked>
-bool soften(QueryBlock& block, float* scores, int64_t first_key, int64_t num_keys, float* rescale) {
+bool soften(QueryBlock& block, float factor, float* scores, int64_t first_key, int64_t num_keys,
+            float* rescale) {
   bool any_rescale = false;
+  const float slack = factor > 1e-30f ? kSlack / factor : kSlack * 1e30f;
+  const float least = factor > 1e-30f ? -200.0f / factor : -200.0f * 1e30f;
   for (int64_t row = 0; row < block.count; row += kWidth) {
     float* column = scores + row;
     Int limit{};
@@ -79,22 +82,22 @@ bool soften(QueryBlock& block, float* scores, int64_t first_key, int64_t num_key
     }
     top[0] = max(top[0], top[1]);
     const Float old = load(block.reference + row);
-    const Int grown = top[0] > old + kSlack;
-    Float reference = old, sum = load(block.sum + row), factor = broadcast(1.0f);
+    const Int grown = top[0] > old + slack;
+    Float reference = old, sum = load(block.sum + row), shrink = broadcast(1.0f);
     if (any(grown)) {
       reference = select(grown, top[0], old);
-      factor = select(grown & (old > lowest), exp2(old - reference), factor);
-      sum *= factor;
+      shrink = select(grown & (old > lowest), exp2_of_product(old - reference, factor, least), shrink);
+      sum *= shrink;
       any_rescale = true;
       store(block.reference + row, reference);
     }
-    store(rescale + row, factor);
+    store(rescale + row, shrink);
     Float sums[2] = {zero(), zero()};
     key = 0;
     if (!kMasked) {
       for (; key + 2 <= end; key += 2) {
-        const Float p0 = exp2(load(column + key * kBlock) - reference);
-        const Float p1 = exp2(load(column + (key + 1) * kBlock) - reference);
+        const Float p0 = exp2_of_product(load(column + key * kBlock) - reference, factor, least);
+        const Float p1 = exp2_of_product(load(column + (key + 1) * kBlock) - reference, factor, least);
         store(column + key * kBlock, p0);
         store(column + (key + 1) * kBlock, p1);
         sums[0] += p0;
@@ -102,7 +105,7 @@ bool soften(QueryBlock& block, float* scores, int64_t first_key, int64_t num_key
       }
     }
     for (; key < end; ++key) {
-      Float p = exp2(load(column + key * kBlock) - reference);
+      Float p = exp2_of_product(load(column + key * kBlock) - reference, factor, least);
       if (kMasked) {
         const Int seen = limit >= broadcast_int(static_cast<int32_t>(first_key + key));
         p = select(seen, p, zero());
@@ -143,8 +146,9 @@ void attend(const AttentionSizes& s, const Layout& layout, QueryBlock& block, co
   }
   multiply<false, false>(num_keys, num_vecs, s.H, k, layout.padded_h, block.q_transposed, kBlock, scores,
                          kBlock, masked ? columns : nullptr, nullptr);
-  const bool any_rescale = masked ? soften<true>(block, scores, first_key, num_keys, rescale)
-                                  : soften<false>(block, scores, first_key, num_keys, rescale);
+  const bool any_rescale = masked
+                               ? soften<true>(block, score_factor(s), scores, first_key, num_keys, rescale)
+                               : soften<false>(block, score_factor(s), scores, first_key, num_keys, rescale);
   if (any_rescale) rescale_out(block, rescale, layout.padded_hv);
   multiply<true, true>(block.count, layout.padded_hv / kWidth, num_keys, scores, kBlock, v, layout.padded_hv,
                        block.out, layout.padded_hv, nullptr, masked ? depth : nullptr);
@@ -161,7 +165,7 @@ void begin_block(const AttentionForward& a, const Layout& layout, const Rows& q,
   block->limit = reinterpret_cast<int32_t*>(block->sum + kBlock);
   block->first = first;
   block->count = smaller(kBlock, s.T * group - first);
-  pack(q, first, block->count, s.H, a.sizes.scale * kLog2e, scratch, layout.padded_h);
+  pack(q, first, block->count, s.H, score_sign(s), scratch, layout.padded_h);
   transpose(scratch, layout.padded_h, block->count, layout.padded_h, block->q_transposed, kBlock);
   for (int64_t i = 0; i < kBlock * layout.padded_hv; i += kWidth) store(block->out + i, zero());
   for (int64_t i = 0; i < kBlock; ++i) {
@@ -185,7 +189,8 @@ void end_block(const AttentionForward& a, const Layout& layout, const Rows& out,
     const int64_t r = block.first + i;
     a.lse[(batch * s.N + head * group + r % group) * s.T + r / group] =
         sum == 0.0f ? -__builtin_inff()
-                    : static_cast<float>((block.reference[i] + __builtin_log2(sum)) * 0.69314718055994530942);
+                    : static_cast<float>(static_cast<double>(block.reference[i]) * __builtin_fabsf(s.scale) +
+                                         __builtin_log(sum));
   }
   unpack(block.out, layout.padded_hv, block.count, s.Hv, 1.0f, out, block.first);
 }

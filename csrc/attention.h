@@ -33,7 +33,7 @@ struct AttentionBackward {
   AttentionTensor dout, q, k, v, out, dq, dk, dv;
   const float* lse;   // [B, N, T], contiguous
   const float* dlse;  // the same, or null
-  float* row_values;  // memory of any content: per block of rows 2 * kAttentionBlock floats
+  float* row_values;  // memory of any content: per block of rows 3 * kAttentionBlock floats
   float* dq_sum;      // memory of any content: per block of rows kAttentionBlock * padded H floats
   int32_t* progress;  // per block of rows a zero: how many blocks of keys its dq_sum contains
 };

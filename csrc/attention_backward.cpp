@@ -39,9 +39,10 @@ struct Scratch {
   }
 };
 
-// The 2 * kBlock values that `prepare_row_block` leaves.
+// What `prepare_row_block` leaves: kBlock values each of base, delta and base_rest.
+constexpr int64_t kRowValues = 3 * kBlock;
 PYPAR_INLINE float* row_values(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
-  return a.row_values + ((batch * a.sizes.G + head) * attention_row_blocks(a.sizes) + row_block) * 2 * kBlock;
+  return a.row_values + ((batch * a.sizes.G + head) * attention_row_blocks(a.sizes) + row_block) * kRowValues;
 }
 
 struct Task {
@@ -50,9 +51,9 @@ struct Task {
   Rows q, dout, dq;
 };
 
-// Per row of a block of rows: `base`, with which p = 2^(score - base), and delta = dout . out - dlse, with
-// which ds = p * (dp - delta). delta's products are summed in the order of dp's: a row that sees one key then
-// gets exactly 0.
+// Per row of a block of rows: `base`, with which p = 2^(score * factor - base), and delta = dout . out -
+// dlse, with which ds = p * (dp - delta). delta's products are summed in the order of dp's: a row that sees
+// one key then gets exactly 0.
 void prepare_row_block(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
   const AttentionSizes& s = a.sizes;
   const int64_t group = s.N / s.G, first = row_block * kBlock;
@@ -65,6 +66,7 @@ void prepare_row_block(const AttentionBackward& a, int64_t batch, int64_t head, 
   transpose(m.dv, m.padded_hv, count, m.padded_hv, out, kBlock);
   float* const base = row_values(a, batch, head, row_block);
   float* const delta = base + kBlock;
+  float* const base_rest = delta + kBlock;
   for (int64_t i = 0; i < count; i += kWidth) {
     Float sum = zero();
     for (int64_t j = 0; j < s.Hv; ++j) sum += load(dout + j * kBlock + i) * load(out + j * kBlock + i);
@@ -76,6 +78,8 @@ void prepare_row_block(const AttentionBackward& a, int64_t batch, int64_t head, 
     const float lse = a.lse[index];
     // A row that saw no key: p becomes 2^-huge = 0.
     base[i] = lse == -__builtin_inff() ? 3e38f : lse * kLog2e;
+    base_rest[i] =
+        lse == -__builtin_inff() ? 0.0f : static_cast<float>(lse * 1.44269504088896340736 - base[i]);
     if (a.dlse) delta[i] -= a.dlse[index];
   }
 }
@@ -90,13 +94,15 @@ template <bool kMasked>
 void differentiate(const AttentionSizes& s, const Task& task, int64_t first, int64_t count,
                    const float* values, const Scratch& m) {
   const int64_t width = round_up(task.num_keys, kWidth);
+  const float factor = score_factor(s);
   for (int64_t i = 0; i < count; ++i) {
     float* p = m.p + i * kBlock;
     float* ds = m.ds + i * kBlock;
     const Float base = broadcast(values[i]), delta = broadcast(values[kBlock + i]);
+    const Float rest = broadcast(values[2 * kBlock + i]);
     const Int limit = broadcast_int(kMasked ? static_cast<int32_t>(limit_of(s, task, first + i)) : 0);
     for (int64_t j = 0; j < width; j += kWidth) {
-      const Float probability = exp2(load(p + j) - base);
+      const Float probability = exp2((load(p + j) * factor - base) - rest);
       const Float gradient = probability * (load(ds + j) - delta);
       const Int seen = lane_indices() + static_cast<int32_t>(j) <= limit;
       store(p + j, kMasked ? select(seen, probability, zero()) : probability);
@@ -178,7 +184,7 @@ void propagate(const AttentionBackward& a, const Task& task, int64_t row_block, 
   const Range* keys = trim ? trim->keys : nullptr;
   const Range* rows = trim ? trim->rows : nullptr;
   const float* values = row_values(a, task.batch, task.head, row_block);
-  pack(task.q, first, count, s.H, s.scale * kLog2e, m.q, m.padded_h);
+  pack(task.q, first, count, s.H, score_sign(s), m.q, m.padded_h);
   pack(task.dout, first, count, s.Hv, 1.0f, m.dout, m.padded_hv);
   multiply<false, false>(count, key_vecs, s.H, m.q, m.padded_h, m.k_transposed, kBlock, m.p, kBlock, keys,
                          nullptr);
@@ -221,8 +227,9 @@ void run_task(const AttentionBackward& a, int64_t batch, int64_t head, int64_t k
   const int64_t first_position = s.causal ? larger(0, first_key - (s.S - s.T)) : 0;
   for (int64_t i = first_position * group / kBlock; i < attention_row_blocks(s); ++i)
     propagate(a, task, i, m);
-  // q was packed times scale * log2(e), so dk lacks only the logarithm's base.
-  unpack(m.dk, m.padded_h, task.num_keys, s.H, kLn2, rows_of(a.dk, batch, head, 1), first_key);
+  // q was packed with the scale's sign.
+  unpack(m.dk, m.padded_h, task.num_keys, s.H, __builtin_fabsf(s.scale), rows_of(a.dk, batch, head, 1),
+         first_key);
   unpack(m.dv, m.padded_hv, task.num_keys, s.Hv, 1.0f, rows_of(a.dv, batch, head, 1), first_key);
 }
 
@@ -292,7 +299,7 @@ PYPAR_BIND(attention_backward) {
         a.dlse = reinterpret_cast<const float*>(lse[1].cast<uintptr_t>());
         a.row_values = reinterpret_cast<float*>(memory[0].cast<uintptr_t>());
         a.dq_sum = a.row_values +
-                   a.sizes.B * a.sizes.G * pypar::attention_row_blocks(a.sizes) * 2 * pypar::kAttentionBlock;
+                   a.sizes.B * a.sizes.G * pypar::attention_row_blocks(a.sizes) * 3 * pypar::kAttentionBlock;
         a.progress = reinterpret_cast<int32_t*>(memory[1].cast<uintptr_t>());
         pypar::launch<pypar::attention_backward_kernels>(a);
       });
@@ -302,7 +309,7 @@ PYPAR_BIND(attention_backward) {
     const int64_t blocks = s.B * s.G * pypar::attention_row_blocks(s);
     const int64_t widest_vector = 16;
     const int64_t padded_h = (s.H + widest_vector - 1) / widest_vector * widest_vector;
-    return py::make_tuple(blocks * pypar::kAttentionBlock * (padded_h + 2), blocks);
+    return py::make_tuple(blocks * pypar::kAttentionBlock * (padded_h + 3), blocks);
   });
 }
 

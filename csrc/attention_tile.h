@@ -17,9 +17,16 @@ constexpr int kRows = 6;
 constexpr int kVecs = kNumRegisters == 32 ? 4 : 2;
 constexpr int64_t kGroups = kBlock / kRows;
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 
 static_assert(kBlock % kRows == 0 && kBlock % kWidth == 0, "blocks are made of whole tiles");
+
+// Scores are q . k as any matrix product would round them. The scale comes in after the subtraction of the
+// row's reference, by fused multiply-add; its sign goes into the packed q, so that a larger score is a larger
+// exponent.
+PYPAR_INLINE float score_sign(const AttentionSizes& s) { return s.scale < 0.0f ? -1.0f : 1.0f; }
+PYPAR_INLINE float score_factor(const AttentionSizes& s) {
+  return (s.scale < 0.0f ? -s.scale : s.scale) * kLog2e;
+}
 
 struct Range {
   int64_t begin, end;

@@ -96,14 +96,13 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 
 
 def reference_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The definition. Returns (out [B, T, N, Hv], lse [B, N, T])."""
+    """The definition, computed in fp64. Returns (out [B, T, N, Hv], lse [B, N, T])."""
     B, T, N, _ = q.shape
-    wide = accumulate_dtype(q)
-    scores = _scores(q.to(wide), k.to(wide), causal, scale)
-    lse = scores.logsumexp(-1)
+    scores = _scores(q.double(), k.double(), causal, scale)
+    lse = scores.logsumexp(-1) if k.shape[1] else scores.new_full(scores.shape[:-1], -math.inf)
     p = (scores - _finite(lse).unsqueeze(-1)).exp()
-    out = torch.einsum("bgnts,bsgh->btgnh", p, v.to(wide)).reshape(B, T, N, v.shape[3])
-    return out.to(q.dtype).contiguous(), lse.reshape(B, N, T).contiguous()
+    out = torch.einsum("bgnts,bsgh->btgnh", p, v.double()).reshape(B, T, N, v.shape[3])
+    return out.to(q.dtype).contiguous(), lse.reshape(B, N, T).to(accumulate_dtype(q)).contiguous()
 
 
 def reference_backward(
@@ -120,20 +119,20 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With p = exp(score - lse): dv = p^T dout, dscore = p * (dout v^T - sum(dout * out) + dlse)."""
     B, T, N, H = q.shape
-    G = k.shape[2]
-    wide = lse.dtype
-    q_wide, k_wide = q.to(wide).reshape(B, T, G, N // G, H), k.to(wide)
-    dout_wide = dout.to(wide).reshape(B, T, G, N // G, -1)
-    p = (_scores(q.to(wide), k_wide, causal, scale) - _finite(lse).reshape(B, G, N // G, T, 1)).exp()
-    delta = (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
+    G, Hv = k.shape[2], v.shape[3]
+    grouped = B, T, G, N // G
+    dout_wide, q_wide, k_wide, lse_wide = dout.double(), q.double(), k.double(), lse.double()
+    delta = (dout_wide * out.double()).sum(-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - dlse
-    dp = torch.einsum("btgnh,bsgh->bgnts", dout_wide, v.to(wide))
+    scores = _scores(q_wide, k_wide, causal, scale)
+    p = (scores - _finite(lse_wide).reshape(B, G, N // G, T, 1)).exp()
+    dp = torch.einsum("btgnh,bsgh->bgnts", dout_wide.reshape(*grouped, Hv), v.double())
     dscores = p * (dp - delta.reshape(B, G, N // G, T, 1)) * scale
     dq = torch.einsum("bgnts,bsgh->btgnh", dscores, k_wide).reshape(q.shape)
-    dk = torch.einsum("bgnts,btgnh->bsgh", dscores, q_wide)
-    dv = torch.einsum("bgnts,btgnh->bsgh", p, dout_wide)
-    dtype = wide if fp32_gradients else q.dtype
+    dk = torch.einsum("bgnts,btgnh->bsgh", dscores, q_wide.reshape(*grouped, H))
+    dv = torch.einsum("bgnts,btgnh->bsgh", p, dout_wide.reshape(*grouped, Hv))
+    dtype = accumulate_dtype(q) if fp32_gradients else q.dtype
     return dq.to(dtype).contiguous(), dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
 
 

@@ -33,8 +33,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if G == 0 or N == 0 or N % G != 0:
         raise ValueError(
-            f"q's number of heads ({N}) must be a positive multiple of k's ({G}), whole groups of query heads share a "
-            "key/value head; pass k and v with a number of heads that divides it"
+            f"q's number of heads ({N}) must be a positive multiple of k's ({G}): whole groups of query "
+            "heads share a key/value head; pass k and v with a number of heads that divides it"
         )
 
 
