@@ -12,6 +12,7 @@ from pypar.train.config import RunConfig
 from pypar.train.trainer import Trainer
 
 NUM_STEPS = 20
+TIMEOUT_S = 600  # eight ranks on two cores wait for each other most of the time
 AXES = ("dp", "pp", "cp", "tp")
 
 
@@ -97,7 +98,7 @@ def one_process(ranks, text: Path):
     def get(world_size: int, tied: bool = False):
         key = (world_size == 8, tied)
         if key not in made:
-            made[key] = ranks(1, train, _config(text, world_size, tied))[0]
+            made[key] = ranks(1, train, _config(text, world_size, tied), timeout_s=TIMEOUT_S)[0]
         return made[key]
 
     return get
@@ -130,7 +131,7 @@ def test_every_layout_trains_alike(
         "context": {"layout": layout},
     }
     config["train"]["sequence_parallel"] = sequence_parallel
-    _assert_equal(ranks(world_size, train, config), one_process(world_size))
+    _assert_equal(ranks(world_size, train, config, timeout_s=TIMEOUT_S), one_process(world_size))
 
 
 @pytest.mark.parametrize("mesh", ["pp=2", "tp=2", "pp=2,tp=2", "pp=4", "dp=2,pp=2"])
@@ -139,7 +140,7 @@ def test_tied_embeddings_train_alike(ranks, text: Path, one_process, mesh: str) 
     for part in mesh.split(","):
         world_size *= int(part.split("=")[1])
     config = _config(text, world_size, tied=True) | {"mesh": mesh}
-    _assert_equal(ranks(world_size, train, config), one_process(world_size, tied=True))
+    _assert_equal(ranks(world_size, train, config, timeout_s=TIMEOUT_S), one_process(world_size, tied=True))
 
 
 def test_training_learns(one_process) -> None:
