@@ -74,11 +74,15 @@ def pypar_steps(mesh: str, **options: bool) -> Iterator[float]:
         yield trainer.train_step()["loss"]
 
 
-def plain_model() -> PlainLlama:
-    """The same initial weights as pypar's, so that the losses can be compared."""
+def save_initial_weights(path: Path) -> None:
+    """pypar's initial weights, so that every contender starts alike and the losses can be compared."""
     trainer = Trainer(run_config(""), Mesh(), torch.device("cpu"))
+    torch.save({name: p.detach() for name, p in trainer.model.global_parameters()}, path)
+
+
+def plain_model(weights: Path) -> PlainLlama:
     model = PlainLlama(SIZES)
-    model.load_state_dict({name: p.detach() for name, p in trainer.model.global_parameters()})
+    model.load_state_dict(torch.load(weights))
     return model
 
 
@@ -136,23 +140,23 @@ def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=LR, betas=(0.9, 0.95), fused=True)
 
 
-def torch_single() -> Iterator[float]:
-    model = plain_model()
+def torch_single(weights: Path) -> Iterator[float]:
+    model = plain_model(weights)
     return plain_steps(model, [adamw(list(model.parameters()))], 0, 1)
 
 
-def torch_ddp() -> Iterator[float]:
-    model = torch.nn.parallel.DistributedDataParallel(plain_model(), gradient_as_bucket_view=True)
+def torch_ddp(weights: Path) -> Iterator[float]:
+    model = torch.nn.parallel.DistributedDataParallel(plain_model(weights), gradient_as_bucket_view=True)
     optimizers = [adamw(list(model.parameters()))]
     return plain_steps(model, optimizers, dist.get_rank(), dist.get_world_size(), no_sync=model.no_sync)
 
 
-def torch_tp() -> Iterator[float]:
+def torch_tp(weights: Path) -> Iterator[float]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    model = plain_model()
+    model = plain_model(weights)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {f"attention.{n}": ColwiseParallel() for n in "qkv"} | {"attention.out": RowwiseParallel()}
     plan |= {f"feed_forward.{n}": ColwiseParallel() for n in ("gate", "up")} | {
@@ -166,16 +170,16 @@ def torch_tp() -> Iterator[float]:
     return steps
 
 
-CONTENDERS: dict[str, tuple[int, Callable[[], Iterator[float]]]] = {
+CONTENDERS: dict[str, tuple[int, Callable[[Path], Iterator[float]]]] = {
     "torch, one process": (1, torch_single),
     "torch DDP": (2, torch_ddp),
     "torch DTensor tp": (2, torch_tp),
-    "pypar, one process": (1, lambda: pypar_steps("")),
-    "pypar dp=2": (2, lambda: pypar_steps("dp=2")),
-    "pypar tp=2": (2, lambda: pypar_steps("tp=2")),
-    "pypar tp=2 sequence parallel": (2, lambda: pypar_steps("tp=2", sequence_parallel=True)),
-    "pypar pp=2": (2, lambda: pypar_steps("pp=2")),
-    "pypar cp=2": (2, lambda: pypar_steps("cp=2")),
+    "pypar, one process": (1, lambda _: pypar_steps("")),
+    "pypar dp=2": (2, lambda _: pypar_steps("dp=2")),
+    "pypar tp=2": (2, lambda _: pypar_steps("tp=2")),
+    "pypar tp=2 sequence parallel": (2, lambda _: pypar_steps("tp=2", sequence_parallel=True)),
+    "pypar pp=2": (2, lambda _: pypar_steps("pp=2")),
+    "pypar cp=2": (2, lambda _: pypar_steps("cp=2")),
 }
 
 
@@ -188,7 +192,7 @@ def rank_main(rank: int, name: str, num_steps: int, directory: str) -> None:
     if ranks > 1:
         store = dist.FileStore(f"{directory}/store", ranks)
         dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
-    steps = make()
+    steps = make(Path(directory, "weights"))
     losses, seconds = [next(steps)], []
     for _ in range(num_steps):
         if ranks > 1:
@@ -205,6 +209,7 @@ def rank_main(rank: int, name: str, num_steps: int, directory: str) -> None:
 
 def launch(name: str, num_steps: int) -> tuple[list[float], list[float]]:
     with tempfile.TemporaryDirectory() as directory:
+        save_initial_weights(Path(directory, "weights"))
         mp.spawn(rank_main, (name, num_steps, directory), nprocs=CONTENDERS[name][0])
         return torch.load(Path(directory, "result"))
 

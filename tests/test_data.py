@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pypar.train import cache, sources
 from pypar.train.config import DataConfig
 from pypar.train.data import IGNORED, TokenData, open_data, shuffled
-from pypar.train.tokens import ByteTokenizer, open_tokenizer
+from pypar.train.tokens import ByteTokenizer
 
 
 def _config(tmp_path: Path, path: Path | str, **more: object) -> DataConfig:
@@ -288,52 +288,3 @@ def test_entropies_against_a_direct_count(tmp_path: Path, monkeypatch) -> None:
     unigram = -sum(n / len(text) * math.log(n / len(text)) for n in singles.values())
     bigram = -sum(n / (len(text) - 1) * math.log(n / befores[a]) for (a, _), n in pairs.items())
     assert data.validation_entropies() == pytest.approx({"unigram": unigram, "bigram": bigram}, rel=1e-9)
-
-
-def _tokenizer_file(tmp_path: Path, end: str = "<|endoftext|>") -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    library.train_from_iterator(["the cat sat on the mat and the dog sat on the cat"] * 5, trainer)
-    path = tmp_path / "tokenizer.json"
-    library.save(str(path))
-    return path
-
-
-def test_hugging_face_tokenizer(tmp_path: Path) -> None:
-    path = _tokenizer_file(tmp_path)
-    tokenizer = open_tokenizer(str(path))
-    text = "the dog sat on the mat: é\n"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode(text)) < len(text)
-    file = tmp_path / "text.txt"
-    file.write_text(text * 300)
-    data = open_data(_config(tmp_path, file, tokenizer=str(path)), 16, 0)
-    assert data.vocab_size == tokenizer.vocab_size and data.cache.dtype == "uint16"
-    streams = [data.tokens["train"].tolist(), data.tokens["validation"].tolist()]
-    assert streams[1][-1] == tokenizer.end_token
-    assert tokenizer.decode(streams[0] + streams[1][:-1]) == text * 300
-    assert set(data.validation_entropies()) == {"unigram"}
-    bytes_cache = open_data(_config(tmp_path, file), 16, 0).cache.path
-    assert bytes_cache != data.cache.path and data.cache.path.is_dir()
-
-
-def test_end_token_of_a_tokenizer(tmp_path: Path) -> None:
-    path = _tokenizer_file(tmp_path, end="<stop>")
-    with pytest.raises(ValueError, match="has no token that ends a document"):
-        open_tokenizer(str(path))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
-    assert open_tokenizer(str(tmp_path)).end_token == 0
-
-
-def test_tokenizers_that_are_none(tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a tokenizer.json"):
-        open_tokenizer(str(tmp_path / "bad.json"))
-    with pytest.raises(ValueError, match="neither 'bytes' nor a file"):
-        open_tokenizer("byte")

@@ -56,7 +56,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and a cosine down to ``min_lr_ratio * lr``."""
 
-    lr: float = 1e-3
+    lr: float = 3e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 20
     beta1: float = 0.9
@@ -70,10 +70,10 @@ class OptimizerConfig:
 class TrainConfig:
     """How long, how much at a time, and what to write on the way."""
 
-    steps: int = 300
+    steps: int = 450
     batch_size: int = 8  # sequences a step, over all ranks
-    microbatch_size: int = 1  # sequences
-    sequence_length: int = 512  # tokens
+    microbatch_size: int = 2  # sequences
+    sequence_length: int = 256  # tokens
     precision: str = "fp32"  # or "bf16" with fp32 master weights
     evaluate_every: int = 50  # steps; 0: only at the end
     evaluate_batches: int = 4
@@ -86,7 +86,7 @@ class TrainConfig:
     sample_prompt: str = "def "
     sample_tokens: int = 200
     bucket_bytes: int = 25 << 20
-    log_every: int = 10  # steps
+    log_every: int = 25  # steps; where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
