@@ -90,8 +90,8 @@ def run_different_parameters(what):
     [("values", "parameter 0 and 1 more"), ("shapes", "list of names, shapes and dtypes")],
 )
 def test_ranks_with_different_parameters_are_refused(ranks, what, sentence):
-    """Found before any step: otherwise each rank would train a model of its own, or sums would mix up "
-    "weights."""
+    """Found before any step: otherwise each rank would train a model of its own, or sums would mix up
+    weights."""
     for message in ranks(2, run_different_parameters, what):
         assert sentence in message and "not the same on all 2 ranks" in message
 

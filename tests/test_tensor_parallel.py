@@ -1,5 +1,5 @@
-"""Column, row, embedding and loss over the tp axis: values and gradients of the dense layers, and what they "
-"send."""
+"""Column, row, embedding and loss over the tp axis: values and gradients of the dense layers, and what they
+send."""
 
 import copy
 

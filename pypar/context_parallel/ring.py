@@ -7,7 +7,7 @@ computes its attention and only then waits. Partial results are combined in fp32
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ def ring_attention(
         )
     positions_of(q.shape[1] * axis.size, axis.rank, axis.size, layout)  # refuses a layout that does not fit
     if axis.size == 1:
-        return cast(Tensor, attention(q, k, v, causal=causal, scale=scale, backend=backend))
+        return attention(q, k, v, causal=causal, scale=scale, backend=backend)
     plan = hops(q.shape[1], axis.rank, axis.size, layout, causal=causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _RingAttention.apply(q, k, v, axis, plan, scale, backend)  # type: ignore[no-untyped-call]

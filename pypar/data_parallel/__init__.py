@@ -1,5 +1,5 @@
-"""Data parallelism: every rank has the whole model and a part of the batch; gradients are summed over "
-"ranks."""
+"""Data parallelism: every rank has the whole model and a part of the batch; gradients are summed over
+ranks."""
 
 from pypar.data_parallel.buckets import GradientBuckets
 

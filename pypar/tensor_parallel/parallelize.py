@@ -66,8 +66,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Mapping[str, str] | None = N
 
 
 def _swapped(match: Match, axis: Axis, shared: dict[int, nn.Parameter]) -> nn.Module:
-    """The module's replacement, made on the meta device, so that no value is drawn; then it gets the "
-    "slices."""
+    """The module's replacement, made on the meta device, so that no value is drawn; then it gets the
+    slices."""
     old = match.module
     options: dict[str, Any] = {"dtype": old.weight.dtype, "device": "meta"}
     new: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding
@@ -97,8 +97,8 @@ def _swapped(match: Match, axis: Axis, shared: dict[int, nn.Parameter]) -> nn.Mo
 
 
 def _localise(regions: Iterable[Region], axis: Axis) -> None:
-    """Make the modules between column and row right for this rank's heads: their number, and shared "
-    "weights."""
+    """Make the modules between column and row right for this rank's heads: their number, and shared
+    weights."""
     hooked: set[int] = set()
     for region in regions:
         for name, count in head_counts(region.module).items():

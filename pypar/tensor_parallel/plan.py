@@ -1,5 +1,5 @@
-"""Which modules of a ready model are cut over tp, and how. What can be refused is refused here, before a "
-"swap."""
+"""Which modules of a ready model are cut over tp, and how. What can be refused is refused here, before a
+swap."""
 
 from __future__ import annotations
 
