@@ -51,6 +51,7 @@ def _sets(place: Path, **sets: object) -> list[str]:
         "model.d_ff": 48,
         "train.steps": 4,
         "train.batch_size": 4,
+        "train.microbatch_size": 1,
         "train.sequence_length": 32,
         "train.evaluate_every": 0,
         "train.sample_tokens": 4,
