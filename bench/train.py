@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pypar.mesh import Mesh, parse_mesh
 from pypar.models import DecoderConfig
+from pypar.ops import linear
 from pypar.train.config import RunConfig
 from pypar.train.data import open_data
 from pypar.train.metrics import matmul_rate
@@ -240,6 +241,19 @@ def main() -> None:
     report(seconds)
 
 
+def linear_gain() -> str:
+    """How much of pypar's gain the choice of a matmul library explains: pypar's linear against torch's at one layer's size."""
+    x, weight = torch.randn(LENGTH, SIZES.d_model), torch.randn(SIZES.d_ff, SIZES.d_model)
+    times: dict[Callable, list[float]] = {linear: [], torch.nn.functional.linear: []}
+    for _ in range(30):
+        for function, spent in times.items():
+            start = time.perf_counter()
+            function(x, weight)
+            spent.append(time.perf_counter() - start)
+    ours, theirs = (statistics.median(spent) for spent in times.values())
+    return f"of which pypar.ops.linear against torch's, [{LENGTH}, {SIZES.d_model}] x {SIZES.d_ff}: {theirs / ours:.2f}x"
+
+
 def report(seconds: dict[str, list[float]]) -> None:
     rate = {name: SEQUENCES * LENGTH / statistics.median(s) for name, s in seconds.items()}
     peers = [r for name, r in rate.items() if name.startswith("torch")]
@@ -250,6 +264,7 @@ def report(seconds: dict[str, list[float]]) -> None:
         f"torch {torch.__version__}, {cores} cores, fp32 matmul {peak / 1e9:.0f} GFLOP/s with "
         f"{torch.get_num_threads()} threads"
     )
+    print(linear_gain())
     print("| contender | tokens/s | GFLOP/s | of matmul | x best torch | spread |\n|---|---|---|---|---|---|")
     for name, tokens_per_s in rate.items():
         spread = (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name])

@@ -31,15 +31,17 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     checkpoint.check_readable(path)
 
     def job() -> int:
-        from pypar.train.generate import generate
+        from pypar.train.generate import generate, printable
 
         print(
-            generate(
-                path,
-                arguments.prompt,
-                arguments.tokens,
-                temperature=arguments.temperature,
-                seed=arguments.seed,
+            printable(
+                generate(
+                    path,
+                    arguments.prompt,
+                    arguments.tokens,
+                    temperature=arguments.temperature,
+                    seed=arguments.seed,
+                )
             )
         )
         return 0

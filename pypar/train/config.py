@@ -70,7 +70,7 @@ class OptimizerConfig:
 class TrainConfig:
     """How long, how much at a time, and what to write on the way."""
 
-    steps: int = 450
+    steps: int = 500
     batch_size: int = 8  # sequences a step, over all ranks
     microbatch_size: int = 2  # sequences
     sequence_length: int = 256  # tokens
@@ -83,7 +83,7 @@ class TrainConfig:
     resume: str = ""  # "": start anew; "auto" (or true): the newest checkpoint of this run; or a path
     sequence_parallel: bool = False
     threads: int = 0  # of one rank; 0: the machine's cores divided by its ranks
-    sample_prompt: str = "def "
+    sample_prompt: str = "class "
     sample_tokens: int = 200
     bucket_bytes: int = 25 << 20
     log_every: int = 25  # steps; where there is no terminal for a bar

@@ -56,6 +56,11 @@ def sample_tokens(
         yield token
 
 
+def printable(text: str) -> str:
+    """``text`` without control characters, which a model of bytes may write and a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def generate(path: Path, prompt: str, num_tokens: int, *, temperature: float = 0.8, seed: int = 0) -> str:
     """The prompt and up to ``num_tokens`` sampled after it, to the document's end at most; temperature 0 = greedy."""
     if temperature < 0:

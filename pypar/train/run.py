@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ..mesh import Mesh, parse_mesh
 from . import checkpoint
 from .config import RunConfig
-from .generate import generate
+from .generate import generate, printable
 from .metrics import FLOP_CONVENTION, Metrics, draw_loss_curve, matmul_rate
 from .trainer import PRECISIONS, Trainer
 
@@ -68,11 +68,12 @@ def _train(trainer: Trainer, *, writes: bool) -> Path:
 
 def _steps(trainer: Trainer, metrics: Metrics) -> None:
     train, directory = trainer.config.train, trainer.config.checkpoint_directory
-    rate = matmul_rate(PRECISIONS[train.precision], trainer.device) * trainer.mesh.world.size
+    trainer.sum_over_world(0.0)  # so that all ranks measure at once: they may share cores
+    (rate,) = trainer.sum_over_world(matmul_rate(PRECISIONS[train.precision], trainer.device))
     tokens = train.batch_size * train.sequence_length
     flops = tokens * trainer.model_config.flops_per_token(train.sequence_length)
     metrics.say(
-        f"MFU: {FLOP_CONVENTION}; peak: {rate / 1e9:.0f} GFLOP/s, ranks x a {train.precision} matmul now"
+        f"MFU: {FLOP_CONVENTION}; peak: {rate / 1e9:.0f} GFLOP/s, a {train.precision} matmul on every rank at once"
     )
     while trainer.step < train.steps:
         for axis in trainer.axes:
@@ -109,7 +110,7 @@ def _report(trainer: Trainer, saved: Path) -> None:
         saved, train.sample_prompt, train.sample_tokens, temperature=0.8, seed=trainer.config.seed
     )
     (directory / "sample.txt").write_text(text + "\n")
-    print(f"sample:\n{text}\n")
+    print(f"sample:\n{printable(text)}\n")
     for what, path in (
         ("checkpoint", saved),
         ("loss curve", directory / "loss.png"),

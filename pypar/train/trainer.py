@@ -84,7 +84,8 @@ class Trainer:
             device=self.device,
         )
 
-    def _sum_over_world(self, *values: torch.Tensor | float) -> list[float]:
+    def sum_over_world(self, *values: torch.Tensor | float) -> list[float]:
+        """The sum of each value over all ranks, in fp64; every rank calls it."""
         packed = torch.tensor([float(v) for v in values], dtype=torch.float64)
         if self.device.type == "cuda":
             packed = packed.to(self.device)
@@ -102,7 +103,7 @@ class Trainer:
         self.buckets.finish()
         self.partial.sum()
         tied_copy = "embedding.weight" if self.model.has_tied_copy and not self.model.is_first else None
-        loss, square_sum = self._sum_over_world(
+        loss, square_sum = self.sum_over_world(
             self._own_loss(losses), self.optimizer.square_sum(self.mesh, tied_copy)
         )
         norm = math.sqrt(square_sum)
@@ -126,7 +127,7 @@ class Trainer:
             losses = self.runtime.evaluate(self._microbatches(tokens, targets))
             total += self._own_loss(losses) * num_targets
             count += num_targets
-        return self._sum_over_world(total)[0] / max(count, 1.0)
+        return self.sum_over_world(total)[0] / max(count, 1.0)
 
     def save(self, directory: Path) -> Path:
         extra = {"config": self.config.to_dict()}
