@@ -131,6 +131,9 @@ def test_every_layout_trains_alike(
         "context": {"layout": layout},
     }
     config["train"]["sequence_parallel"] = sequence_parallel
+    # Enough microbatches to fill the pipeline, at least two: more would only repeat the same communication.
+    fewest = max(2, mesh["pp"]) * mesh["dp"]
+    config["train"]["microbatch_size"] = max(1, config["train"]["batch_size"] // fewest)
     _assert_equal(ranks(world_size, train, config, timeout_s=TIMEOUT_S), one_process(world_size))
 
 
