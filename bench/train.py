@@ -1,6 +1,6 @@
 """Training speed of pypar's layouts beside plain PyTorch's, on one machine, in one run.
 
-    python bench/train.py [--steps 4] [--rounds 2] [--only NAME ...] [--ranks 2]
+    python bench/train.py [--steps 4] [--rounds 2] [--only NAME ...]
 
 Every contender trains the same decoder (24.1 M parameters: V 512, D 512, 8 layers, N 8, G 4, F 1408) in fp32 on
 the same text, 8 sequences of 1,024 tokens a step, one sequence a microbatch, AdamW (fused), each rank pinned to its

@@ -151,7 +151,7 @@ def _part_length(layout: Layout, axis_name: str, dim: int, mesh: Mesh) -> int:
     if total % size:
         raise ValueError(
             f"dim {dim} ({total}) of a tensor of shape {layout.global_shape} must divide by the {axis_name} "
-            f"size ({size}); use {total - total % size or size} or {total + size - total % size}"
+            f"size ({size}); use {f'{total - total % size} or ' if total > size else ''}{total + size - total % size}"
         )
     return total // size
 

@@ -180,7 +180,11 @@ def test_cache_is_reused_and_rebuilt_when_the_input_changes(tmp_path: Path) -> N
     file = folder / "part0" / "00.txt"
     file.write_text("changed\n")
     second = cache.prepare_cache(config, ByteTokenizer())
-    assert second.path != first.path and not first.path.exists()
+    assert second.path != first.path and first.path.exists()  # another run may be reading it
+    os.utime(first.path, (0, 0))
+    file.write_text("changed once more\n")
+    third = cache.prepare_cache(config, ByteTokenizer())
+    assert not first.path.exists() and second.path.exists() and third.path.exists()
     assert b"changed" in second.tokens("train").tobytes() + second.tokens("validation").tobytes()
     os.utime(file, ns=(1, 1))
     assert cache.prepare_cache(config, ByteTokenizer()).path != second.path

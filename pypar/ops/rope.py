@@ -31,7 +31,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> 
             raise ValueError(
                 f"{name} {tuple(table.shape)} must be [T, H/2] = {expected}; take the rows of x's positions"
             )
-        if table.dtype != torch.float32 and table.dtype != x.dtype:
+        if table.dtype not in (torch.float32, accumulate_dtype(x)):
             raise ValueError(
                 f"{name} is {table.dtype} and must be float32, as angles need; convert with {name}.float()"
             )

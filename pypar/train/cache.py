@@ -95,9 +95,9 @@ def prepare_cache(data: DataConfig, tokenizer: Tokenizer) -> TokenCache:
         raise RuntimeError(f"the token cache {path} was built but cannot be read; delete it")
     for old in root.glob(f"{source}-*"):  # of input that has changed since
         with contextlib.suppress(OSError):
-            if old != path and (
-                old.suffix != ".partial" or time.time() - old.stat().st_mtime > STALE_SECONDS
-            ):
+            if (
+                old != path and time.time() - old.stat().st_mtime > STALE_SECONDS
+            ):  # another job may read a newer one
                 shutil.rmtree(old)
     return found
 

@@ -31,21 +31,23 @@ def sample_tokens(
     prompt_T: Tensor,
     num_tokens: int,
     *,
+    num_ids: int,
     context: int,
     temperature: float,
     generator: torch.Generator,
 ) -> Iterator[int]:
     """Token ids one at a time; ``prompt_T``: int64 [T], T >= 1.
 
-    When ``context`` positions are full, the newer half is kept.
+    ``num_ids``: the tokenizer's; a model may have more, to divide by tp. When ``context`` positions are full, the
+    newer half is kept.
     """
     window = prompt_T[-context:]
     cache, fed = KeyValueCache(context), 0
     for _ in range(num_tokens):
         if len(window) > context:
-            window = window[-(context // 2) :]
+            window = window[-max(1, context // 2) :]
             cache, fed = KeyValueCache(context), 0
-        logits_V = model(window[None, fed:], cache=cache)[0, -1].float()
+        logits_V = model(window[None, fed:], cache=cache)[0, -1, :num_ids].float()
         cache.advance(len(window) - fed)
         fed = len(window)
         if temperature == 0:
@@ -75,6 +77,7 @@ def generate(path: Path, prompt: str, num_tokens: int, *, temperature: float = 0
         model,
         torch.tensor(prompt_ids),
         num_tokens,
+        num_ids=tokenizer.vocab_size,
         context=config.train.sequence_length,
         temperature=temperature,
         generator=generator,

@@ -112,6 +112,8 @@ def _check_values(config: RunConfig) -> None:
     for key, (low, high) in BOUNDS.items():
         section, _, leaf = key.partition(".")
         value = values[section][leaf]
+        if not math.isfinite(value):
+            raise ValueError(f"{key} ({value}) must be a finite number")
         above = value > float(low) if isinstance(low, str) else value >= low
         below = value < float(high) if isinstance(high, str) else value <= high
         if not (above and below):

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from ..mesh import Mesh, parse_mesh
 from . import checkpoint
 from .config import RunConfig
 from .generate import generate, printable
+from .launch import joined_world_size
 from .metrics import FLOP_CONVENTION, Metrics, draw_loss_curve, matmul_rate
 from .trainer import PRECISIONS, Trainer
 
@@ -21,7 +22,7 @@ from .trainer import PRECISIONS, Trainer
 @contextlib.contextmanager
 def process_group(threads: int) -> Iterator[torch.device]:
     """Joins the job that torchrun (or ``pypar train``) started, if any; yields this rank's device."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = joined_world_size() or 1
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.is_available():
@@ -32,11 +33,11 @@ def process_group(threads: int) -> Iterator[torch.device]:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield device
+    if (
+        world_size > 1
+    ):  # not after an exception: the agent ends the ranks, and closing a group can wait for them
+        dist.destroy_process_group()
 
 
 def run(config: RunConfig) -> None:
@@ -45,14 +46,16 @@ def run(config: RunConfig) -> None:
         mesh = Mesh(**parse_mesh(config.mesh), device_type=device.type)
         trainer = Trainer(config, mesh, device)
         saved = _train(trainer, writes=mesh.world.rank == 0)
+    entropies = trainer.data.validation_entropies() if mesh.world.rank == 0 else {}
+    del trainer  # the sample loads the model anew
     if mesh.world.rank == 0:
-        _report(trainer, saved)
+        _report(config, entropies, saved)
 
 
 def _train(trainer: Trainer, *, writes: bool) -> Path:
     config = trainer.config
     directory = config.run_directory
-    resume_from = config.resume_path()
+    resume_from = _agreed(config.resume_path(), trainer.mesh)
     if resume_from is not None:
         trainer.load(resume_from)
     if writes:
@@ -63,7 +66,19 @@ def _train(trainer: Trainer, *, writes: bool) -> Path:
         metrics.say(f"resumed from {resume_from} at step {trainer.step}")
     with contextlib.closing(metrics):
         _steps(trainer, metrics)
-    return trainer.save(config.checkpoint_directory)
+    saved = trainer.save(config.checkpoint_directory)
+    if writes:
+        checkpoint.keep_newest(config.checkpoint_directory, config.train.keep_checkpoints)
+    return saved
+
+
+def _agreed(path: Path | None, mesh: Mesh) -> Path | None:
+    """Rank 0's path: file systems of several nodes may show a new checkpoint at different times."""
+    if mesh.world.size == 1:
+        return path
+    paths = [path]
+    dist.broadcast_object_list(paths, src=0)
+    return paths[0]
 
 
 def _steps(trainer: Trainer, metrics: Metrics) -> None:
@@ -98,19 +113,18 @@ def _steps(trainer: Trainer, metrics: Metrics) -> None:
             checkpoint.keep_newest(directory, train.keep_checkpoints)
 
 
-def _report(trainer: Trainer, saved: Path) -> None:
+def _report(config: RunConfig, entropies: Mapping[str, float], saved: Path) -> None:
     """What the user came for: validation loss beside the text's entropies, a picture, a sample."""
-    train, directory = trainer.config.train, trainer.config.run_directory
+    train, directory = config.train, config.run_directory
     lines = Metrics.read(directory / "metrics.jsonl")
-    levels = {f"{name} entropy": value for name, value in trainer.data.validation_entropies().items()}
+    levels = {f"{name} entropy": value for name, value in entropies.items()}
     draw_loss_curve(lines, levels, directory / "loss.png")
     compared = ", ".join(f"{name} {value:.3f}" for name, value in levels.items())
     print(f"validation loss {lines[-1]['val_loss']:.4f} nats a token ({compared} of the same text)")
-    text = generate(
-        saved, train.sample_prompt, train.sample_tokens, temperature=0.8, seed=trainer.config.seed
-    )
-    (directory / "sample.txt").write_text(text + "\n")
-    print(f"sample:\n{printable(text)}\n")
+    if train.sample_tokens:
+        text = generate(saved, train.sample_prompt, train.sample_tokens, seed=config.seed)
+        (directory / "sample.txt").write_text(text + "\n")
+        print(f"sample:\n{printable(text)}\n")
     for what, path in (
         ("checkpoint", saved),
         ("loss curve", directory / "loss.png"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..comm import all_reduce_start
+from ..comm.identical import first_difference
 from ..data_parallel import GradientBuckets
 from ..mesh import Axis, Mesh
 from ..models import Decoder
@@ -13,10 +14,11 @@ from ..pipeline_parallel import PipelineRuntime, schedules
 from . import checkpoint
 from .batch import TrainingStage, split_batch
 from .config import RunConfig
-from .data import open_data
+from .data import TokenData, open_data
 from .gradients import PartialGradients, tied_embedding_axis
 from .optimizer import Optimizer, learning_rate
 
+SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -26,6 +28,7 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
         self.data = open_data(config.data, config.train.sequence_length, config.seed)
+        _check_same_data(self.data, mesh)
         dtype = PRECISIONS[config.train.precision]
         self.model_config = config.decoder_config(self.data.vocab_size)
         self.model = Decoder(
@@ -72,7 +75,8 @@ class Trainer:
     @property
     def axes(self) -> list[Axis]:
         mesh = self.mesh
-        return [mesh.data, mesh.pp, mesh.cp, mesh.tp, mesh.world, *self.extra_axes]
+        axes = [mesh.data, mesh.pp, mesh.cp, mesh.tp, mesh.world, *self.extra_axes]
+        return list(dict.fromkeys(axes))
 
     def _microbatches(self, tokens: torch.Tensor, targets: torch.Tensor) -> list:
         return split_batch(
@@ -127,7 +131,9 @@ class Trainer:
             losses = self.runtime.evaluate(self._microbatches(tokens, targets))
             total += self._own_loss(losses) * num_targets
             count += num_targets
-        return self.sum_over_world(total)[0] / max(count, 1.0)
+        if not count:
+            raise ValueError("the validation text has nothing to learn; raise data.validation_fraction")
+        return self.sum_over_world(total)[0] / count
 
     def save(self, directory: Path) -> Path:
         extra = {"config": self.config.to_dict()}
@@ -136,3 +142,19 @@ class Trainer:
     def load(self, path: Path) -> None:
         self.step = checkpoint.load(path, self.optimizer.state(), self.mesh)["step"]
         self.optimizer.loaded(self.step)
+
+
+def _check_same_data(data: TokenData, mesh: Mesh) -> None:
+    """Every node has a cache of its own, made of the files that it sees: they must be the same everywhere."""
+    sampled = []
+    for part, tokens in data.tokens.items():
+        every = max(1, len(tokens) // SAMPLED_TOKENS)
+        sampled += [
+            (f"length of the {part} text", torch.tensor([len(tokens)])),
+            (f"{part} tokens", torch.from_numpy(tokens[::every].astype("int64")).to(torch.int32)),
+        ]
+    difference = first_difference(sampled, mesh.world)
+    if difference is not None:
+        raise ValueError(
+            f"the ranks do not read the same data: {difference} differs; give every node the same files under data.path"
+        )

@@ -1,0 +1,86 @@
+"""`pypar train` under torchrun: it joins the ranks that are there, on one node or several."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pypar.train.metrics import Metrics
+
+SIZES = {
+    "model.num_layers": 2,
+    "model.d_model": 32,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 2,
+    "model.d_ff": 48,
+    "train.steps": 4,
+    "train.batch_size": 4,
+    "train.sequence_length": 32,
+    "train.evaluate_every": 0,
+    "train.sample_tokens": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("torchrun")
+    (place / "text.txt").write_text("".join(f"{i} and {i} makes {2 * i}\n" for i in range(1500)))
+    return place
+
+
+def _train(place: Path, name: str, *more: str) -> list[str]:
+    sets = SIZES | {
+        "directory": place,
+        "data.path": place / "text.txt",
+        "data.cache_directory": place / "cache",
+    }
+    command = ["-m", "pypar.cli", "train", "--name", name, *more]
+    return command + [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+
+
+def _torchrun(*arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _losses(place: Path, name: str) -> list[float]:
+    return [line["loss"] for line in Metrics.read(place / name / "metrics.jsonl")]
+
+
+def test_one_node_and_two_nodes_train_like_one_process(place: Path) -> None:
+    subprocess.run([sys.executable, *_train(place, "alone")], check=True, capture_output=True, timeout=120)
+    job = _torchrun("--standalone", "--nproc-per-node", "2", *_train(place, "joined", "--mesh", "tp=2"))
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, said
+    rendezvous = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "two")
+    rendezvous += ("--rdzv-endpoint", f"localhost:{_free_port()}")
+    nodes = [_torchrun(*rendezvous, *_train(place, "nodes", "--mesh", "dp=2")) for _ in range(2)]
+    for node in nodes:
+        said, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, said
+    alone = _losses(place, "alone")
+    assert len(alone) == SIZES["train.steps"]
+    assert _losses(place, "joined") == pytest.approx(alone, rel=1e-5)
+    assert _losses(place, "nodes") == pytest.approx(alone, rel=1e-5)
+
+
+def test_overwrite_is_refused_where_ranks_may_be_started_again(place: Path) -> None:
+    job = _torchrun(
+        *("--standalone", "--nproc-per-node", "1", "--max-restarts", "2"),
+        *_train(place, "again", "--overwrite"),
+    )
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "--overwrite under torchrun --max-restarts would delete" in said
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
