@@ -169,7 +169,8 @@ void add_dq(const AttentionBackward& a, const Task& task, int64_t row_block, int
   if (limit_of(s, task, last_row) < kBlock || task.first_key + kBlock >= s.S) {  // no later key is seen
     unpack(sum, m.padded_h, count, s.H, s.scale, task.dq, row_block * kBlock);
   }
-  // Not a plain store: it would wipe out the mark of a thread that failed, for which the others would then wait.
+  // Not a plain store: it would wipe out the mark of a thread that failed, for which the others would then
+  // wait.
   int32_t expected = static_cast<int32_t>(task.key_block);
   __atomic_compare_exchange_n(progress, &expected, expected + 1, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
