@@ -148,7 +148,7 @@ def test_a_mesh_that_does_not_fit_the_ranks_of_torchrun(place: Path) -> None:
     [
         ({"optimizer__lr": 0}, "optimizer.lr (0.0) must be greater than 0"),
         ({"optimizer__beta2": 1}, "optimizer.beta2 (1.0) must be at least 0 and less than 1"),
-        ({"optimizer__lr": "nan"}, "optimizer.lr (nan) must be greater than 0"),
+        ({"optimizer__lr": "nan"}, "optimizer.lr (nan) must be a finite number"),
         ({"train__steps": 0}, "train.steps (0) must be at least 1"),
         (
             {"data__validation_fraction": 0},
