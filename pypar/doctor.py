@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pypar
 from pypar.ops import native
+from pypar.ops.attention_arguments import AttentionProblem, attention_problem
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
 from pypar.ops.linear import cpu_vendor, library_choice
 
@@ -99,7 +100,10 @@ def ask(unsupported: Callable[..., str | None], device: str, dtype: torch.dtype)
         for name, parameter in inspect.signature(unsupported, eval_str=True).parameters.items():
             if parameter.default is not inspect.Parameter.empty:
                 continue
-            if parameter.annotation is torch.Tensor:
+            if parameter.annotation is AttentionProblem:
+                x = torch.empty(1, _SIZE, _SIZE, _SIZE, device=device, dtype=dtype)
+                arguments[name] = attention_problem(x, x, x)
+            elif parameter.annotation is torch.Tensor:
                 arguments[name] = torch.empty(1, _SIZE, _SIZE, _SIZE, device=device, dtype=dtype)
             else:  # a size or an option: int, float, bool
                 arguments[name] = parameter.annotation(_SIZE)

@@ -8,6 +8,7 @@ from accuracy import assert_accurate, assert_same_for_any_threads, check_operato
 
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS, attention, attention_backward, attention_forward
+from pypar.ops.attention_arguments import attention_problem
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -126,17 +127,15 @@ def test_any_strides(name, dtype):
         lambda x: x[:1].expand_as(x) if torch.equal(x[0], x[1]) else x.flip(1).flip(1),
     ]
     dout = torch.randn(2, 63, 4, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
-    out, lse = attention_forward(**inputs, causal=True, scale=None, backend=name)
-    expected = attention_backward(
-        dout, **inputs, out=out, lse=lse, dlse=None, causal=True, scale=None, backend=name
-    )
+    problem = attention_problem(**inputs, causal=True)
+    out, lse = attention_forward(problem, backend=name)
+    expected = attention_backward(problem, dout, out, lse, backend=name)
     for view in views:
         turned = {name: view(x) for name, x in inputs.items()}
         assert all(torch.equal(turned[name], x) for name, x in inputs.items())
-        again, lse = attention_forward(**turned, causal=True, scale=None, backend=name)
-        gradients = attention_backward(
-            view(dout), **turned, out=view(out), lse=lse, dlse=None, causal=True, scale=None, backend=name
-        )
+        problem = attention_problem(**turned, causal=True)
+        again, lse = attention_forward(problem, backend=name)
+        gradients = attention_backward(problem, view(dout), view(out), lse, backend=name)
         for a, b in zip((again, *gradients), (out, *expected), strict=True):
             assert a.is_contiguous()
             assert torch.equal(a, b) if name == "native" else torch.allclose(a, b, rtol=2e-2, atol=1e-2)
@@ -174,9 +173,10 @@ def test_shares_of_two_blocks_of_keys_make_the_whole(name, causal, dtype):
     q, k, v = inputs.values()
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     dlse = torch.randn(1, 4, T, generator=torch.Generator().manual_seed(4))
-    raw = {"scale": None, "backend": name}
-    out, lse = attention_forward(q, k, v, causal, **raw)
-    expected = attention_backward(dout, q, k, v, out, lse, dlse, causal, fp32_gradients=True, **raw)
+    whole = attention_problem(q, k, v, causal=causal)
+    out, lse = attention_forward(whole, backend=name)
+    expected = [torch.zeros(x.shape) for x in (q, k, v)]
+    attention_backward(whole, dout, out, lse, dlse, tuple(expected), backend=name)
     # With the causal mask the last queries see all of the first keys, the first ones none of the last keys.
     pieces = [(slice(0, half), slice(0, T), False), (slice(half, S), slice(0, T), causal)]
     if causal:
@@ -187,23 +187,24 @@ def test_shares_of_two_blocks_of_keys_make_the_whole(name, causal, dtype):
     for keys, rows, masked in pieces:
         # A causal piece ends with the query that sees its last key.
         seen = slice(keys.start, rows.stop + S - T) if masked else keys
-        part = q[:, rows], k[:, seen], v[:, seen], out[:, rows], lse[:, :, rows], dlse[:, :, rows]
-        share = attention_backward(dout[:, rows], *part, masked, fp32_gradients=True, **raw)
-        for total, piece, where in zip(sums, share, (rows, seen, seen), strict=True):
-            assert piece.dtype == torch.float32
-            total[:, where] += piece
-    for total, whole in zip(sums, expected, strict=True):
-        torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
+        part = attention_problem(q[:, rows], k[:, seen], v[:, seen], causal=masked)
+        into = tuple(total[:, where] for total, where in zip(sums, (rows, seen, seen), strict=True))
+        final = out[:, rows], lse[:, :, rows], dlse[:, :, rows]
+        attention_backward(part, dout[:, rows], *final, into, backend=name)
+    for total, exact in zip(sums, expected, strict=True):
+        torch.testing.assert_close(total, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_rounded_once(name):
     """bf16 gradients are the fp32 ones, rounded."""
     q, k, v = (x.detach() for x in make(203, 301, N=4, G=1, dtype=torch.bfloat16).values())
-    out, lse = attention_forward(q, k, v, True, None, backend=name)
-    arguments = torch.randn_like(out), q, k, v, out, lse, None, True, None, name
-    wide = attention_backward(*arguments, fp32_gradients=True)
-    for narrow, x in zip(attention_backward(*arguments), wide, strict=True):
+    problem = attention_problem(q, k, v, causal=True)
+    out, lse = attention_forward(problem, backend=name)
+    wide = tuple(torch.zeros(x.shape) for x in (q, k, v))
+    arguments = problem, torch.randn_like(out), out, lse, None
+    attention_backward(*arguments, wide, backend=name)
+    for narrow, x in zip(attention_backward(*arguments, backend=name), wide, strict=True):
         assert torch.equal(narrow, x.to(torch.bfloat16))
 
 

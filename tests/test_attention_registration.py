@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_attention import NAMES, make
 
-from pypar.ops.attention import attention, attention_backward, attention_forward
+from pypar.ops.attention import _flat, attention, attention_backward, attention_forward
+from pypar.ops.attention_arguments import attention_problem
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -25,13 +26,27 @@ def test_gradcheck_of_the_reference(causal, lengths):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
-    q, k, v = make(7, 9, N=4, H=16, Hv=24).values()
-    torch.library.opcheck(torch.ops.pypar.attention_forward.default, (q, k, v, True, 0.3, name))
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = attention_forward(q, k, v, True, 0.3)
-    for dlse, wide in ((torch.randn_like(lse), False), (None, True)):
-        arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, True, 0.3, wide, name)
-        torch.library.opcheck(torch.ops.pypar.attention_backward.default, arguments)
+    inputs = make(7, 9, N=4, H=16, Hv=24)
+    options = {
+        "causal": True,
+        "scale": 0.3,
+        "window": (4, None),
+        "softcap": 5.0,
+        "sinks": torch.randn(4).requires_grad_(),
+        "alibi_slopes": torch.rand(4),
+        "bias": torch.randn(1, 4, 1, 9).requires_grad_(),
+        "dropout_p": 0.2,
+        "dropout_seed": 3,
+    }
+    for chosen in ({"scale": 0.3}, options):
+        problem = attention_problem(**inputs, **chosen)
+        torch.library.opcheck(torch.ops.pypar.attention_forward.default, (*_flat(problem), name))
+        constants = {n: getattr(x, "detach", lambda x=x: x)() for n, x in (inputs | chosen).items()}
+        problem = attention_problem(**constants)
+        out, lse = attention_forward(problem, backend=name)
+        for dlse, bias_needs in ((torch.randn_like(lse), problem.bias is not None), (None, False)):
+            arguments = (torch.randn_like(out), out, lse, dlse, bias_needs, *_flat(problem), name)
+            torch.library.opcheck(torch.ops.pypar.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -80,11 +95,14 @@ def test_bad_input(sentence):
 
 def test_bad_results_for_the_raw_backward():
     q, k, v = (x.detach() for x in make().values())
-    out, lse = attention_forward(q, k, v, False, None)
+    problem = attention_problem(q, k, v)
+    out, lse = attention_forward(problem)
     with pytest.raises(ValueError, match=re.escape("dout (1, 63, 2, 63)")):
-        attention_backward(out[..., 1:], q, k, v, out, lse, None, False, None)
+        attention_backward(problem, out[..., 1:], out, lse)
     with pytest.raises(ValueError, match=re.escape("lse (1, 63, 2)")):
-        attention_backward(out, q, k, v, out, lse.transpose(1, 2), None, False, None)
+        attention_backward(problem, out, out, lse.transpose(1, 2))
+    with pytest.raises(ValueError, match=re.escape("dk (1, 111, 2, 64) torch.bfloat16")):
+        attention_backward(problem, out, out, lse, into=(q, k.bfloat16(), v))
 
 
 def test_float64_is_refused_by_native():

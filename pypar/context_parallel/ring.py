@@ -7,6 +7,7 @@ computes its attention and only then waits. Partial results are combined in fp32
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from pypar.context_parallel.hops import Hop, hops
 from pypar.context_parallel.layouts import positions_of
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention import attention, attention_backward, attention_forward
-from pypar.ops.merge import merge
+from pypar.ops.attention_arguments import AttentionProblem, attention_problem
 
 
 def ring_attention(
@@ -77,25 +78,17 @@ class _RingAttention(torch.autograd.Function):
         ring = RingExchange(axis)
         k_here, v_here = k, v
         travelling = _pack(k, v)
-        # attention_forward rounds its output to its inputs' dtype, so they are widened: parts rounded
-        # at every hop make the error grow with the number of ranks. The CPU kernel computes in fp32 and takes
-        # the same time for both.
-        q_wide = q.to(_wide(q))
+        # The running result stays in fp32: rounded at every hop, its error would grow with the number of ranks.
+        out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=_wide(q), device=q.device)
+        lse = torch.empty((*q.shape[:-3], q.shape[2], q.shape[1]), dtype=_wide(q), device=q.device)
+        out.zero_()
+        lse.fill_(-math.inf)
         for index, hop in enumerate(plan):
             arriving = ring.start(travelling) if index + 1 < axis.size else None
             if hop is not None:
-                part_out, part_lse = attention_forward(
-                    q_wide[:, hop.queries],
-                    k_here[:, hop.keys].to(q_wide.dtype),
-                    v_here[:, hop.keys].to(q_wide.dtype),
-                    hop.causal,
-                    scale,
-                    backend,
-                )
-                if index == 0:
-                    out, lse = part_out, part_lse
-                else:
-                    _merge_into(out, lse, part_out, part_lse, hop.queries)
+                problem = _problem(hop, q, k_here, v_here, scale)
+                rows = hop.queries
+                attention_forward(problem, (out[:, rows], lse[:, :, rows]), backend)
             if arriving is not None:
                 travelling = arriving.wait()
                 k_here, v_here = _unpack(travelling, k, v)
@@ -119,20 +112,16 @@ class _RingAttention(torch.autograd.Function):
             shares: list[Tensor] = []
             if hop is not None:
                 rows, keys = hop.queries, hop.keys
-                dq_share, *shares = attention_backward(
+                dk, dv = (torch.zeros(x[:, keys].shape, dtype=dq.dtype, device=q.device) for x in (k, v))
+                shares = [dk, dv]
+                attention_backward(
+                    _problem(hop, q, k_here, v_here, ctx.scale),
                     dout[:, rows],
-                    q[:, rows],
-                    k_here[:, keys],
-                    v_here[:, keys],
                     out[:, rows],
-                    lse[:, :, rows].contiguous(),
-                    None,
-                    hop.causal,
-                    ctx.scale,
-                    ctx.backend,
-                    fp32_gradients=True,
+                    lse[:, :, rows],
+                    into=(dq[:, rows], dk, dv),
+                    backend=ctx.backend,
                 )
-                dq[:, rows] += dq_share
             if gradients_arriving is None:  # hop 0, this rank's own keys, all of them
                 sums = _pack(*shares)
             else:  # what the ranks before added for these keys, which travelled during this hop
@@ -149,6 +138,11 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
+def _problem(hop: Hop, q: Tensor, k: Tensor, v: Tensor, scale: float) -> AttentionProblem:
+    rows, keys = hop.queries, hop.keys
+    return attention_problem(q[:, rows], k[:, keys], v[:, keys], causal=hop.causal, scale=scale)
+
+
 def _wide(q: Tensor) -> torch.dtype:
     """The dtype of running sums: fp32, fp64 for fp64 input."""
     return torch.promote_types(q.dtype, torch.float32)
@@ -162,10 +156,3 @@ def _pack(k: Tensor, v: Tensor) -> Tensor:
 def _unpack(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Views of the two halves of a packed buffer in the shapes of k and v."""
     return packed[: k.numel()].view(k.shape), packed[k.numel() :].view(v.shape)
-
-
-def _merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, rows: slice) -> None:
-    """Merges attention over more keys into rows of the running out [B, T, N, Hv] and lse [B, N, T]."""
-    merged_out, merged_lse = merge(out[:, rows], lse[:, :, rows], part_out, part_lse)
-    out[:, rows] = merged_out
-    lse[:, :, rows] = merged_lse

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from pypar.ops import native
-from pypar.ops.attention_arguments import check_inputs, check_results, check_scale
+from pypar.ops import attention_native, attention_reference, native
+from pypar.ops.attention_arguments import AttentionProblem, attention_problem, check_results
 from pypar.ops.backend import Backend, choose
-from pypar.ops.register import register, register_gradient
+from pypar.ops.register import define, register_gradient
 from pypar.ops.rows import accumulate_dtype, native_refusal
+
+Window = tuple[int | None, int | None]
 
 
 @overload
@@ -23,7 +25,17 @@ def attention(
     *,
     causal: bool = ...,
     scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: Tensor | int | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
     return_lse: Literal[False] = ...,
+    deterministic: bool = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -34,7 +46,17 @@ def attention(
     *,
     causal: bool = ...,
     scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: Tensor | int | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
     return_lse: Literal[True],
+    deterministic: bool = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
@@ -44,240 +66,232 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v, computed and summed in fp32, each result and gradient rounded once.
+    """softmax(scores) v, summed in fp32, each result and each gradient rounded once.
 
-    q: [B, T, N, H], k: [B, S, G, H], v: [B, S, G, Hv], one dtype, any strides. N / G query heads share a
-    key/value head: query head n uses head n // (N / G).
-    causal: the last query is aligned with the last key: query t sees keys 0 .. t + S - T. A query that sees
-    no key gives 0, lse -inf and zero gradients. scale: 1 / sqrt(H) when None.
+    The score of query t and key s is scale * q . k, capped, plus bias, minus the ALiBi penalty; -inf unseen.
 
-    Returns out [B, T, N, Hv], contiguous, of q's dtype; with return_lse also lse [B, N, T] in fp32 (fp64 for
-    fp64), the natural logarithm of the sum of exp(scale * score). Both are differentiable, once.
-    ValueError: shapes, dtypes or devices that do not fit, a scale that is not finite, a backend that refuses.
+    Args:
+        q, k, v: [B, T, N, H], [B, S, G, H], [B, S, G, Hv], one dtype, any strides. N / G query heads share a
+            key/value head: query head n uses head n // (N / G).
+        causal: a query sees the keys up to its own position. The last query is at the last key's position:
+            query t is at position t + S - T.
+        scale: 1 / sqrt(H) when None.
+        window: (left, right), a query sees the keys at most that many positions before and after its own;
+            None leaves a side open. Keys outside cost no time.
+        softcap: c > 0 turns a score x into c * tanh(x / c) (Gemma 2, arXiv 2408.00118).
+        sinks: [N], a score that takes part in the softmax without a value (arXiv 2309.17453); differentiable.
+        alibi_slopes: [N] or [B, N]; slope * |distance| is subtracted (arXiv 2108.12409).
+        bias: added to the scores, broadcasts to [B, N, T, S], of q's dtype or float32; -inf hides a key;
+            differentiable (its gradient takes B * N * T * S floats of memory).
+        dropout_p: probabilities are dropped with this probability, the others divided by 1 - dropout_p. Which
+            ones depends only on dropout_seed and on (batch, head, query position, key position).
+        dropout_seed: a number or an int64 tensor [1]; drawn from torch's generator when None.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where the sequences begin and end in q [T, N, H], k [S, G, H],
+            v [S, G, Hv], which hold them one after the other. A sequence may be empty. Values on a GPU are
+            not checked, as that would stop the host.
+        deterministic: False permits sums in the order of arrival; no backend makes use of it yet.
+        backend: one of the names that `pypar doctor` lists.
+
+    A query that sees no key gives 0, lse -inf and zero gradients.
+
+    Returns out, like q with Hv for H, contiguous; with return_lse also lse [B, N, T] ([N, T] with cu_seqlens_q)
+    in fp32 (fp64 for fp64), the natural logarithm of the softmax's denominator. Both are differentiable, once.
+    ValueError: shapes, dtypes or devices that do not fit, numbers out of range, a backend that refuses.
     """
-    check_inputs(q, k, v)
-    scale = check_scale(scale, q)
-    chosen = choose("attention", BACKENDS, {"q": q, "k": k, "v": v}, backend)
-    out, lse = _forward(q, k, v, causal, scale, chosen.name)
+    problem = attention_problem(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        bias=bias,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    chosen = choose("attention", BACKENDS, {"problem": problem}, backend)
+    out, lse = _forward(*_flat(problem), chosen.name)
     return (out, lse) if return_lse else out
 
 
 @torch.no_grad()
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str | None = None
+    problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`attention` with lse and without autograd: (out, lse). For those who write their own backward."""
-    check_inputs(q, k, v)
-    scale = check_scale(scale, q)
-    return choose("attention", BACKENDS, {"q": q, "k": k, "v": v}, backend).forward(q, k, v, causal, scale)
+    """(out, lse) without autograd, for those who write their own backward.
+
+    carry: fp32 out and lse of attention over earlier keys. This problem's keys are added to them, as if all
+    keys had been there at once: they are updated in place and returned. Sinks belong to one of the parts.
+    """
+    if carry is not None:
+        check_results(problem, {"carry[0]": carry[0]}, {"carry[1]": carry[1]}, (accumulate_dtype(problem.q),))
+    return choose("attention", BACKENDS, {"problem": problem}, backend).forward(problem, carry)
 
 
 @torch.no_grad()
 def attention_backward(
+    problem: AttentionProblem,
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None,
-    causal: bool,
-    scale: float | None,
+    dlse: Tensor | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str | None = None,
-    fp32_gradients: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) of attention's inputs for dout [B, T, N, Hv] and dlse [B, N, T] (None: zero).
+    """Gradients (dq, dk, dv) for dout, like out, and dlse, like lse (None: zero).
 
-    out and lse may be the final ones of an attention over more keys than k and v hold: then the results are
-    the gradients of these keys and this block's share of dq (dlse is then the final lse's). They have the
-    inputs' dtype, or float32 if fp32_gradients, so that shares can be summed before they are rounded.
+    out and lse may be the final ones of an attention over more keys than the problem's: then the results are
+    the gradients of these keys and this part's share of dq (dlse is then the final lse's).
+    into: fp32 tensors like q, k and v to which the gradients are added instead.
     """
-    check_inputs(q, k, v)
-    scale = check_scale(scale, q)
-    check_results(q, v, {"dout": dout, "out": out}, {"lse": lse, "dlse": dlse})
-    chosen = choose("attention", BACKENDS, {"q": q, "k": k, "v": v}, backend)
+    dtypes = (problem.q.dtype,)
+    check_results(problem, {"dout": dout, "out": out}, {"lse": lse, "dlse": dlse}, dtypes)
+    for name, x, total in zip(
+        ("dq", "dk", "dv"), (problem.q, problem.k, problem.v), into or (), strict=False
+    ):
+        if total.shape != x.shape or total.dtype != accumulate_dtype(x) or total.device != x.device:
+            raise ValueError(
+                f"{name} {tuple(total.shape)} {total.dtype} on {total.device} must be {tuple(x.shape)} "
+                f"{accumulate_dtype(x)} on {x.device} to be added to"
+            )
+    chosen = choose("attention", BACKENDS, {"problem": problem}, backend)
     assert chosen.backward is not None
-    return chosen.backward(dout, q, k, v, out, lse, dlse, causal, scale, fp32_gradients)
+    return chosen.backward(problem, dout, out, lse, dlse, into, None)
 
 
-# ---- reference
+# ---- backends
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    """scale * q k^T as [B, G, N / G, T, S], -inf where a query does not see a key."""
-    B, T, N, H = q.shape
-    S, G = k.shape[1], k.shape[2]
-    scores = torch.einsum("btgnh,bsgh->bgnts", q.reshape(B, T, G, N // G, H), k) * scale
-    if causal:
-        sees = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        scores = scores.masked_fill(~sees, -math.inf)
-    return scores
+def _native_unsupported(problem: AttentionProblem) -> str | None:
+    return native_refusal(problem.q, problem.k, problem.v)
 
 
-def reference_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The definition, computed in fp64. Returns (out [B, T, N, Hv], lse [B, N, T])."""
-    B, T, N, _ = q.shape
-    scores = _scores(q.double(), k.double(), causal, scale)
-    lse = scores.logsumexp(-1) if k.shape[1] else scores.new_full(scores.shape[:-1], -math.inf)
-    p = (scores - _finite(lse).unsqueeze(-1)).exp()
-    out = torch.einsum("bgnts,bsgh->btgnh", p, v.double()).reshape(B, T, N, v.shape[3])
-    return out.to(q.dtype).contiguous(), lse.reshape(B, N, T).to(accumulate_dtype(q)).contiguous()
+def _native_forward(problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    return attention_native.forward(native.module(), problem, carry)
 
 
-def reference_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    causal: bool,
-    scale: float,
-    fp32_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """With p = exp(score - lse): dv = p^T dout, dscore = p * (dout v^T - sum(dout * out) + dlse)."""
-    B, T, N, H = q.shape
-    G, Hv = k.shape[2], v.shape[3]
-    grouped = B, T, G, N // G
-    dout_wide, q_wide, k_wide, lse_wide = dout.double(), q.double(), k.double(), lse.double()
-    delta = (dout_wide * out.double()).sum(-1).transpose(1, 2)
-    if dlse is not None:
-        delta = delta - dlse
-    scores = _scores(q_wide, k_wide, causal, scale)
-    p = (scores - _finite(lse_wide).reshape(B, G, N // G, T, 1)).exp()
-    dp = torch.einsum("btgnh,bsgh->bgnts", dout_wide.reshape(*grouped, Hv), v.double())
-    dscores = p * (dp - delta.reshape(B, G, N // G, T, 1)) * scale
-    dq = torch.einsum("bgnts,bsgh->btgnh", dscores, k_wide).reshape(q.shape)
-    dk = torch.einsum("bgnts,btgnh->bsgh", dscores, q_wide.reshape(*grouped, H))
-    dv = torch.einsum("bgnts,btgnh->bsgh", p, dout_wide.reshape(*grouped, Hv))
-    dtype = accumulate_dtype(q) if fp32_gradients else q.dtype
-    return dq.to(dtype).contiguous(), dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
+def _native_backward(problem: AttentionProblem, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_native.backward(native.module(), problem, *arguments)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    """lse, with 0 for rows that see no key: exp(-inf - 0) is 0 where exp(-inf + inf) would be NaN."""
-    return lse.masked_fill(lse == -math.inf, 0.0)
-
-
-def _reference_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _reference_unsupported(problem: AttentionProblem) -> str | None:
     return None
-
-
-# ---- native
-
-
-def _native_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    return native_refusal(q, k, v)
-
-
-def _tensor(x: Tensor) -> tuple[int, tuple[int, ...], int]:
-    return x.data_ptr(), x.stride(), native.dtype_code(x)
-
-
-def _sizes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple:
-    B, T, N, H = q.shape
-    return (B, T, k.shape[1], N, k.shape[2], H, v.shape[3], causal, native.num_threads())
-
-
-def _native_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    B, T, N, _ = q.shape
-    out = torch.empty((B, T, N, v.shape[3]), dtype=q.dtype)
-    lse = torch.empty((B, N, T), dtype=torch.float32)
-    native.module().attention_forward(
-        _sizes(q, k, v, causal), scale, _tensor(q), _tensor(k), _tensor(v), _tensor(out), lse.data_ptr()
-    )
-    return out, lse
-
-
-def _native_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    causal: bool,
-    scale: float,
-    fp32_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = _sizes(q, k, v, causal)
-    dtype = torch.float32 if fp32_gradients else q.dtype
-    dq, dk, dv = (torch.empty(x.shape, dtype=dtype) for x in (q, k, v))
-    lse = lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    num_floats, num_counters = native.module().attention_backward_memory(sizes)
-    memory, progress = torch.empty(num_floats), torch.zeros(num_counters, dtype=torch.int32)
-    native.module().attention_backward(
-        sizes,
-        scale,
-        (_tensor(dout), _tensor(q), _tensor(k), _tensor(v), _tensor(out)),
-        (_tensor(dq), _tensor(dk), _tensor(dv)),
-        (lse.data_ptr(), 0 if dlse is None else dlse.data_ptr()),
-        (memory.data_ptr(), progress.data_ptr()),
-    )
-    return dq, dk, dv
 
 
 BACKENDS = (
     Backend("native", _native_forward, _native_backward, _native_unsupported),
-    Backend("reference", reference_forward, reference_backward, _reference_unsupported),
+    Backend("reference", attention_reference.forward, attention_reference.backward, _reference_unsupported),
 )
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 # ---- registration
 
+_PROBLEM = (
+    "Tensor q, Tensor k, Tensor v, float scale, int left, int right, float softcap, Tensor? sinks, "
+    "Tensor? alibi_slopes, Tensor? bias, float dropout_p, Tensor? seed, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, str backend"
+)
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    B, T, N, _ = q.shape
-    return q.new_empty((B, T, N, v.shape[3])), q.new_empty((B, N, T), dtype=accumulate_dtype(q))
+
+_FIELDS = tuple(argument.split()[1] for argument in _PROBLEM.split(", ")[:-1])
+_TENSORS = tuple(a.split()[1] for a in _PROBLEM.split(", ") if a.startswith("Tensor"))
+
+
+def _flat(problem: AttentionProblem) -> tuple:
+    return tuple(getattr(problem, name) for name in _FIELDS)
+
+
+def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *fields, backend = arguments
+    return _BY_NAME[backend].forward(AttentionProblem(*fields), None)
+
+
+def _run_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, bias_needs: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *fields, backend = arguments
+    problem = AttentionProblem(*fields)
+    q, sinks, bias = problem.q, problem.sinks, problem.bias
+    dscores = q.new_zeros(problem.scores_shape, dtype=lse.dtype) if bias_needs else None
+    run = _BY_NAME[backend].backward
+    assert run is not None
+    dq, dk, dv = run(problem, dout, out, lse, dlse, None, dscores)
+    dsinks = (
+        q.new_empty(0)
+        if sinks is None
+        else attention_reference.sinks_gradient(sinks, dout, out, lse, dlse).to(sinks.dtype)
+    )
+    if dscores is None or bias is None:
+        return dq, dk, dv, dsinks, q.new_empty(0)
+    return dq, dk, dv, dsinks, dscores.sum_to_size(bias.shape).to(bias.dtype)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = AttentionProblem(*arguments[:-1])
+    q = problem.q
+    return q.new_empty(problem.out_shape), q.new_empty(problem.lse_shape, dtype=accumulate_dtype(q))
 
 
 def _fake_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    _dlse, _causal, _scale, fp32_gradients, _backend = options
-    dtype = lse.dtype if fp32_gradients else q.dtype
-    return (
-        q.new_empty(q.shape, dtype=dtype),
-        k.new_empty(k.shape, dtype=dtype),
-        v.new_empty(v.shape, dtype=dtype),
-    )
+    dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, bias_needs: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
+    p = AttentionProblem(*arguments[:-1])
+    dsinks = p.q.new_empty(0) if p.sinks is None else p.sinks.new_empty(p.sinks.shape)
+    dbias = p.bias.new_empty(p.bias.shape) if bias_needs and p.bias is not None else p.q.new_empty(0)
+    return (*(x.new_empty(x.shape) for x in (p.q, p.k, p.v)), dsinks, dbias)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.causal, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    *fields, ctx.backend = inputs
+    p = AttentionProblem(*fields)
+    ctx.options = replace(p, **dict.fromkeys(_TENSORS))  # type: ignore[arg-type] # autograd keeps the tensors
+    ctx.save_for_backward(*(getattr(p, name) for name in _TENSORS), *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    q, k, v, out, lse = ctx.saved_tensors
+    *tensors, out, lse = ctx.saved_tensors
+    problem = replace(ctx.options, **dict(zip(_TENSORS, tensors, strict=True)))
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv = _backward(dout, q, k, v, out, lse, dlse, ctx.causal, ctx.scale, False, ctx.backend)
-    return dq, dk, dv, None, None, None
+    bias_needs = problem.bias is not None and ctx.needs_input_grad[_FIELDS.index("bias")]
+    gradients = _backward(dout, out, lse, dlse, bias_needs, *_flat(problem), ctx.backend)
+    dq, dk, dv, dsinks, dbias = gradients
+    named = {
+        "q": dq,
+        "k": dk,
+        "v": dv,
+        "sinks": None if problem.sinks is None else dsinks,
+        "bias": dbias if bias_needs else None,
+    }
+    return (*(named.get(name) for name in _FIELDS), None)
 
 
-_forward = register(
-    "attention",
-    "forward",
-    "(Tensor q, Tensor k, Tensor v, bool causal, float scale, str backend) -> (Tensor, Tensor)",
-    BACKENDS,
-    _fake_forward,
-)
-_backward = register(
-    "attention",
-    "backward",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, bool causal, "
-    "float scale, bool fp32_gradients, str backend) -> (Tensor, Tensor, Tensor)",
-    BACKENDS,
+_forward = define("attention_forward", f"({_PROBLEM}) -> (Tensor, Tensor)", _run_forward, _fake_forward)
+_backward = define(
+    "attention_backward",
+    f"(Tensor dout, Tensor out, Tensor lse, Tensor? dlse, bool bias_needs, {_PROBLEM}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
     _fake_backward,
 )
 register_gradient("attention", _gradient, _save)

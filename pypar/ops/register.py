@@ -21,15 +21,19 @@ def register(
 ) -> Callable:
     """Define pypar::<op>_<direction> with `signature`, a schema such as "(Tensor x, str backend) -> Tensor".
 
-    Its last argument is `str backend`. `fake` takes the same arguments and returns empty tensors of the right
-    shape.
+    Its last argument is `str backend`; the others are those of the backends' function for that direction.
+    `fake` takes the same arguments and returns empty tensors of the right shape.
     """
-    name = f"{op}_{direction}"
     implementations = {backend.name: getattr(backend, direction) for backend in backends}
 
     def run(*args):
         return implementations[args[-1]](*args[:-1])
 
+    return define(f"{op}_{direction}", signature, run, fake)
+
+
+def define(name: str, signature: str, run: Callable, fake: Callable) -> Callable:
+    """Define pypar::<name> with `signature`; `run` and `fake` take its arguments."""
     _library.define(name + signature)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pypar::{name}", fake, lib=_library)

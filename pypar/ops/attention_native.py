@@ -1,0 +1,151 @@
+"""Attention by a native module: the CPU's, the GPU's, or one that a test has built of the same sources."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pypar.ops import native
+from pypar.ops.attention_arguments import AttentionProblem, Positions
+
+_LARGEST_GPU_HEAD = 256
+_GPU_ROW_BYTES = 16  # what one asynchronous copy moves
+
+
+def forward(
+    module: ModuleType, problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse); a carry, fp32 (out, lse) over earlier keys, is continued: updated in place and returned."""
+    q = problem.q
+    if carry is None:
+        out = q.new_empty(problem.out_shape)
+        lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
+    else:
+        out, lse = carry
+    arguments = _problem(problem)
+    memory = _memory(module.attention_forward_memory(arguments), q)
+    running_lse = lse.contiguous()
+    module.attention_forward(
+        arguments, _tensor(out), running_lse.data_ptr(), carry is not None, memory.data_ptr()
+    )
+    if running_lse is not lse:
+        lse.copy_(running_lse)
+    return out, lse
+
+
+def backward(
+    module: ModuleType,
+    problem: AttentionProblem,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    into: tuple[Tensor, Tensor, Tensor] | None,
+    dbias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), or, given fp32 tensors to add `into`, these. dbias: as in attention_reference.backward."""
+    dq, dk, dv = into or (x.new_empty(x.shape) for x in (problem.q, problem.k, problem.v))
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    arguments = _problem(problem)
+    memory = _memory(module.attention_backward_memory(arguments), problem.q)
+    module.attention_backward(
+        arguments,
+        _tensor(dout),
+        _tensor(out),
+        lse.data_ptr(),
+        _address(dlse),
+        _tensor(dq),
+        _tensor(dk),
+        _tensor(dv),
+        into is not None,
+        _address(dbias),
+        memory.data_ptr(),
+    )
+    return dq, dk, dv
+
+
+def gpu_refusal(problem: AttentionProblem) -> str | None:
+    """Why the GPU kernels cannot take these sizes, or None."""
+    for name, size in (("head size", problem.q.shape[-1]), ("value head size", problem.v.shape[-1])):
+        if size % 8 or size > _LARGEST_GPU_HEAD:
+            return f"the {name} ({size}) is not a multiple of 8 up to {_LARGEST_GPU_HEAD}"
+    return None
+
+
+def with_aligned_rows(problem: AttentionProblem) -> AttentionProblem:
+    """The same problem with q, k and v as the GPU kernels read them: rows contiguous, 16-byte aligned."""
+    return replace(problem, q=aligned(problem.q), k=aligned(problem.k), v=aligned(problem.v))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a contiguous copy where its rows are not contiguous or do not begin at multiples of 16 bytes."""
+    size = x.element_size()
+    strides = x.stride()[:-1]
+    whole = x.data_ptr() % _GPU_ROW_BYTES == 0 and all(
+        stride * size % _GPU_ROW_BYTES == 0 for stride in strides
+    )
+    return x if x.stride(-1) == 1 and whole else x.clone(memory_format=torch.contiguous_format)
+
+
+def _problem(problem: AttentionProblem) -> dict:
+    q, k, v, bias = problem.q, problem.k, problem.v, problem.bias
+    T, N, H = q.shape[-3:]
+    S, G, Hv = v.shape[-3:]
+    at = problem.positions or Positions()
+    slopes = problem.alibi_slopes
+    return {
+        "B": problem.num_sequences,
+        "T": T,
+        "S": S,
+        "N": N,
+        "G": G,
+        "H": H,
+        "Hv": Hv,
+        "q": _tensor(q),
+        "k": _tensor(k),
+        "v": _tensor(v),
+        "cu_seqlens_q": _address(problem.cu_seqlens_q),
+        "cu_seqlens_k": _address(problem.cu_seqlens_k),
+        "scale": problem.scale,
+        "softcap": problem.softcap,
+        "left": problem.left,
+        "right": problem.right,
+        "bottom_right": problem.positions is None,
+        "q_start": at.q_start,
+        "k_start": at.k_start,
+        "step": at.step,
+        "batch_start": at.batch_start,
+        "head_start": at.head_start,
+        "bias": None if bias is None else _bias(bias.expand(problem.scores_shape)),
+        "sinks": _address(problem.sinks),
+        "alibi_slopes": _address(slopes),
+        "alibi_batch_stride": 0 if slopes is None or slopes.dim() == 1 else slopes.shape[1],
+        "dropout_p": problem.dropout_p,
+        "dropout_threshold": math.floor(problem.dropout_p * 2**32),
+        "seed": _address(problem.seed),
+        "num_threads": native.num_threads(),
+        "stream": torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0,
+    }
+
+
+def _tensor(x: Tensor) -> tuple[int, tuple[int, ...], int]:
+    strides = x.stride() if x.dim() == 4 else (0, *x.stride())
+    return x.data_ptr(), strides, native.dtype_code(x)
+
+
+def _bias(x: Tensor) -> tuple[int, tuple[int, ...], int]:
+    return x.data_ptr(), x.stride(), native.dtype_code(x)
+
+
+def _address(x: Tensor | None) -> int:
+    """Of a contiguous tensor, 0 for none. The problem's small tensors are made contiguous when it is made."""
+    return 0 if x is None else x.data_ptr()
+
+
+def _memory(num_bytes: int, like: Tensor) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
