@@ -39,7 +39,7 @@ struct QueryBlock {
 struct Layout {
   int64_t padded_h, padded_hv;
 
-  explicit Layout(const AttentionSizes& s)
+  explicit Layout(const AttentionProblem& s)
       : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {}
 
   int64_t block_floats() const { return kBlock * (padded_h + padded_hv + 3); }
@@ -128,8 +128,8 @@ void rescale_out(QueryBlock& block, const float* rescale, int64_t padded_hv) {
 }
 
 // One block of keys against one block of rows.
-void attend(const AttentionSizes& s, const Layout& layout, QueryBlock& block, const float* k, const float* v,
-            int64_t first_key, int64_t num_keys, float* scores, float* rescale) {
+void attend(const AttentionProblem& s, const Layout& layout, QueryBlock& block, const float* k,
+            const float* v, int64_t first_key, int64_t num_keys, float* scores, float* rescale) {
   const int64_t num_vecs = (block.count + kWidth - 1) / kWidth;
   const bool masked = block.limit[0] < first_key + num_keys - 1;
   Range columns[kGroups], depth[kGroups];
@@ -156,7 +156,7 @@ void attend(const AttentionSizes& s, const Layout& layout, QueryBlock& block, co
 
 void begin_block(const AttentionForward& a, const Layout& layout, const Rows& q, int64_t first, float* memory,
                  float* scratch, QueryBlock* block) {
-  const AttentionSizes& s = a.sizes;
+  const AttentionProblem& s = a.problem;
   const int64_t group = s.N / s.G;
   block->q_transposed = memory;
   block->out = block->q_transposed + kBlock * layout.padded_h;
@@ -170,7 +170,7 @@ void begin_block(const AttentionForward& a, const Layout& layout, const Rows& q,
   for (int64_t i = 0; i < kBlock * layout.padded_hv; i += kWidth) store(block->out + i, zero());
   for (int64_t i = 0; i < kBlock; ++i) {
     const int64_t row = first + smaller(i, block->count - 1);
-    block->limit[i] = static_cast<int32_t>(s.causal ? row / group + s.S - s.T : s.S - 1);
+    block->limit[i] = static_cast<int32_t>((s.right == 0) ? row / group + s.S - s.T : s.S - 1);
     block->reference[i] = -__builtin_inff();
     block->sum[i] = 0.0f;
   }
@@ -179,7 +179,7 @@ void begin_block(const AttentionForward& a, const Layout& layout, const Rows& q,
 
 void end_block(const AttentionForward& a, const Layout& layout, const Rows& out, int64_t batch, int64_t head,
                QueryBlock& block) {
-  const AttentionSizes& s = a.sizes;
+  const AttentionProblem& s = a.problem;
   const int64_t group = s.N / s.G;
   for (int64_t i = 0; i < block.count; ++i) {
     const float sum = block.sum[i];
@@ -198,7 +198,7 @@ void end_block(const AttentionForward& a, const Layout& layout, const Rows& out,
 // Consecutive query blocks of one key/value head against all keys that they see.
 void run_task(const AttentionForward& a, int64_t batch, int64_t head, int64_t first_block,
               int64_t num_blocks) {
-  const AttentionSizes& s = a.sizes;
+  const AttentionProblem& s = a.problem;
   const Layout layout(s);
   const int64_t group = s.N / s.G;
   auto* memory = static_cast<float*>(thread_scratch(layout.total_floats() * sizeof(float)));
@@ -207,8 +207,8 @@ void run_task(const AttentionForward& a, int64_t batch, int64_t head, int64_t fi
   float* v = k + kBlock * layout.padded_h;
   float* rescale = v + kBlock * layout.padded_hv;
   float* blocks_memory = rescale + kBlock;
-  const Rows k_rows = rows_of(a.k, batch, head, 1), v_rows = rows_of(a.v, batch, head, 1);
-  const Rows q_rows = rows_of(a.q, batch, head, group), out_rows = rows_of(a.out, batch, head, group);
+  const Rows k_rows = rows_of(a.problem.k, batch, head, 1), v_rows = rows_of(a.problem.v, batch, head, 1);
+  const Rows q_rows = rows_of(a.problem.q, batch, head, group), out_rows = rows_of(a.out, batch, head, group);
   QueryBlock blocks[kBlocksPerTask];
   for (int64_t i = 0; i < num_blocks; ++i) {
     begin_block(a, layout, q_rows, (first_block + i) * kBlock, blocks_memory + i * layout.block_floats(), k,
@@ -230,8 +230,8 @@ void run_task(const AttentionForward& a, int64_t batch, int64_t head, int64_t fi
 }  // namespace
 
 void attention_forward(const AttentionForward& a) {
-  const AttentionSizes& s = a.sizes;
-  const int64_t num_blocks = attention_row_blocks(s);
+  const AttentionProblem& s = a.problem;
+  const int64_t num_blocks = count_row_blocks(s);
   // Some tasks per thread, so that the threads end together.
   const int64_t wanted =
       larger(1, smaller(kBlocksPerTask, s.B * s.G * num_blocks / (4 * larger(1, s.num_threads))));
@@ -252,16 +252,31 @@ void attention_forward(const AttentionForward& a) {
 
 #  include "attention_binding.h"
 
+namespace {
+
+void check(const pypar::AttentionProblem& p) {
+  pypar::check_attention_lengths(p);
+  const bool plain_mask = p.left == pypar::kUnbounded && p.right <= 0 && p.bottom_right;
+  const bool plain_scores = p.softcap == 0 && !p.bias.data && !p.sinks && !p.alibi_slopes && p.dropout_p == 0;
+  if (!plain_mask || !plain_scores || p.cu_seqlens_q) throw py::value_error("not there yet");
+}
+
+}  // namespace
+
 PYPAR_BIND(attention_forward) {
+  pypar::bind_attention_forward(
+      module, check, [](const pypar::AttentionProblem&) { return int64_t{64}; },
+      [](const pypar::AttentionForward& a) {
+        if (a.carry) throw py::value_error("carry is not there yet");
+        pypar::launch<pypar::attention_forward_kernels>(a);
+      });
+  // Until Python passes a dict.
   module.def("attention_forward",
              [](const py::tuple& sizes, double scale, const py::tuple& q, const py::tuple& k,
                 const py::tuple& v, const py::tuple& out, uintptr_t lse) {
                pypar::AttentionForward a{};
-               a.sizes = pypar::attention_sizes(sizes, scale);
-               a.q = pypar::attention_tensor(q);
-               a.k = pypar::attention_tensor(k);
-               a.v = pypar::attention_tensor(v);
-               a.out = pypar::attention_tensor(out);
+               a.problem = pypar::attention_old_problem(sizes, scale, q, k, v);
+               a.out = pypar::attention_tensor(out, "out", 0);
                a.lse = reinterpret_cast<float*>(lse);
                pypar::launch<pypar::attention_forward_kernels>(a);
              });

@@ -1,11 +1,13 @@
-// What attention's Python side hands to its kernels. Strides are in elements and may be anything.
+// What attention's Python side hands to its kernels, CPU and GPU alike. Strides are in elements and may be
+// anything.
 #pragma once
 
 #include "registry.h"
 
 namespace pypar {
 
-// A tensor [B, length, heads, size]: address and strides.
+// A tensor [B, length, heads, size]: address and strides. With cumulative lengths its first two dimensions
+// are one, all sequences one after the other, and batch_stride is 0.
 struct AttentionTensor {
   void* data;
   int64_t batch_stride;
@@ -15,35 +17,63 @@ struct AttentionTensor {
   int dtype;  // ElementType
 };
 
-struct AttentionSizes {
+// bias [B, N, T, S], broadcast where a stride is 0.
+struct AttentionBias {
+  const void* data;  // null: none
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t query_stride;
+  int64_t key_stride;
+  int dtype;  // ElementType
+};
+
+// No bound of a window.
+constexpr int64_t kUnbounded = -1;
+
+struct AttentionProblem {
+  // B sequences. T and S: their lengths; with cumulative lengths, all queries and all keys together.
   int64_t B, T, S, N, G, H, Hv;
-  bool causal;
+  AttentionTensor q, k, v;
+  const int32_t* cu_seqlens_q;  // [B + 1] or null
+  const int32_t* cu_seqlens_k;  // the same
   float scale;
-  int num_threads;
+  float softcap;  // 0: none
+  // A query sees the keys whose position is at most `left` before and at most `right` after its own;
+  // kUnbounded: all of them. A causal mask is right = 0.
+  int64_t left, right;
+  // Query t is at position q_start + step * t, key s at k_start + step * s. If bottom_right, q_start is S - T
+  // (of each sequence its own) and k_start is 0: the last query is at the last key's position.
+  bool bottom_right;
+  int64_t q_start, k_start, step;
+  // Batch element b and head n are the (batch_start + b)th and the (head_start + n)th where dropout asks.
+  int64_t batch_start, head_start;
+  AttentionBias bias;
+  const float* sinks;          // [N] or null
+  const float* alibi_slopes;   // [B, N] or null
+  int64_t alibi_batch_stride;  // N, or 0 for one row of slopes
+  float dropout_p;             // 0: none
+  uint32_t dropout_threshold;  // an element is dropped if its random number is below
+  const int64_t* seed;         // one number, in the memory of q's device; null without dropout
+  int num_threads;             // CPU
+  void* stream;                // GPU
 };
 
 struct AttentionForward {
-  AttentionSizes sizes;
-  AttentionTensor q, k, v, out;
-  float* lse;  // [B, N, T], contiguous
+  AttentionProblem problem;
+  AttentionTensor out;
+  float* lse;    // contiguous: [B, N, T], with cumulative lengths [N, T]
+  bool carry;    // out (then fp32) and lse hold attention over earlier keys, which this one continues
+  void* memory;  // as many bytes as attention_forward_memory says, of any content
 };
 
 struct AttentionBackward {
-  AttentionSizes sizes;
-  AttentionTensor dout, q, k, v, out, dq, dk, dv;
-  const float* lse;   // [B, N, T], contiguous
+  AttentionProblem problem;
+  AttentionTensor dout, out, dq, dk, dv;
+  const float* lse;   // as in AttentionForward
   const float* dlse;  // the same, or null
-  float* row_values;  // memory of any content: per block of rows 3 * kAttentionBlock floats
-  float* dq_sum;      // memory of any content: per block of rows kAttentionBlock * padded H floats
-  int32_t* progress;  // per block of rows a zero: how many blocks of keys its dq_sum contains
+  bool accumulate;    // dq, dk, dv (then fp32) are added to, not overwritten
+  float* dbias;       // [B, N, T, S] contiguous, zero before the call, or null
+  void* memory;       // as many bytes as attention_backward_memory says, of any content
 };
-
-// Query rows and keys are worked on in blocks of this many.
-constexpr int64_t kAttentionBlock = 96;
-
-// Rows of one key/value head: its N / G query heads at each position, heads adjacent.
-static inline int64_t attention_row_blocks(const AttentionSizes& s) {
-  return (s.T * (s.N / s.G) + kAttentionBlock - 1) / kAttentionBlock;
-}
 
 }  // namespace pypar

@@ -25,7 +25,7 @@ struct Scratch {
   float *p, *ds;                                     // [row][key]
   int64_t padded_h, padded_hv;
 
-  Scratch(const AttentionSizes& s) : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {
+  Scratch(const AttentionProblem& s) : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {
     const int64_t total = kBlock * (4 * padded_h + 3 * padded_hv + 2 * kBlock);
     k = static_cast<float*>(thread_scratch(total * sizeof(float)));
     k_transposed = k + kBlock * padded_h;
@@ -41,8 +41,19 @@ struct Scratch {
 
 // What `prepare_row_block` leaves: kBlock values each of base, delta and base_rest.
 constexpr int64_t kRowValues = 3 * kBlock;
+// The caller's memory: row values, dq's sums, and how many blocks of keys each of those contains.
+float* row_values_of(const AttentionBackward& a) { return static_cast<float*>(a.memory); }
+float* dq_sums_of(const AttentionBackward& a) {
+  return row_values_of(a) + a.problem.B * a.problem.G * count_row_blocks(a.problem) * kRowValues;
+}
+int32_t* progress_of(const AttentionBackward& a) {
+  const int64_t blocks = a.problem.B * a.problem.G * count_row_blocks(a.problem);
+  return reinterpret_cast<int32_t*>(dq_sums_of(a) + blocks * kBlock * round_up(a.problem.H, 16));
+}
+
 PYPAR_INLINE float* row_values(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
-  return a.row_values + ((batch * a.sizes.G + head) * attention_row_blocks(a.sizes) + row_block) * kRowValues;
+  return row_values_of(a) +
+         ((batch * a.problem.G + head) * count_row_blocks(a.problem) + row_block) * kRowValues;
 }
 
 struct Task {
@@ -55,7 +66,7 @@ struct Task {
 // dlse, with which ds = p * (dp - delta). delta's products are summed in the order of dp's: a row that sees
 // one key then gets exactly 0.
 void prepare_row_block(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
-  const AttentionSizes& s = a.sizes;
+  const AttentionProblem& s = a.problem;
   const int64_t group = s.N / s.G, first = row_block * kBlock;
   const int64_t count = smaller(kBlock, s.T * group - first);
   const Scratch m(s);
@@ -85,13 +96,13 @@ void prepare_row_block(const AttentionBackward& a, int64_t batch, int64_t head, 
 }
 
 // The last key that a row sees, counted from the task's first.
-PYPAR_INLINE int64_t limit_of(const AttentionSizes& s, const Task& task, int64_t row) {
-  return (s.causal ? row / (s.N / s.G) + s.S - s.T : s.S - 1) - task.first_key;
+PYPAR_INLINE int64_t limit_of(const AttentionProblem& s, const Task& task, int64_t row) {
+  return ((s.right == 0) ? row / (s.N / s.G) + s.S - s.T : s.S - 1) - task.first_key;
 }
 
 // p: scores -> probabilities, ds: dp -> gradient of the scores (without the scale), for `count` rows.
 template <bool kMasked>
-void differentiate(const AttentionSizes& s, const Task& task, int64_t first, int64_t count,
+void differentiate(const AttentionProblem& s, const Task& task, int64_t first, int64_t count,
                    const float* values, const Scratch& m) {
   const int64_t width = round_up(task.num_keys, kWidth);
   const float factor = score_factor(s);
@@ -117,7 +128,7 @@ struct Trim {
   Range keys_in_depth[kGroups];  // per group of rows, in keys
   Range rows[kGroups];           // per group of keys, in rows
 
-  Trim(const AttentionSizes& s, const Task& task, int64_t first, int64_t count) {
+  Trim(const AttentionProblem& s, const Task& task, int64_t first, int64_t count) {
     for (int64_t row = 0; row < count; row += kRows) {
       const int64_t last = limit_of(s, task, first + smaller(row + kRows, count) - 1);
       const int64_t end = larger(0, smaller(task.num_keys, last + 1));
@@ -150,11 +161,11 @@ bool await_turn(const int32_t* progress, int32_t turn) {
 
 void add_dq(const AttentionBackward& a, const Task& task, int64_t row_block, int64_t count, const Trim* trim,
             const Scratch& m) {
-  const AttentionSizes& s = a.sizes;
-  const int64_t num_row_blocks = attention_row_blocks(s);
+  const AttentionProblem& s = a.problem;
+  const int64_t num_row_blocks = count_row_blocks(s);
   const int64_t index = (task.batch * s.G + task.head) * num_row_blocks + row_block;
-  float* sum = a.dq_sum + index * kBlock * m.padded_h;
-  int32_t* progress = a.progress + index;
+  float* sum = dq_sums_of(a) + index * kBlock * m.padded_h;
+  int32_t* progress = progress_of(a) + index;
   const int64_t vecs = m.padded_h / kWidth;
   const Range* depth = trim ? trim->keys_in_depth : nullptr;
   if (!await_turn(progress, static_cast<int32_t>(task.key_block))) return;
@@ -177,7 +188,7 @@ void add_dq(const AttentionBackward& a, const Task& task, int64_t row_block, int
 
 // One block of rows against the task's keys.
 void propagate(const AttentionBackward& a, const Task& task, int64_t row_block, const Scratch& m) {
-  const AttentionSizes& s = a.sizes;
+  const AttentionProblem& s = a.problem;
   const int64_t first = row_block * kBlock;
   const int64_t count = smaller(kBlock, s.T * (s.N / s.G) - first);
   const int64_t key_vecs = (task.num_keys + kWidth - 1) / kWidth;
@@ -210,26 +221,25 @@ void clear(float* x, int64_t count) {
 }
 
 void run_task(const AttentionBackward& a, int64_t batch, int64_t head, int64_t key_block) {
-  const AttentionSizes& s = a.sizes;
+  const AttentionProblem& s = a.problem;
   const int64_t group = s.N / s.G, first_key = key_block * kBlock;
   const Task task{batch,
                   head,
                   key_block,
                   first_key,
                   smaller(kBlock, s.S - first_key),
-                  rows_of(a.q, batch, head, group),
+                  rows_of(a.problem.q, batch, head, group),
                   rows_of(a.dout, batch, head, group),
                   rows_of(a.dq, batch, head, group)};
   const Scratch m(s);
-  pack(rows_of(a.v, batch, head, 1), first_key, task.num_keys, s.Hv, 1.0f, m.dv, m.padded_hv);
+  pack(rows_of(a.problem.v, batch, head, 1), first_key, task.num_keys, s.Hv, 1.0f, m.dv, m.padded_hv);
   transpose(m.dv, m.padded_hv, task.num_keys, m.padded_hv, m.v_transposed, kBlock);
-  pack(rows_of(a.k, batch, head, 1), first_key, task.num_keys, s.H, 1.0f, m.k, m.padded_h);
+  pack(rows_of(a.problem.k, batch, head, 1), first_key, task.num_keys, s.H, 1.0f, m.k, m.padded_h);
   transpose(m.k, m.padded_h, task.num_keys, m.padded_h, m.k_transposed, kBlock);
   clear(m.dk, kBlock * m.padded_h);
   clear(m.dv, kBlock * m.padded_hv);
-  const int64_t first_position = s.causal ? larger(0, first_key - (s.S - s.T)) : 0;
-  for (int64_t i = first_position * group / kBlock; i < attention_row_blocks(s); ++i)
-    propagate(a, task, i, m);
+  const int64_t first_position = (s.right == 0) ? larger(0, first_key - (s.S - s.T)) : 0;
+  for (int64_t i = first_position * group / kBlock; i < count_row_blocks(s); ++i) propagate(a, task, i, m);
   // q was packed with the scale's sign.
   unpack(m.dk, m.padded_h, task.num_keys, s.H, __builtin_fabsf(s.scale), rows_of(a.dk, batch, head, 1),
          first_key);
@@ -238,9 +248,9 @@ void run_task(const AttentionBackward& a, int64_t batch, int64_t head, int64_t k
 
 // dq = 0 for the rows of a block that no key reaches.
 void clear_unseen(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
-  const AttentionSizes& s = a.sizes;
+  const AttentionProblem& s = a.problem;
   const int64_t group = s.N / s.G, first = row_block * kBlock;
-  const int64_t unseen_positions = s.S == 0 ? s.T : s.causal ? larger(0, s.T - s.S) : 0;
+  const int64_t unseen_positions = s.S == 0 ? s.T : (s.right == 0) ? larger(0, s.T - s.S) : 0;
   const int64_t end = smaller(first + kBlock, unseen_positions * group);
   const float zeros[kWidth] = {};
   const Rows dq = rows_of(a.dq, batch, head, group);
@@ -256,12 +266,13 @@ void clear_unseen(const AttentionBackward& a, int64_t batch, int64_t head, int64
 }  // namespace
 
 void attention_backward(const AttentionBackward& a) {
-  const AttentionSizes& s = a.sizes;
-  const int64_t heads = s.B * s.G, num_row_blocks = attention_row_blocks(s);
+  const AttentionProblem& s = a.problem;
+  const int64_t heads = s.B * s.G, num_row_blocks = count_row_blocks(s);
   const int64_t num_key_blocks = (s.S + kBlock - 1) / kBlock;
   parallel_for(heads * num_row_blocks, 1, s.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / num_row_blocks, row_block = i % num_row_blocks;
+      progress_of(a)[i] = 0;
       clear_unseen(a, head / s.G, head % s.G, row_block);
       prepare_row_block(a, head / s.G, head % s.G, row_block);
     }
@@ -275,7 +286,7 @@ void attention_backward(const AttentionBackward& a) {
       } catch (...) {
         // No memory. The other threads must not wait for this one.
         for (int64_t i = 0; i < heads * num_row_blocks; ++i)
-          __atomic_store_n(a.progress + i, -1, __ATOMIC_RELEASE);
+          __atomic_store_n(progress_of(a) + i, -1, __ATOMIC_RELEASE);
         throw;
       }
     }
@@ -288,31 +299,47 @@ void attention_backward(const AttentionBackward& a) {
 
 #  include "attention_binding.h"
 
+namespace {
+
+void check(const pypar::AttentionProblem& p) {
+  pypar::check_attention_lengths(p);
+  const bool plain_mask = p.left == pypar::kUnbounded && p.right <= 0 && p.bottom_right;
+  const bool plain_scores = p.softcap == 0 && !p.bias.data && !p.sinks && !p.alibi_slopes && p.dropout_p == 0;
+  if (!plain_mask || !plain_scores || p.cu_seqlens_q) throw py::value_error("not there yet");
+}
+
+int64_t memory_bytes(const pypar::AttentionProblem& p) {
+  const int64_t blocks = p.B * p.G * ((p.T * (p.N / p.G) + 95) / 96);
+  return blocks * (96 * ((p.H + 15) / 16 * 16 + 3) * 4 + 4) + 64;
+}
+
+}  // namespace
+
 PYPAR_BIND(attention_backward) {
-  module.def(
-      "attention_backward", [](const py::tuple& sizes, double scale, const py::tuple& inputs,
-                               const py::tuple& gradients, const py::tuple& lse, const py::tuple& memory) {
-        pypar::AttentionBackward a{};
-        a.sizes = pypar::attention_sizes(sizes, scale);
-        pypar::AttentionTensor* const tensors[] = {&a.dout, &a.q, &a.k, &a.v, &a.out};
-        for (size_t i = 0; i < 5; ++i) *tensors[i] = pypar::attention_tensor(inputs[i]);
-        pypar::AttentionTensor* const results[] = {&a.dq, &a.dk, &a.dv};
-        for (size_t i = 0; i < 3; ++i) *results[i] = pypar::attention_tensor(gradients[i]);
-        a.lse = reinterpret_cast<const float*>(lse[0].cast<uintptr_t>());
-        a.dlse = reinterpret_cast<const float*>(lse[1].cast<uintptr_t>());
-        a.row_values = reinterpret_cast<float*>(memory[0].cast<uintptr_t>());
-        a.dq_sum = a.row_values +
-                   a.sizes.B * a.sizes.G * pypar::attention_row_blocks(a.sizes) * 3 * pypar::kAttentionBlock;
-        a.progress = reinterpret_cast<int32_t*>(memory[1].cast<uintptr_t>());
-        pypar::launch<pypar::attention_backward_kernels>(a);
-      });
-  // How much memory the caller lends: floats of any content, 32-bit integers that are zero.
+  pypar::bind_attention_backward(module, check, memory_bytes, [](const pypar::AttentionBackward& a) {
+    if (a.accumulate || a.dbias) throw py::value_error("accumulate and dbias are not there yet");
+    pypar::launch<pypar::attention_backward_kernels>(a);
+  });
+  // Until Python passes a dict.
+  module.def("attention_backward",
+             [](const py::tuple& sizes, double scale, const py::tuple& inputs, const py::tuple& gradients,
+                const py::tuple& lse, const py::tuple& memory) {
+               pypar::AttentionBackward a{};
+               a.problem = pypar::attention_old_problem(sizes, scale, inputs[1], inputs[2], inputs[3]);
+               a.dout = pypar::attention_tensor(inputs[0], "dout", 0);
+               a.out = pypar::attention_tensor(inputs[4], "out", 0);
+               pypar::AttentionTensor* const results[] = {&a.dq, &a.dk, &a.dv};
+               for (size_t i = 0; i < 3; ++i)
+                 *results[i] = pypar::attention_tensor(gradients[i], "gradient", 0);
+               a.lse = reinterpret_cast<const float*>(lse[0].cast<uintptr_t>());
+               a.dlse = reinterpret_cast<const float*>(lse[1].cast<uintptr_t>());
+               a.memory = reinterpret_cast<void*>(memory[0].cast<uintptr_t>());
+               pypar::launch<pypar::attention_backward_kernels>(a);
+             });
   module.def("attention_backward_memory", [](const py::tuple& sizes) {
-    const pypar::AttentionSizes s = pypar::attention_sizes(sizes, 1.0);
-    const int64_t blocks = s.B * s.G * pypar::attention_row_blocks(s);
-    const int64_t widest_vector = 16;
-    const int64_t padded_h = (s.H + widest_vector - 1) / widest_vector * widest_vector;
-    return py::make_tuple(blocks * pypar::kAttentionBlock * (padded_h + 3), blocks);
+    const py::tuple none = py::make_tuple(0, py::make_tuple(0, 0, 0, 0), 0);
+    return py::make_tuple(memory_bytes(pypar::attention_old_problem(sizes, 1.0, none, none, none)) / 4 + 1,
+                          1);
   });
 }
 

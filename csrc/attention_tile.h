@@ -9,7 +9,7 @@
 
 namespace pypar::PYPAR_ISA {
 
-constexpr int64_t kBlock = kAttentionBlock;
+constexpr int64_t kBlock = 96;
 // A register tile is kRows x kVecs vectors: its sums, one row of the right operand and one broadcast value
 // fill the registers. kBlock is a multiple of kRows and of kVecs * kWidth or half of it, so full blocks waste
 // nothing.
@@ -23,9 +23,14 @@ static_assert(kBlock % kRows == 0 && kBlock % kWidth == 0, "blocks are made of w
 // Scores are q . k as any matrix product would round them. The scale comes in after the subtraction of the
 // row's reference, by fused multiply-add; its sign goes into the packed q, so that a larger score is a larger
 // exponent.
-PYPAR_INLINE float score_sign(const AttentionSizes& s) { return s.scale < 0.0f ? -1.0f : 1.0f; }
-PYPAR_INLINE float score_factor(const AttentionSizes& s) {
+PYPAR_INLINE float score_sign(const AttentionProblem& s) { return s.scale < 0.0f ? -1.0f : 1.0f; }
+PYPAR_INLINE float score_factor(const AttentionProblem& s) {
   return (s.scale < 0.0f ? -s.scale : s.scale) * kLog2e;
+}
+
+// Rows of one key/value head: its N / G query heads at each position, heads adjacent.
+PYPAR_INLINE int64_t count_row_blocks(const AttentionProblem& s) {
+  return (s.T * (s.N / s.G) + kBlock - 1) / kBlock;
 }
 
 struct Range {
