@@ -270,16 +270,6 @@ PYPAR_BIND(attention_forward) {
         if (a.carry) throw py::value_error("carry is not there yet");
         pypar::launch<pypar::attention_forward_kernels>(a);
       });
-  // Until Python passes a dict.
-  module.def("attention_forward",
-             [](const py::tuple& sizes, double scale, const py::tuple& q, const py::tuple& k,
-                const py::tuple& v, const py::tuple& out, uintptr_t lse) {
-               pypar::AttentionForward a{};
-               a.problem = pypar::attention_old_problem(sizes, scale, q, k, v);
-               a.out = pypar::attention_tensor(out, "out", 0);
-               a.lse = reinterpret_cast<float*>(lse);
-               pypar::launch<pypar::attention_forward_kernels>(a);
-             });
 }
 
 #endif

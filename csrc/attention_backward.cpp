@@ -320,27 +320,6 @@ PYPAR_BIND(attention_backward) {
     if (a.accumulate || a.dbias) throw py::value_error("accumulate and dbias are not there yet");
     pypar::launch<pypar::attention_backward_kernels>(a);
   });
-  // Until Python passes a dict.
-  module.def("attention_backward",
-             [](const py::tuple& sizes, double scale, const py::tuple& inputs, const py::tuple& gradients,
-                const py::tuple& lse, const py::tuple& memory) {
-               pypar::AttentionBackward a{};
-               a.problem = pypar::attention_old_problem(sizes, scale, inputs[1], inputs[2], inputs[3]);
-               a.dout = pypar::attention_tensor(inputs[0], "dout", 0);
-               a.out = pypar::attention_tensor(inputs[4], "out", 0);
-               pypar::AttentionTensor* const results[] = {&a.dq, &a.dk, &a.dv};
-               for (size_t i = 0; i < 3; ++i)
-                 *results[i] = pypar::attention_tensor(gradients[i], "gradient", 0);
-               a.lse = reinterpret_cast<const float*>(lse[0].cast<uintptr_t>());
-               a.dlse = reinterpret_cast<const float*>(lse[1].cast<uintptr_t>());
-               a.memory = reinterpret_cast<void*>(memory[0].cast<uintptr_t>());
-               pypar::launch<pypar::attention_backward_kernels>(a);
-             });
-  module.def("attention_backward_memory", [](const py::tuple& sizes) {
-    const py::tuple none = py::make_tuple(0, py::make_tuple(0, 0, 0, 0), 0);
-    return py::make_tuple(memory_bytes(pypar::attention_old_problem(sizes, 1.0, none, none, none)) / 4 + 1,
-                          1);
-  });
 }
 
 #endif

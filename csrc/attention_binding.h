@@ -189,26 +189,6 @@ inline AttentionProblem attention_problem(const py::dict& dict) {
   return problem;
 }
 
-// Until Python passes a dict: (B, T, S, N, G, H, Hv, causal, num_threads)
-inline AttentionProblem attention_old_problem(const py::tuple& t, double scale, const py::handle& q,
-                                              const py::handle& k, const py::handle& v) {
-  if (t.size() != 9) throw py::value_error("sizes must be (B, T, S, N, G, H, Hv, causal, num_threads)");
-  AttentionProblem p{};
-  int64_t* const fields[] = {&p.B, &p.T, &p.S, &p.N, &p.G, &p.H, &p.Hv};
-  for (size_t i = 0; i < 7; ++i) *fields[i] = attention_integer(t[i], "a size", i < 3 ? 0 : 1, kMostLength);
-  if (p.N % p.G != 0) throw py::value_error("N must be a multiple of G");
-  p.q = attention_tensor(q, "q", 0);
-  p.k = attention_tensor(k, "k", 0);
-  p.v = attention_tensor(v, "v", 0);
-  p.left = kUnbounded;
-  p.right = t[7].cast<bool>() ? 0 : kUnbounded;
-  p.bottom_right = true;
-  p.step = 1;
-  p.num_threads = t[8].cast<int>();
-  p.scale = static_cast<float>(scale);
-  return p;
-}
-
 // For lengths in memory that this code can read.
 inline void check_attention_lengths(const AttentionProblem& p) {
   const auto check = [&p](const int32_t* lengths, int64_t total, const std::string& name) {
