@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from pypar.context_parallel.ring import ring_attention as ring_attention
     from pypar.data_parallel import GradientBuckets as GradientBuckets
     from pypar.mesh import Mesh as Mesh
+    from pypar.models.attention_interface import register_with_transformers as register_with_transformers
     from pypar.ops.attention import attention as attention
+    from pypar.ops.scaled_dot_product_attention import (
+        scaled_dot_product_attention as scaled_dot_product_attention,
+    )
     from pypar.tensor_parallel.parallelize import parallelize as parallelize
 
 __version__ = "0.1.0"
@@ -31,7 +35,9 @@ _HOME_OF_NAME = {
     "Mesh": "pypar.mesh",
     "attention": "pypar.ops.attention",
     "parallelize": "pypar.tensor_parallel.parallelize",
+    "register_with_transformers": "pypar.models.attention_interface",
     "ring_attention": "pypar.context_parallel.ring",
+    "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
 }
 _ROOMS = (
     "comm",
