@@ -12,7 +12,10 @@ PYPAR_KERNEL(attention_forward, AttentionForward)
 
 #ifndef PYPAR_BINDING
 
-#  include "attention_tile.h"
+#  include "attention_decode.h"
+#  include "attention_finish.h"
+#  include "attention_fp32.h"
+#  include "attention_scores.h"
 #  include "parallel.h"
 
 namespace pypar::PYPAR_ISA {
@@ -26,60 +29,131 @@ constexpr int64_t kBlocksPerTask = 4;
 constexpr float kSlack = 8.0f;
 
 // The state of one block of query rows.
-struct QueryBlock {
-  float* q_transposed;   // [H][kBlock], negated for a negative scale
-  float* out;            // [kBlock][padded Hv], not yet normalised
-  float* reference;      // [kBlock], what is subtracted from a row's scores
-  float* sum;            // [kBlock], of 2^((score - reference) * factor)
-  int32_t* limit;        // [kBlock], the last key that a row sees
-  int64_t first, count;  // rows
-  int64_t num_keys;      // that any of its rows sees
+struct RowBlock {
+  void *queries, *out;          // of the arithmetic
+  float* reference;             // [kBlock], what is subtracted from a row's scores
+  float* sum;                   // [kBlock], of 2^((score - reference) * factor)
+  int32_t *begin, *end;         // [kBlock], the keys that a row sees
+  float* slope;                 // [kBlock], as in RowTerms, like the next three
+  uint32_t *position, *stream;  // [kBlock]
+  int64_t* apart;               // [kBlock]
+  int64_t first, count;         // rows
+  Range keys;                   // that its rows see together
 };
 
+// One task's memory: one block of rows takes block_bytes, what stands before them is used by all.
+template <class Arithmetic>
 struct Layout {
-  int64_t padded_h, padded_hv;
+  int64_t scores, bias, keys, values, scratch, rescale, staging, row, blocks;
+  int64_t block_bytes, total;
 
-  explicit Layout(const AttentionProblem& s)
-      : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {}
-
-  int64_t block_floats() const { return kBlock * (padded_h + padded_hv + 3); }
-  int64_t total_floats() const {
-    return kBlocksPerTask * block_floats() + kBlock * (padded_h + padded_hv) + kBlock * kBlock + kBlock;
+  Layout(const Arithmetic& m, int64_t Hv, bool has_bias) {
+    constexpr int64_t kSquare = kBlock * kBlock * 4, kRow = kBlock * 4;
+    scores = 0;
+    bias = scores + kSquare;
+    keys = bias + (has_bias ? 2 * kSquare : 0);
+    values = keys + m.keys_bytes();
+    scratch = values + m.values_bytes();
+    rescale = scratch + m.scratch_bytes();
+    staging = rescale + kRow;
+    row = staging + kBlock * padded_size(Hv) * 4;
+    blocks = row + padded_size(Hv) * 4;
+    block_bytes = m.queries_bytes() + m.out_bytes() + 9 * kRow;
+    total = blocks + kBlocksPerTask * block_bytes;
   }
 };
+
+// The keys of a block, counted from its first, that some of the rows in these lanes see, and all of them.
+struct Seen {
+  Int begin, end;
+  Range some, all;
+
+  Seen(const RowBlock& block, int64_t row, int64_t first_key, int64_t num_keys) {
+    std::memcpy(&begin, block.begin + row, sizeof(begin));
+    std::memcpy(&end, block.end + row, sizeof(end));
+    begin -= static_cast<int32_t>(first_key);
+    end -= static_cast<int32_t>(first_key);
+    some.begin = larger(0, begin[0]);
+    some.end = larger(some.begin, smaller(num_keys, end[kWidth - 1]));
+    all.begin = smaller(some.end, larger(some.begin, begin[kWidth - 1]));
+    all.end = larger(all.begin, smaller(some.end, end[0]));
+  }
+};
+
+PYPAR_INLINE Int visible(const Seen& seen, int64_t key, Float score) {
+  const Int k = broadcast_int(static_cast<int32_t>(key));
+  return (k >= seen.begin) & (k < seen.end) & (Int)(score > broadcast(-__builtin_inff()));
+}
+
+template <bool kMasked>
+PYPAR_INLINE void find_top(const float* column, int64_t begin, int64_t end, const Seen& seen, Float* top) {
+  int64_t key = begin;
+  if (!kMasked) {
+    for (; key + 2 <= end; key += 2) {
+      top[0] = max(top[0], load(column + key * kBlock));
+      top[1] = max(top[1], load(column + (key + 1) * kBlock));
+    }
+  }
+  for (; key < end; ++key) {
+    const Float score = load(column + key * kBlock);
+    top[0] = max(top[0], kMasked ? select(visible(seen, key, score), score, top[0]) : score);
+  }
+}
+
+struct Exponent {
+  Float reference;
+  float factor, least;
+};
+
+PYPAR_INLINE Float power(const Exponent& e, Float score) {
+  return exp2_of_product(score - e.reference, e.factor, e.least);
+}
+
+template <bool kMasked>
+PYPAR_INLINE void exponentiate(float* column, int64_t begin, int64_t end, const Seen& seen, const Exponent& e,
+                               Float* sums) {
+  int64_t key = begin;
+  if (!kMasked) {
+    for (; key + 2 <= end; key += 2) {
+      const Float p0 = power(e, load(column + key * kBlock));
+      const Float p1 = power(e, load(column + (key + 1) * kBlock));
+      store(column + key * kBlock, p0);
+      store(column + (key + 1) * kBlock, p1);
+      sums[0] += p0;
+      sums[1] += p1;
+    }
+  }
+  for (; key < end; ++key) {
+    const Float score = load(column + key * kBlock);
+    Float p = power(e, score);
+    if (kMasked) p = select(visible(seen, key, score), p, zero());
+    store(column + key * kBlock, p);
+    sums[key & 1] += p;
+  }
+}
+
+PYPAR_INLINE void store_zeros(float* column, int64_t begin, int64_t end) {
+  for (int64_t key = begin; key < end; ++key) store(column + key * kBlock, zero());
+}
 
 // scores[key][row] -> 2^((score - reference) * factor), for keys [0, num_keys) of one block, and the rows'
 // new references and sums. Unseen scores become 0. `rescale` [kBlock] receives by how much the rows' output
 // must be multiplied; false if by nothing.
-template <bool kMasked>
-bool soften(QueryBlock& block, float factor, float* scores, int64_t first_key, int64_t num_keys,
-            float* rescale) {
+bool soften(const RowBlock& block, const ScoreTerms& terms, float* scores, int64_t first_key,
+            int64_t num_keys, float* rescale) {
   bool any_rescale = false;
+  const float factor = terms.factor;
   const float slack = factor > 1e-30f ? kSlack / factor : kSlack * 1e30f;
   const float least = factor > 1e-30f ? -200.0f / factor : -200.0f * 1e30f;
+  const Float lowest = broadcast(-__builtin_inff());
   for (int64_t row = 0; row < block.count; row += kWidth) {
     float* column = scores + row;
-    Int limit{};
-    int64_t end = num_keys;
-    if (kMasked) {
-      std::memcpy(&limit, block.limit + row, sizeof(limit));
-      const int64_t last_row = smaller(row + kWidth, block.count) - 1;
-      end = larger(0, smaller(num_keys, block.limit[last_row] - first_key + 1));
-    }
-    const Float lowest = broadcast(-__builtin_inff());
+    Seen seen(block, row, first_key, num_keys);
+    if (terms.hides) seen.all = {seen.some.end, seen.some.end};
     Float top[2] = {lowest, lowest};
-    int64_t key = 0;
-    if (!kMasked) {
-      for (; key + 2 <= end; key += 2) {
-        top[0] = max(top[0], load(column + key * kBlock));
-        top[1] = max(top[1], load(column + (key + 1) * kBlock));
-      }
-    }
-    for (; key < end; ++key) {
-      const Float score = load(column + key * kBlock);
-      const Int seen = limit >= broadcast_int(static_cast<int32_t>(first_key + key));
-      top[0] = max(top[0], kMasked ? select(seen, score, lowest) : score);
-    }
+    find_top<true>(column, seen.some.begin, seen.all.begin, seen, top);
+    find_top<false>(column, seen.all.begin, seen.all.end, seen, top);
+    find_top<true>(column, seen.all.end, seen.some.end, seen, top);
     top[0] = max(top[0], top[1]);
     const Float old = load(block.reference + row);
     const Int grown = top[0] > old + slack;
@@ -92,184 +166,309 @@ bool soften(QueryBlock& block, float factor, float* scores, int64_t first_key, i
       store(block.reference + row, reference);
     }
     store(rescale + row, shrink);
+    const Exponent e{reference, factor, least};
     Float sums[2] = {zero(), zero()};
-    key = 0;
-    if (!kMasked) {
-      for (; key + 2 <= end; key += 2) {
-        const Float p0 = exp2_of_product(load(column + key * kBlock) - reference, factor, least);
-        const Float p1 = exp2_of_product(load(column + (key + 1) * kBlock) - reference, factor, least);
-        store(column + key * kBlock, p0);
-        store(column + (key + 1) * kBlock, p1);
-        sums[0] += p0;
-        sums[1] += p1;
-      }
-    }
-    for (; key < end; ++key) {
-      Float p = exp2_of_product(load(column + key * kBlock) - reference, factor, least);
-      if (kMasked) {
-        const Int seen = limit >= broadcast_int(static_cast<int32_t>(first_key + key));
-        p = select(seen, p, zero());
-      }
-      store(column + key * kBlock, p);
-      sums[key & 1] += p;
-    }
-    for (; key < num_keys; ++key) store(column + key * kBlock, zero());
+    store_zeros(column, 0, seen.some.begin);
+    exponentiate<true>(column, seen.some.begin, seen.all.begin, seen, e, sums);
+    exponentiate<false>(column, seen.all.begin, seen.all.end, seen, e, sums);
+    exponentiate<true>(column, seen.all.end, seen.some.end, seen, e, sums);
+    store_zeros(column, seen.some.end, num_keys);
     store(block.sum + row, sum + (sums[0] + sums[1]));
   }
   return any_rescale;
 }
 
-void rescale_out(QueryBlock& block, const float* rescale, int64_t padded_hv) {
-  for (int64_t row = 0; row < block.count; ++row) {
-    if (rescale[row] == 1.0f) continue;
-    float* out = block.out + row * padded_hv;
-    for (int64_t i = 0; i < padded_hv; i += kWidth) store(out + i, load(out + i) * rescale[row]);
+// scores[key][row]: products -> scores. `bias` [key][kBlock]: null without.
+void final_scores(const AttentionProblem& p, const RowBlock& block, float* scores, const float* bias,
+                  int64_t first_key, int64_t num_keys) {
+  const auto step = static_cast<int32_t>(p.step);
+  for (int64_t row = 0; row < block.count; row += kWidth) {
+    const Range keys = Seen(block, row, first_key, num_keys).some;
+    Int apart{};
+    for (int i = 0; i < kWidth; ++i) apart[i] = near(block.apart[row + i] - p.step * first_key);
+    const Float slope = load(block.slope + row);
+    for (int64_t key = keys.begin; key < keys.end; ++key) {
+      float* x = scores + key * kBlock + row;
+      Float capped = zero();
+      const Float added = bias ? load(bias + key * kBlock + row) : zero();
+      store(x, final_score(p, load(x), added, slope, apart - static_cast<int32_t>(key) * step, &capped));
+    }
   }
 }
 
-// One block of keys against one block of rows.
-void attend(const AttentionProblem& s, const Layout& layout, QueryBlock& block, const float* k,
-            const float* v, int64_t first_key, int64_t num_keys, float* scores, float* rescale) {
-  const int64_t num_vecs = (block.count + kWidth - 1) / kWidth;
-  const bool masked = block.limit[0] < first_key + num_keys - 1;
-  Range columns[kGroups], depth[kGroups];
-  if (masked) {
-    int64_t row = 0;
+// p[key][row] *= keep or 0.
+void drop(const AttentionProblem& p, const Sequence& s, const ScoreTerms& terms, const RowBlock& block,
+          float* scores, int64_t first_key, int64_t num_keys) {
+  for (int64_t row = 0; row < block.count; row += kWidth) {
+    const Range keys = Seen(block, row, first_key, num_keys).some;
+    UInt position, stream;
+    std::memcpy(&position, block.position + row, sizeof(position));
+    std::memcpy(&stream, block.stream + row, sizeof(stream));
+    for (int64_t key = keys.begin; key < keys.end; ++key) {
+      float* x = scores + key * kBlock + row;
+      const UInt at = broadcast_uint(static_cast<uint32_t>(s.k_start + p.step * (first_key + key)));
+      store(x, load(x) * kept(at, position, stream, p.dropout_threshold, terms.keep));
+    }
+  }
+}
+
+// What the mask leaves of the two products of a block of rows and a block of keys.
+struct Trim {
+  Range rows[kGroups];  // per group of keys, in vectors
+  Range keys[kGroups];  // per group of rows
+
+  Trim(const RowBlock& block, int64_t first_key, int64_t num_keys) {
+    int64_t begin = 0, end = 0;
     for (int64_t key = 0; key < num_keys; key += kRows) {
-      while (row < block.count && block.limit[row] < first_key + key) ++row;
-      columns[key / kRows] = {row / kWidth, num_vecs};
+      while (begin < block.count && block.end[begin] <= first_key + key) ++begin;
+      while (end < block.count && block.begin[end] < first_key + key + kRows) ++end;
+      rows[key / kRows] = {begin / kWidth, (end + kWidth - 1) / kWidth};
     }
-    for (row = 0; row < block.count; row += kRows) {
-      const int64_t last = block.limit[smaller(row + kRows, block.count) - 1];
-      depth[row / kRows] = {0, larger(0, smaller(num_keys, last - first_key + 1))};
+    for (int64_t row = 0; row < block.count; row += kRows) {
+      const int64_t last = smaller(row + kRows, block.count) - 1;
+      const int64_t from = larger(0, block.begin[row] - first_key);
+      keys[row / kRows] = {from, larger(from, smaller(num_keys, block.end[last] - first_key))};
     }
   }
-  multiply<false, false>(num_keys, num_vecs, s.H, k, layout.padded_h, block.q_transposed, kBlock, scores,
-                         kBlock, masked ? columns : nullptr, nullptr);
-  const bool any_rescale = masked
-                               ? soften<true>(block, score_factor(s), scores, first_key, num_keys, rescale)
-                               : soften<false>(block, score_factor(s), scores, first_key, num_keys, rescale);
-  if (any_rescale) rescale_out(block, rescale, layout.padded_hv);
-  multiply<true, true>(block.count, layout.padded_hv / kWidth, num_keys, scores, kBlock, v, layout.padded_hv,
-                       block.out, layout.padded_hv, nullptr, masked ? depth : nullptr);
-}
+};
 
-void begin_block(const AttentionForward& a, const Layout& layout, const Rows& q, int64_t first, float* memory,
-                 float* scratch, QueryBlock* block) {
-  const AttentionProblem& s = a.problem;
-  const int64_t group = s.N / s.G;
-  block->q_transposed = memory;
-  block->out = block->q_transposed + kBlock * layout.padded_h;
-  block->reference = block->out + kBlock * layout.padded_hv;
-  block->sum = block->reference + kBlock;
-  block->limit = reinterpret_cast<int32_t*>(block->sum + kBlock);
-  block->first = first;
-  block->count = smaller(kBlock, s.T * group - first);
-  pack(q, first, block->count, s.H, score_sign(s), scratch, layout.padded_h);
-  transpose(scratch, layout.padded_h, block->count, layout.padded_h, block->q_transposed, kBlock);
-  for (int64_t i = 0; i < kBlock * layout.padded_hv; i += kWidth) store(block->out + i, zero());
-  for (int64_t i = 0; i < kBlock; ++i) {
-    const int64_t row = first + smaller(i, block->count - 1);
-    block->limit[i] = static_cast<int32_t>((s.right == 0) ? row / group + s.S - s.T : s.S - 1);
-    block->reference[i] = -__builtin_inff();
-    block->sum[i] = 0.0f;
-  }
-  block->num_keys = larger(0, block->limit[block->count - 1] + 1);
-}
+// Consecutive query blocks of one key/value head against the keys that they see, or one split of these.
+template <class Arithmetic>
+struct Task {
+  const AttentionForward& a;
+  const AttentionProblem& p;
+  const Sequence s;
+  const ForwardShape shape;
+  const int64_t head, group;
+  const Arithmetic m;
+  const ScoreTerms terms;
+  const Layout<Arithmetic> layout;
+  char* const memory;
+  int64_t num_blocks;
+  RowBlock blocks[kBlocksPerTask];
 
-void end_block(const AttentionForward& a, const Layout& layout, const Rows& out, int64_t batch, int64_t head,
-               QueryBlock& block) {
-  const AttentionProblem& s = a.problem;
-  const int64_t group = s.N / s.G;
-  for (int64_t i = 0; i < block.count; ++i) {
-    const float sum = block.sum[i];
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    float* row = block.out + i * layout.padded_hv;
-    for (int64_t j = 0; j < layout.padded_hv; j += kWidth) store(row + j, load(row + j) * inverse);
-    const int64_t r = block.first + i;
-    a.lse[(batch * s.N + head * group + r % group) * s.T + r / group] =
-        sum == 0.0f ? -__builtin_inff()
-                    : static_cast<float>(static_cast<double>(block.reference[i]) * __builtin_fabsf(s.scale) +
-                                         __builtin_log(sum));
-  }
-  unpack(block.out, layout.padded_hv, block.count, s.Hv, 1.0f, out, block.first);
-}
+  Task(const AttentionForward& arguments, const Sequence& sequence, const ForwardShape& of, int64_t key_head)
+      : a(arguments),
+        p(arguments.problem),
+        s(sequence),
+        shape(of),
+        head(key_head),
+        group(p.N / p.G),
+        m(p),
+        terms(score_terms(p)),
+        layout(m, p.Hv, p.bias.data != nullptr),
+        memory(static_cast<char*>(thread_scratch(layout.total))),
+        num_blocks(0) {}
 
-// Consecutive query blocks of one key/value head against all keys that they see.
-void run_task(const AttentionForward& a, int64_t batch, int64_t head, int64_t first_block,
-              int64_t num_blocks) {
-  const AttentionProblem& s = a.problem;
-  const Layout layout(s);
-  const int64_t group = s.N / s.G;
-  auto* memory = static_cast<float*>(thread_scratch(layout.total_floats() * sizeof(float)));
-  float* scores = memory;
-  float* k = scores + kBlock * kBlock;
-  float* v = k + kBlock * layout.padded_h;
-  float* rescale = v + kBlock * layout.padded_hv;
-  float* blocks_memory = rescale + kBlock;
-  const Rows k_rows = rows_of(a.problem.k, batch, head, 1), v_rows = rows_of(a.problem.v, batch, head, 1);
-  const Rows q_rows = rows_of(a.problem.q, batch, head, group), out_rows = rows_of(a.out, batch, head, group);
-  QueryBlock blocks[kBlocksPerTask];
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    begin_block(a, layout, q_rows, (first_block + i) * kBlock, blocks_memory + i * layout.block_floats(), k,
-                &blocks[i]);
+  float* floats(int64_t offset) const { return reinterpret_cast<float*>(memory + offset); }
+
+  void begin_block(int64_t first) {
+    RowBlock& block = blocks[num_blocks];
+    char* at = memory + layout.blocks + num_blocks * layout.block_bytes;
+    ++num_blocks;
+    block.queries = at;
+    block.out = at + m.queries_bytes();
+    at += m.queries_bytes() + m.out_bytes();
+    block.reference = reinterpret_cast<float*>(at);
+    block.sum = block.reference + kBlock;
+    block.begin = reinterpret_cast<int32_t*>(block.sum + kBlock);
+    block.end = block.begin + kBlock;
+    block.slope = reinterpret_cast<float*>(block.end + kBlock);
+    block.position = reinterpret_cast<uint32_t*>(block.slope + kBlock);
+    block.stream = block.position + kBlock;
+    block.apart = reinterpret_cast<int64_t*>(block.stream + kBlock);
+    block.first = first;
+    block.count = smaller(kBlock, shape.rows - first);
+    const Rows q = rows_of(p.q, s.batch, s.q_begin, head, group);
+    m.pack_queries(q, first, block.count, terms.sign, block.queries, memory + layout.scratch);
+    m.clear_out(block.out);
+    block.keys = keys_seen(s, first / group, (first + block.count - 1) / group);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const int64_t row = first + smaller(i, block.count - 1);
+      const Range keys = keys_seen(s, row / group, row / group);
+      block.begin[i] = static_cast<int32_t>(keys.begin);
+      block.end[i] = static_cast<int32_t>(keys.end);
+      block.reference[i] = -__builtin_inff();
+      block.sum[i] = 0.0f;
+      if (!terms.general && !terms.dropout) continue;
+      const RowTerms row_of = row_terms(p, terms, s, head, row);
+      block.slope[i] = row_of.slope;
+      block.position[i] = row_of.position;
+      block.stream[i] = row_of.stream;
+      block.apart[i] = row_of.apart;
+    }
   }
-  const int64_t end = blocks[num_blocks - 1].num_keys;
-  for (int64_t first_key = 0; first_key < end; first_key += kBlock) {
-    const int64_t num_keys = smaller(kBlock, s.S - first_key);
-    pack(k_rows, first_key, num_keys, s.H, 1.0f, k, layout.padded_h);
-    pack(v_rows, first_key, num_keys, s.Hv, 1.0f, v, layout.padded_hv);
+
+  const float* transposed_bias(const RowBlock& block, int64_t first_key, int64_t num_keys) const {
+    float* const packed = floats(layout.bias);
+    float* const transposed = packed + kBlock * kBlock;
+    pack(bias_rows(p, s.batch, head, first_key), block.first, block.count, num_keys, 1.0f, packed, kBlock);
+    transpose(packed, kBlock, block.count, num_keys, transposed, kBlock);
+    return transposed;
+  }
+
+  // One block of keys against one block of rows.
+  void attend(const RowBlock& block, int64_t first_key, int64_t num_keys) const {
+    float *const scores = floats(layout.scores), *const rescale = floats(layout.rescale);
+    const bool masked = block.begin[block.count - 1] > first_key || block.end[0] < first_key + num_keys;
+    const Trim trim(block, first_key, masked ? num_keys : 0);
+    m.scores(block.queries, block.count, memory + layout.keys, num_keys, masked ? trim.rows : nullptr,
+             scores);
+    if (terms.general) {
+      const float* bias = p.bias.data ? transposed_bias(block, first_key, num_keys) : nullptr;
+      final_scores(p, block, scores, bias, first_key, num_keys);
+    }
+    const bool any_rescale = soften(block, terms, scores, first_key, num_keys, rescale);
+    if (terms.dropout) drop(p, s, terms, block, scores, first_key, num_keys);
+    m.add_out(scores, block.count, memory + layout.values, num_keys, masked ? trim.keys : nullptr,
+              any_rescale ? rescale : nullptr, block.out, memory + layout.scratch);
+  }
+
+  void run(int64_t first_block, int64_t count, int64_t split) {
+    for (int64_t i = 0; i < count; ++i) begin_block((first_block + i) * kBlock);
+    const int64_t split_begin = (shape.first_split + split) * shape.keys_per_split;
+    const int64_t end = smaller(blocks[count - 1].keys.end, split_begin + shape.keys_per_split);
+    const Rows k = rows_of(p.k, s.batch, s.k_begin, head, 1), v = rows_of(p.v, s.batch, s.k_begin, head, 1);
+    int64_t first_key = larger(split_begin, blocks[0].keys.begin / kBlock * kBlock);
+    for (; first_key < end; first_key += kBlock) {
+      const int64_t num_keys = smaller(kBlock, end - first_key);
+      m.pack_keys(k, first_key, num_keys, memory + layout.keys, memory + layout.scratch);
+      m.pack_values(v, first_key, num_keys, memory + layout.values, memory + layout.scratch);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t num_seen = smaller(num_keys, blocks[i].keys.end - first_key);
+        if (num_seen > 0 && blocks[i].keys.begin < first_key + num_keys)
+          attend(blocks[i], first_key, num_seen);
+      }
+    }
+  }
+
+  // To out and lse, or, as one of several splits, to `splits`.
+  void finish(const Parts* splits, int64_t split) {
     for (int64_t i = 0; i < num_blocks; ++i) {
-      const int64_t num_seen = smaller(num_keys, blocks[i].num_keys - first_key);
-      if (num_seen > 0) attend(s, layout, blocks[i], k, v, first_key, num_seen, scores, rescale);
+      const RowBlock& block = blocks[i];
+      double reference[kBlock], sum[kBlock];
+      for (int64_t row = 0; row < block.count; ++row) {
+        reference[row] = static_cast<double>(block.reference[row]) * terms.unit;
+        sum[row] = block.sum[row];
+      }
+      int64_t stride = padded_size(p.Hv);
+      const float* out = m.read_out(block.out, block.count, floats(layout.staging), &stride);
+      if (!splits) {
+        const Parts parts{reinterpret_cast<char*>(reference),
+                          reinterpret_cast<char*>(sum),
+                          reinterpret_cast<char*>(const_cast<float*>(out)),
+                          stride,
+                          1,
+                          0};
+        finish_rows(a, s, head, block.first, block.count, parts, floats(layout.row));
+        continue;
+      }
+      const Parts target = splits->rows_from(block.first, split);
+      std::memcpy(target.references, reference, block.count * 8);
+      std::memcpy(target.sums, sum, block.count * 8);
+      for (int64_t row = 0; row < block.count; ++row) {
+        std::memcpy(target.out + row * target.stride * 4, out + row * stride, round_up(p.Hv, kWidth) * 4);
+      }
     }
   }
-  for (int64_t i = 0; i < num_blocks; ++i) end_block(a, layout, out_rows, batch, head, blocks[i]);
+};
+
+// ---- the parts of a call
+
+struct Plan {
+  const AttentionForward& a;
+  int64_t num_sequences, blocks_per_task;
+  int64_t *tasks, *splits;  // per sequence, and once more: where its tasks begin, and its splits in memory
+
+  explicit Plan(const AttentionForward& arguments) : a(arguments) {
+    const AttentionProblem& p = a.problem;
+    num_sequences = count_sequences(p);
+    tasks = static_cast<int64_t*>(a.memory);
+    splits = tasks + num_sequences + 1;
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < num_sequences; ++i) {
+      const ForwardShape shape = forward_shape(p, sequence_of(p, i));
+      if (!shape.decode) blocks += p.G * shape.row_blocks * shape.num_splits;
+    }
+    // Some tasks per thread, so that the threads end together.
+    blocks_per_task = larger(1, smaller(kBlocksPerTask, blocks / (4 * larger(1, p.num_threads))));
+    tasks[0] = 0;
+    splits[0] = index_bytes(p);
+    for (int64_t i = 0; i < num_sequences; ++i) {
+      const ForwardShape shape = forward_shape(p, sequence_of(p, i));
+      tasks[i + 1] = tasks[i] + p.G * tasks_per_split(shape) * shape.num_splits;
+      splits[i + 1] = splits[i] + splits_bytes(p, shape);
+    }
+  }
+
+  int64_t tasks_per_split(const ForwardShape& shape) const {
+    return shape.decode ? smaller(shape.rows, 1) : blocks_of(shape.row_blocks, blocks_per_task);
+  }
+
+  Parts parts_of(int64_t sequence, const ForwardShape& shape, int64_t head) const {
+    char* memory = static_cast<char*>(a.memory) + splits[sequence];
+    return split_parts(a.problem, shape, memory + head * shape.num_splits * split_bytes(a.problem, shape));
+  }
+};
+
+template <class Arithmetic>
+void run_task(const Plan& plan, int64_t index) {
+  const AttentionProblem& p = plan.a.problem;
+  const int64_t sequence = find_entry(plan.tasks, plan.num_sequences, index);
+  const Sequence s = sequence_of(p, sequence);
+  const ForwardShape shape = forward_shape(p, s);
+  const int64_t per_split = plan.tasks_per_split(shape), per_head = per_split * shape.num_splits;
+  const int64_t in_sequence = index - plan.tasks[sequence];
+  const int64_t head = in_sequence / per_head, split = in_sequence % per_head / per_split;
+  const Parts parts = plan.parts_of(sequence, shape, head);
+  const Parts* splits = shape.num_splits > 1 ? &parts : nullptr;
+  if (shape.decode) {
+    decode(plan.a, s, shape, head, split, splits);
+    return;
+  }
+  Task<Arithmetic> task(plan.a, s, shape, head);
+  // The last rows see the most keys: they come first, so that no thread ends with a long task alone.
+  const int64_t first = (per_split - 1 - in_sequence % per_split) * plan.blocks_per_task;
+  task.run(first, smaller(plan.blocks_per_task, shape.row_blocks - first), split);
+  task.finish(splits, split);
+}
+
+void merge_splits(const Plan& plan, int64_t sequence, int64_t head) {
+  const AttentionProblem& p = plan.a.problem;
+  if (plan.splits[sequence] == plan.splits[sequence + 1]) return;
+  const Sequence s = sequence_of(p, sequence);
+  const ForwardShape shape = forward_shape(p, s);
+  auto* scratch = static_cast<float*>(thread_scratch(padded_size(p.Hv) * 4));
+  finish_rows(plan.a, s, head, 0, shape.rows, plan.parts_of(sequence, shape, head), scratch);
+}
+
+template <class Arithmetic>
+void run_forward(const AttentionForward& a) {
+  const Plan plan(a);
+  const int64_t heads = plan.num_sequences * a.problem.G;
+  parallel_for(plan.tasks[plan.num_sequences], 1, a.problem.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run_task<Arithmetic>(plan, i);
+  });
+  if (plan.splits[0] == plan.splits[plan.num_sequences]) return;
+  parallel_for(heads, 1, a.problem.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) merge_splits(plan, i / a.problem.G, i % a.problem.G);
+  });
 }
 
 }  // namespace
 
-void attention_forward(const AttentionForward& a) {
-  const AttentionProblem& s = a.problem;
-  const int64_t num_blocks = count_row_blocks(s);
-  // Some tasks per thread, so that the threads end together.
-  const int64_t wanted =
-      larger(1, smaller(kBlocksPerTask, s.B * s.G * num_blocks / (4 * larger(1, s.num_threads))));
-  const int64_t tasks_per_head = (num_blocks + wanted - 1) / wanted;
-  parallel_for(s.B * s.G * tasks_per_head, 1, s.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / tasks_per_head;
-      // The last rows see the most keys: they come first, so that no thread ends with a long task alone.
-      const int64_t first_block = (tasks_per_head - 1 - task % tasks_per_head) * wanted;
-      run_task(a, head / s.G, head % s.G, first_block, smaller(wanted, num_blocks - first_block));
-    }
-  });
-}
+void attention_forward(const AttentionForward& a) { run_forward<Fp32Arithmetic>(a); }
 
 }  // namespace pypar::PYPAR_ISA
 
 #else
 
 #  include "attention_binding.h"
-
-namespace {
-
-void check(const pypar::AttentionProblem& p) {
-  pypar::check_attention_lengths(p);
-  const bool plain_mask = p.left == pypar::kUnbounded && p.right <= 0 && p.bottom_right;
-  const bool plain_scores = p.softcap == 0 && !p.bias.data && !p.sinks && !p.alibi_slopes && p.dropout_p == 0;
-  if (!plain_mask || !plain_scores || p.cu_seqlens_q) throw py::value_error("not there yet");
-}
-
-}  // namespace
+#  include "attention_plan.h"
 
 PYPAR_BIND(attention_forward) {
-  pypar::bind_attention_forward(
-      module, check, [](const pypar::AttentionProblem&) { return int64_t{64}; },
-      [](const pypar::AttentionForward& a) {
-        if (a.carry) throw py::value_error("carry is not there yet");
-        pypar::launch<pypar::attention_forward_kernels>(a);
-      });
+  pypar::bind_attention_forward(module, pypar::check_attention_lengths, pypar::attention_forward_bytes,
+                                pypar::launch<pypar::attention_forward_kernels, pypar::AttentionForward>);
 }
 
 #endif

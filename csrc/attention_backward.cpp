@@ -13,135 +13,112 @@ PYPAR_KERNEL(attention_backward, AttentionBackward)
 
 #ifndef PYPAR_BINDING
 
-#  include "attention_tile.h"
+#  include "attention_finish.h"
+#  include "attention_fp32.h"
+#  include "attention_scores.h"
 #  include "parallel.h"
 
 namespace pypar::PYPAR_ISA {
 namespace {
 
-struct Scratch {
-  float *k, *k_transposed, *v_transposed, *dk, *dv;  // of the task's keys
-  float *q, *dout;                                   // of one block of rows
-  float *p, *ds;                                     // [row][key]
-  int64_t padded_h, padded_hv;
+// The parts of a call, and where they are in the caller's memory.
+struct Plan {
+  const AttentionBackward& a;
+  const AttentionProblem& p;
+  int64_t num_sequences;
+  int64_t *key_blocks, *row_blocks;  // per sequence, and once more: how many stand before it, of one head
+  float* values;                     // per block of rows row_block_floats
+  int32_t* progress;  // per block of rows: how many blocks of keys its dq contains; < 0: failed
 
-  Scratch(const AttentionProblem& s) : padded_h(round_up(s.H, kWidth)), padded_hv(round_up(s.Hv, kWidth)) {
-    const int64_t total = kBlock * (4 * padded_h + 3 * padded_hv + 2 * kBlock);
-    k = static_cast<float*>(thread_scratch(total * sizeof(float)));
-    k_transposed = k + kBlock * padded_h;
-    dk = k_transposed + kBlock * padded_h;
-    q = dk + kBlock * padded_h;
-    v_transposed = q + kBlock * padded_h;
-    dv = v_transposed + kBlock * padded_hv;
-    dout = dv + kBlock * padded_hv;
-    p = dout + kBlock * padded_hv;
-    ds = p + kBlock * kBlock;
+  explicit Plan(const AttentionBackward& arguments) : a(arguments), p(arguments.problem) {
+    num_sequences = count_sequences(p);
+    key_blocks = static_cast<int64_t*>(a.memory);
+    row_blocks = key_blocks + num_sequences + 1;
+    key_blocks[0] = row_blocks[0] = 0;
+    for (int64_t i = 0; i < num_sequences; ++i) {
+      const Sequence s = sequence_of(p, i);
+      key_blocks[i + 1] = key_blocks[i] + blocks_of(s.S, kBlock);
+      row_blocks[i + 1] = row_blocks[i] + count_row_blocks(p, s);
+    }
+    values = reinterpret_cast<float*>(static_cast<char*>(a.memory) + index_bytes(p));
+    progress = reinterpret_cast<int32_t*>(values + num_row_blocks() * row_block_floats(p));
+  }
+
+  int64_t num_row_blocks() const { return row_blocks[num_sequences] * p.G; }
+  int64_t num_key_blocks() const { return key_blocks[num_sequences] * p.G; }
+  int64_t row_block_index(int64_t sequence, int64_t head, int64_t row_block) const {
+    return row_blocks[sequence] * p.G + head * (row_blocks[sequence + 1] - row_blocks[sequence]) + row_block;
   }
 };
 
-// What `prepare_row_block` leaves: kBlock values each of base, delta and base_rest.
-constexpr int64_t kRowValues = 3 * kBlock;
-// The caller's memory: row values, dq's sums, and how many blocks of keys each of those contains.
-float* row_values_of(const AttentionBackward& a) { return static_cast<float*>(a.memory); }
-float* dq_sums_of(const AttentionBackward& a) {
-  return row_values_of(a) + a.problem.B * a.problem.G * count_row_blocks(a.problem) * kRowValues;
-}
-int32_t* progress_of(const AttentionBackward& a) {
-  const int64_t blocks = a.problem.B * a.problem.G * count_row_blocks(a.problem);
-  return reinterpret_cast<int32_t*>(dq_sums_of(a) + blocks * kBlock * round_up(a.problem.H, 16));
-}
-
-PYPAR_INLINE float* row_values(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
-  return row_values_of(a) +
-         ((batch * a.problem.G + head) * count_row_blocks(a.problem) + row_block) * kRowValues;
-}
-
-struct Task {
-  int64_t batch, head, key_block;
-  int64_t first_key, num_keys;
-  Rows q, dout, dq;
+// Rows [first, first + count) of a key/value head.
+struct RowSpan {
+  int64_t first, count;
 };
 
-// Per row of a block of rows: `base`, with which p = 2^(score * factor - base), and delta = dout . out -
-// dlse, with which ds = p * (dp - delta). delta's products are summed in the order of dp's: a row that sees
-// one key then gets exactly 0.
-void prepare_row_block(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
-  const AttentionProblem& s = a.problem;
-  const int64_t group = s.N / s.G, first = row_block * kBlock;
-  const int64_t count = smaller(kBlock, s.T * group - first);
-  const Scratch m(s);
-  float *const dout = m.v_transposed, *const out = m.dout;
-  pack(rows_of(a.dout, batch, head, group), first, count, s.Hv, 1.0f, m.dv, m.padded_hv);
-  transpose(m.dv, m.padded_hv, count, m.padded_hv, dout, kBlock);
-  pack(rows_of(a.out, batch, head, group), first, count, s.Hv, 1.0f, m.dv, m.padded_hv);
-  transpose(m.dv, m.padded_hv, count, m.padded_hv, out, kBlock);
-  float* const base = row_values(a, batch, head, row_block);
-  float* const delta = base + kBlock;
-  float* const base_rest = delta + kBlock;
-  for (int64_t i = 0; i < count; i += kWidth) {
+RowSpan rows_of_block(const Plan& plan, const Sequence& s, int64_t row_block) {
+  const int64_t first = row_block * kBlock;
+  return {first, smaller(kBlock, s.T * (plan.p.N / plan.p.G) - first)};
+}
+
+Range keys_of_rows(const Plan& plan, const Sequence& s, const RowSpan& rows) {
+  const int64_t group = plan.p.N / plan.p.G;
+  return keys_seen(s, rows.first / group, (rows.first + rows.count - 1) / group);
+}
+
+void write_rows(const float* from, int64_t stride, int64_t count, int64_t size, float factor, bool add,
+                const Rows& target, int64_t first) {
+  if (add) {
+    unpack_add(from, stride, count, size, factor, target, first);
+  } else {
+    unpack(from, stride, count, size, factor, target, first);
+  }
+}
+
+// Per row of a block of rows, kBlock values of each: `base`, with which p = 2^(score * factor - base), delta
+// = dout . out - dlse, with which ds = p * (dp - delta), and what base lost by rounding. delta's products are
+// summed in the order of dp's: a row that sees one key then gets exactly 0.
+void prepare_row_block(const Plan& plan, const Sequence& s, int64_t head, int64_t row_block, float* values) {
+  const AttentionProblem& p = plan.p;
+  const int64_t group = p.N / p.G, padded = round_up(p.Hv, kWidth);
+  const RowSpan rows = rows_of_block(plan, s, row_block);
+  float* const packed = static_cast<float*>(thread_scratch(3 * kBlock * padded * sizeof(float)));
+  float *const dout = packed + kBlock * padded, *const out = dout + kBlock * padded;
+  pack(rows_of(plan.a.dout, s.batch, s.q_begin, head, group), rows.first, rows.count, p.Hv, 1.0f, packed,
+       padded);
+  transpose(packed, padded, rows.count, padded, dout, kBlock);
+  pack(rows_of(plan.a.out, s.batch, s.q_begin, head, group), rows.first, rows.count, p.Hv, 1.0f, packed,
+       padded);
+  transpose(packed, padded, rows.count, padded, out, kBlock);
+  float *const base = values, *const delta = base + kBlock, *const base_rest = delta + kBlock;
+  for (int64_t i = 0; i < rows.count; i += kWidth) {
     Float sum = zero();
-    for (int64_t j = 0; j < s.Hv; ++j) sum += load(dout + j * kBlock + i) * load(out + j * kBlock + i);
+    for (int64_t j = 0; j < p.Hv; ++j) sum += load(dout + j * kBlock + i) * load(out + j * kBlock + i);
     store(delta + i, sum);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = first + i;
-    const int64_t index = (batch * s.N + head * group + row % group) * s.T + row / group;
-    const float lse = a.lse[index];
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t index = lse_index(p, s, head, rows.first + i);
+    const float lse = plan.a.lse[index];
     // A row that saw no key: p becomes 2^-huge = 0.
-    base[i] = lse == -__builtin_inff() ? 3e38f : lse * kLog2e;
-    base_rest[i] =
-        lse == -__builtin_inff() ? 0.0f : static_cast<float>(lse * 1.44269504088896340736 - base[i]);
-    if (a.dlse) delta[i] -= a.dlse[index];
+    const bool nothing = lse == -__builtin_inff();
+    base[i] = nothing ? 3e38f : lse * kLog2e;
+    base_rest[i] = nothing ? 0.0f : static_cast<float>(lse * 1.44269504088896340736 - base[i]);
+    if (plan.a.dlse) delta[i] -= plan.a.dlse[index];
   }
 }
 
-// The last key that a row sees, counted from the task's first.
-PYPAR_INLINE int64_t limit_of(const AttentionProblem& s, const Task& task, int64_t row) {
-  return ((s.right == 0) ? row / (s.N / s.G) + s.S - s.T : s.S - 1) - task.first_key;
+// dq = 0 for a block of rows that sees no key, and so is part of no task.
+void clear_unseen(const Plan& plan, const Sequence& s, int64_t head, int64_t row_block) {
+  const AttentionProblem& p = plan.p;
+  const RowSpan rows = rows_of_block(plan, s, row_block);
+  const Range keys = keys_of_rows(plan, s, rows);
+  if (keys.begin < keys.end || plan.a.accumulate) return;
+  const int64_t padded = round_up(p.H, kWidth);
+  auto* zeros = static_cast<float*>(thread_scratch(padded * sizeof(float)));
+  for (int64_t i = 0; i < padded; i += kWidth) store(zeros + i, zero());
+  unpack(zeros, 0, rows.count, p.H, 1.0f, rows_of(plan.a.dq, s.batch, s.q_begin, head, p.N / p.G),
+         rows.first);
 }
-
-// p: scores -> probabilities, ds: dp -> gradient of the scores (without the scale), for `count` rows.
-template <bool kMasked>
-void differentiate(const AttentionProblem& s, const Task& task, int64_t first, int64_t count,
-                   const float* values, const Scratch& m) {
-  const int64_t width = round_up(task.num_keys, kWidth);
-  const float factor = score_factor(s);
-  for (int64_t i = 0; i < count; ++i) {
-    float* p = m.p + i * kBlock;
-    float* ds = m.ds + i * kBlock;
-    const Float base = broadcast(values[i]), delta = broadcast(values[kBlock + i]);
-    const Float rest = broadcast(values[2 * kBlock + i]);
-    const Int limit = broadcast_int(kMasked ? static_cast<int32_t>(limit_of(s, task, first + i)) : 0);
-    for (int64_t j = 0; j < width; j += kWidth) {
-      const Float probability = exp2((load(p + j) * factor - base) - rest);
-      const Float gradient = probability * (load(ds + j) - delta);
-      const Int seen = lane_indices() + static_cast<int32_t>(j) <= limit;
-      store(p + j, kMasked ? select(seen, probability, zero()) : probability);
-      store(ds + j, kMasked ? select(seen, gradient, zero()) : gradient);
-    }
-  }
-}
-
-// What the causal mask leaves of each product of a block of rows and a block of keys.
-struct Trim {
-  Range keys[kGroups];           // per group of rows, in vectors
-  Range keys_in_depth[kGroups];  // per group of rows, in keys
-  Range rows[kGroups];           // per group of keys, in rows
-
-  Trim(const AttentionProblem& s, const Task& task, int64_t first, int64_t count) {
-    for (int64_t row = 0; row < count; row += kRows) {
-      const int64_t last = limit_of(s, task, first + smaller(row + kRows, count) - 1);
-      const int64_t end = larger(0, smaller(task.num_keys, last + 1));
-      keys[row / kRows] = {0, (end + kWidth - 1) / kWidth};
-      keys_in_depth[row / kRows] = {0, end};
-    }
-    int64_t row = 0;
-    for (int64_t key = 0; key < task.num_keys; key += kRows) {
-      while (row < count && limit_of(s, task, first + row) < key) ++row;
-      rows[key / kRows] = {row, count};
-    }
-  }
-};
 
 // Waits until every earlier block of keys has been added to the rows' dq. False if one failed.
 bool await_turn(const int32_t* progress, int32_t turn) {
@@ -159,167 +136,284 @@ bool await_turn(const int32_t* progress, int32_t turn) {
   }
 }
 
-void add_dq(const AttentionBackward& a, const Task& task, int64_t row_block, int64_t count, const Trim* trim,
-            const Scratch& m) {
-  const AttentionProblem& s = a.problem;
-  const int64_t num_row_blocks = count_row_blocks(s);
-  const int64_t index = (task.batch * s.G + task.head) * num_row_blocks + row_block;
-  float* sum = dq_sums_of(a) + index * kBlock * m.padded_h;
-  int32_t* progress = progress_of(a) + index;
-  const int64_t vecs = m.padded_h / kWidth;
-  const Range* depth = trim ? trim->keys_in_depth : nullptr;
-  if (!await_turn(progress, static_cast<int32_t>(task.key_block))) return;
-  if (task.key_block == 0) {
-    multiply<false, false>(count, vecs, task.num_keys, m.ds, kBlock, m.k, m.padded_h, sum, m.padded_h,
-                           nullptr, depth);
-  } else {
-    multiply<false, true>(count, vecs, task.num_keys, m.ds, kBlock, m.k, m.padded_h, sum, m.padded_h, nullptr,
-                          depth);
-  }
-  const int64_t last_row = row_block * kBlock + count - 1;
-  if (limit_of(s, task, last_row) < kBlock || task.first_key + kBlock >= s.S) {  // no later key is seen
-    unpack(sum, m.padded_h, count, s.H, s.scale, task.dq, row_block * kBlock);
-  }
-  // Not a plain store: it would wipe out the mark of a thread that failed, for which the others would then
-  // wait.
-  int32_t expected = static_cast<int32_t>(task.key_block);
-  __atomic_compare_exchange_n(progress, &expected, expected + 1, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
-}
+// What the mask leaves of each product of a block of rows and a block of keys.
+struct Trim {
+  int32_t begin[kBlock], end[kBlock];  // per row, the keys it sees, counted from the block's first
+  Range vectors[kGroups];              // per group of rows, the same in vectors
+  Range keys[kGroups];                 // per group of rows, in keys
+  Range rows[kGroups];                 // per group of keys, in rows
+  bool masked;
 
-// One block of rows against the task's keys.
-void propagate(const AttentionBackward& a, const Task& task, int64_t row_block, const Scratch& m) {
-  const AttentionProblem& s = a.problem;
-  const int64_t first = row_block * kBlock;
-  const int64_t count = smaller(kBlock, s.T * (s.N / s.G) - first);
-  const int64_t key_vecs = (task.num_keys + kWidth - 1) / kWidth;
-  const bool masked = limit_of(s, task, first) < task.num_keys - 1;
-  const Trim trim_of_mask(s, task, first, masked ? count : 0);
-  const Trim* trim = masked ? &trim_of_mask : nullptr;
-  const Range* keys = trim ? trim->keys : nullptr;
-  const Range* rows = trim ? trim->rows : nullptr;
-  const float* values = row_values(a, task.batch, task.head, row_block);
-  pack(task.q, first, count, s.H, score_sign(s), m.q, m.padded_h);
-  pack(task.dout, first, count, s.Hv, 1.0f, m.dout, m.padded_hv);
-  multiply<false, false>(count, key_vecs, s.H, m.q, m.padded_h, m.k_transposed, kBlock, m.p, kBlock, keys,
-                         nullptr);
-  multiply<false, false>(count, key_vecs, s.Hv, m.dout, m.padded_hv, m.v_transposed, kBlock, m.ds, kBlock,
-                         keys, nullptr);
-  if (masked) {
-    differentiate<true>(s, task, first, count, values, m);
-  } else {
-    differentiate<false>(s, task, first, count, values, m);
-  }
-  multiply<true, true>(task.num_keys, m.padded_hv / kWidth, count, m.p, kBlock, m.dout, m.padded_hv, m.dv,
-                       m.padded_hv, nullptr, rows);
-  multiply<true, true>(task.num_keys, m.padded_h / kWidth, count, m.ds, kBlock, m.q, m.padded_h, m.dk,
-                       m.padded_h, nullptr, rows);
-  add_dq(a, task, row_block, count, trim, m);
-}
-
-void clear(float* x, int64_t count) {
-  for (int64_t i = 0; i < count; i += kWidth) store(x + i, zero());
-}
-
-void run_task(const AttentionBackward& a, int64_t batch, int64_t head, int64_t key_block) {
-  const AttentionProblem& s = a.problem;
-  const int64_t group = s.N / s.G, first_key = key_block * kBlock;
-  const Task task{batch,
-                  head,
-                  key_block,
-                  first_key,
-                  smaller(kBlock, s.S - first_key),
-                  rows_of(a.problem.q, batch, head, group),
-                  rows_of(a.dout, batch, head, group),
-                  rows_of(a.dq, batch, head, group)};
-  const Scratch m(s);
-  pack(rows_of(a.problem.v, batch, head, 1), first_key, task.num_keys, s.Hv, 1.0f, m.dv, m.padded_hv);
-  transpose(m.dv, m.padded_hv, task.num_keys, m.padded_hv, m.v_transposed, kBlock);
-  pack(rows_of(a.problem.k, batch, head, 1), first_key, task.num_keys, s.H, 1.0f, m.k, m.padded_h);
-  transpose(m.k, m.padded_h, task.num_keys, m.padded_h, m.k_transposed, kBlock);
-  clear(m.dk, kBlock * m.padded_h);
-  clear(m.dv, kBlock * m.padded_hv);
-  const int64_t first_position = (s.right == 0) ? larger(0, first_key - (s.S - s.T)) : 0;
-  for (int64_t i = first_position * group / kBlock; i < count_row_blocks(s); ++i) propagate(a, task, i, m);
-  // q was packed with the scale's sign.
-  unpack(m.dk, m.padded_h, task.num_keys, s.H, __builtin_fabsf(s.scale), rows_of(a.dk, batch, head, 1),
-         first_key);
-  unpack(m.dv, m.padded_hv, task.num_keys, s.Hv, 1.0f, rows_of(a.dv, batch, head, 1), first_key);
-}
-
-// dq = 0 for the rows of a block that no key reaches.
-void clear_unseen(const AttentionBackward& a, int64_t batch, int64_t head, int64_t row_block) {
-  const AttentionProblem& s = a.problem;
-  const int64_t group = s.N / s.G, first = row_block * kBlock;
-  const int64_t unseen_positions = s.S == 0 ? s.T : (s.right == 0) ? larger(0, s.T - s.S) : 0;
-  const int64_t end = smaller(first + kBlock, unseen_positions * group);
-  const float zeros[kWidth] = {};
-  const Rows dq = rows_of(a.dq, batch, head, group);
-  for (int64_t row = first; row < end; ++row) {
-    for (int64_t i = 0; i < s.H; i += kWidth) {
-      Rows part = dq;
-      part.data += i * dq.element_stride * element_size(dq.dtype);
-      unpack(zeros, kWidth, 1, smaller(kWidth, s.H - i), 1.0f, part, row);
+  Trim(const Plan& plan, const Sequence& s, const RowSpan& span, int64_t first_key, int64_t num_keys) {
+    const int64_t group = plan.p.N / plan.p.G;
+    for (int64_t i = 0; i < span.count; ++i) {
+      const int64_t t = (span.first + i) / group;
+      const Range seen = keys_seen(s, t, t);
+      begin[i] = static_cast<int32_t>(larger(0, smaller(num_keys, seen.begin - first_key)));
+      end[i] = static_cast<int32_t>(larger(begin[i], smaller(num_keys, seen.end - first_key)));
+    }
+    masked = begin[span.count - 1] > 0 || end[0] < num_keys;
+    if (!masked) return;
+    for (int64_t row = 0; row < span.count; row += kRows) {
+      const int64_t last = smaller(row + kRows, span.count) - 1;
+      const int64_t key_end = larger(begin[row], end[last]);
+      keys[row / kRows] = {begin[row], key_end};
+      vectors[row / kRows] = {begin[row] / kWidth, (key_end + kWidth - 1) / kWidth};
+    }
+    int64_t from = 0, to = 0;
+    for (int64_t key = 0; key < num_keys; key += kRows) {
+      while (from < span.count && end[from] <= key) ++from;
+      while (to < span.count && begin[to] < key + kRows) ++to;
+      rows[key / kRows] = {from, larger(from, to)};
     }
   }
+};
+
+// One block of keys of one key/value head.
+template <class Arithmetic>
+struct Task {
+  const Plan& plan;
+  const AttentionBackward& a;
+  const AttentionProblem& p;
+  const int64_t sequence;
+  const Sequence s;
+  const int64_t head, group, key_block, first_key, num_keys;
+  const Arithmetic m;
+  const ScoreTerms terms;
+  const Rows q, dout, dq;
+  char *keys, *rows, *dk, *dv, *scratch;  // of the arithmetic
+  float *s_p, *dp_ds;                     // [row][kBlock]: scores, then p; dp, then ds
+  float *bias, *slope, *keep;             // [kBlock], of one row
+  float* staging;                         // [kBlock][padded H or Hv]
+
+  Task(const Plan& of, int64_t index, int64_t key_head, int64_t block)
+      : plan(of),
+        a(of.a),
+        p(of.p),
+        sequence(index),
+        s(sequence_of(p, index)),
+        head(key_head),
+        group(p.N / p.G),
+        key_block(block),
+        first_key(block * kBlock),
+        num_keys(smaller(kBlock, s.S - first_key)),
+        m(p),
+        terms(score_terms(p)),
+        q(rows_of(p.q, s.batch, s.q_begin, head, group)),
+        dout(rows_of(a.dout, s.batch, s.q_begin, head, group)),
+        dq(rows_of(a.dq, s.batch, s.q_begin, head, group)) {
+    constexpr int64_t kSquare = kBlock * kBlock * 4;
+    const int64_t bytes[] = {m.key_operands_bytes(),
+                             m.row_operands_bytes(),
+                             m.dk_bytes(),
+                             m.dv_bytes(),
+                             m.scratch_bytes(),
+                             kSquare,
+                             kSquare,
+                             3 * kBlock * 4,
+                             kBlock * padded_size(larger(p.H, p.Hv)) * 4};
+    int64_t total = 0;
+    for (int64_t size : bytes) total += size;
+    char* at = static_cast<char*>(thread_scratch(total));
+    char** const operands[] = {&keys, &rows, &dk, &dv, &scratch};
+    for (int i = 0; i < 5; at += bytes[i++]) *operands[i] = at;
+    s_p = reinterpret_cast<float*>(at);
+    dp_ds = s_p + kBlock * kBlock;
+    bias = dp_ds + kBlock * kBlock;
+    slope = bias + kBlock;
+    keep = slope + kBlock;
+    staging = keep + kBlock;
+  }
+
+  // scores -> probabilities, dp -> gradient of the scores (without the scale).
+  void differentiate(const RowSpan& span, const Trim& trim, const float* values) const {
+    const int64_t width = round_up(num_keys, kWidth);
+    for (int64_t i = 0; i < span.count; ++i) {
+      float *const x = s_p + i * kBlock, *const y = dp_ds + i * kBlock;
+      const int64_t begin = trim.begin[i], end = trim.end[i];
+      const Float base = broadcast(values[i]), delta = broadcast(values[kBlock + i]);
+      const Float rest = broadcast(values[2 * kBlock + i]);
+      for (int64_t j = 0; j < width; j += kWidth) {
+        if (j + kWidth <= begin || j >= end) {
+          store(x + j, zero());
+          store(y + j, zero());
+          continue;
+        }
+        Float probability = exp2((load(x + j) * terms.factor - base) - rest);
+        Float gradient = probability * (load(y + j) - delta);
+        if (j < begin || j + kWidth > end) {
+          const Int key = lane_indices() + static_cast<int32_t>(j);
+          const Int seen = (key >= trim.begin[i]) & (key < trim.end[i]);
+          probability = select(seen, probability, zero());
+          gradient = select(seen, gradient, zero());
+        }
+        store(x + j, probability);
+        store(y + j, gradient);
+      }
+    }
+  }
+
+  // The same where scores are more than products, or dropped.
+  void differentiate_general(const RowSpan& span, const Trim& trim, const float* values) const {
+    const int64_t width = round_up(num_keys, kWidth);
+    for (int64_t i = 0; i < span.count; ++i) {
+      float *const x = s_p + i * kBlock, *const y = dp_ds + i * kBlock;
+      const int64_t begin = trim.begin[i], end = trim.end[i];
+      const RowTerms row = row_terms(p, terms, s, head, span.first + i);
+      if (terms.general) {
+        if (p.bias.data) pack_bias(span.first + i);
+        final_row(p, row, first_key, begin, end, p.bias.data ? bias : nullptr, x,
+                  p.softcap > 0.0f ? slope : nullptr);
+      }
+      if (terms.dropout) kept_row(p, terms, s, row, first_key, begin, end, keep);
+      const Float base = broadcast(values[i]), delta = broadcast(values[kBlock + i]);
+      const Float rest = broadcast(values[2 * kBlock + i]);
+      for (int64_t j = 0; j < width; j += kWidth) {
+        const Int key = lane_indices() + static_cast<int32_t>(j);
+        const Int seen = (key >= trim.begin[i]) & (key < trim.end[i]);
+        const Float kept = terms.dropout ? load(keep + j) : broadcast(1.0f);
+        const Float probability = select(seen, exp2((load(x + j) * terms.factor - base) - rest), zero());
+        // Where p is 0, dp may be anything.
+        const Float gradient = select((Int)(probability > 0.0f) | (Int)(probability != probability),
+                                      probability * (load(y + j) * kept - delta), zero());
+        if (a.dbias) store_dbias(row, span.first + i, j, gradient);
+        store(x + j, select(seen, probability * kept, zero()));
+        store(y + j, p.softcap > 0.0f ? select(seen, gradient * load(slope + j), zero()) : gradient);
+      }
+    }
+  }
+
+  void store_dbias(const RowTerms& row, int64_t index, int64_t j, Float gradient) const {
+    float* to = a.dbias + ((s.batch * p.N + row.head) * p.T + index / group) * p.S + first_key + j;
+    if (j + kWidth <= num_keys) {
+      store(to, gradient);
+    } else if (j < num_keys) {
+      store_partial(to, gradient, num_keys - j);
+    }
+  }
+
+  void pack_bias(int64_t row) const {
+    const Rows source = bias_rows(p, s.batch, head, first_key);
+    pack_row(source, row, num_keys, bias);
+  }
+
+  void add_dq(int64_t row_block, const RowSpan& span, const Trim& trim) const {
+    const int64_t index = plan.row_block_index(sequence, head, row_block);
+    float* sum = plan.values + index * row_block_floats(p) + kRowValues;
+    int32_t* progress = plan.progress + index;
+    const Range seen = keys_of_rows(plan, s, span);
+    const auto turn = static_cast<int32_t>(key_block - seen.begin / kBlock);
+    if (!await_turn(progress, turn)) return;
+    m.add_dq(dp_ds, span.count, keys, num_keys, trim.masked ? trim.keys : nullptr, turn == 0, sum, scratch);
+    if (seen.end <= first_key + kBlock) {  // no later key is seen
+      int64_t stride = padded_size(p.H);
+      const float* result = m.read_dq(sum, span.count, staging, &stride);
+      write_rows(result, stride, span.count, p.H, p.scale, a.accumulate, dq, span.first);
+    }
+    // Not a plain store: it would wipe out the mark of a thread that failed, for which the others would then
+    // wait.
+    int32_t expected = turn;
+    __atomic_compare_exchange_n(progress, &expected, turn + 1, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+  }
+
+  // One block of rows against the task's keys.
+  void propagate(int64_t row_block) const {
+    const RowSpan span = rows_of_block(plan, s, row_block);
+    const Trim trim(plan, s, span, first_key, num_keys);
+    const float* values = plan.values + plan.row_block_index(sequence, head, row_block) * row_block_floats(p);
+    m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
+    m.products(rows, span.count, keys, num_keys, trim.masked ? trim.vectors : nullptr, s_p, dp_ds);
+    if (terms.general || terms.dropout || a.dbias) {
+      differentiate_general(span, trim, values);
+    } else {
+      differentiate(span, trim, values);
+    }
+    m.add_dk_dv(s_p, dp_ds, rows, span.count, num_keys, trim.masked ? trim.rows : nullptr, dk, dv, scratch);
+    add_dq(row_block, span, trim);
+  }
+
+  void run() const {
+    m.pack_key_operands(rows_of(p.k, s.batch, s.k_begin, head, 1), rows_of(p.v, s.batch, s.k_begin, head, 1),
+                        first_key, num_keys, keys, scratch);
+    m.clear_sums(dk, dv);
+    const Range queries = queries_seeing(s, first_key, first_key + num_keys - 1);
+    const int64_t end = blocks_of(queries.end * group, kBlock);
+    if (queries.begin < queries.end) {
+      for (int64_t i = queries.begin * group / kBlock; i < end; ++i) propagate(i);
+    }
+    int64_t stride = padded_size(p.H);
+    const float* result = m.read_dk(dk, num_keys, staging, &stride);
+    // q was packed with the sign.
+    write_rows(result, stride, num_keys, p.H, terms.sign * p.scale, a.accumulate,
+               rows_of(a.dk, s.batch, s.k_begin, head, 1), first_key);
+    stride = padded_size(p.Hv);
+    result = m.read_dv(dv, num_keys, staging, &stride);
+    write_rows(result, stride, num_keys, p.Hv, 1.0f, a.accumulate, rows_of(a.dv, s.batch, s.k_begin, head, 1),
+               first_key);
+  }
+};
+
+void prepare(const Plan& plan, int64_t index) {
+  const AttentionProblem& p = plan.p;
+  const int64_t sequence = find_entry(plan.row_blocks, plan.num_sequences, index / p.G);
+  const int64_t blocks = plan.row_blocks[sequence + 1] - plan.row_blocks[sequence];
+  const int64_t in_sequence = index - plan.row_blocks[sequence] * p.G;
+  const int64_t head = in_sequence / blocks, row_block = in_sequence % blocks;
+  const Sequence s = sequence_of(p, sequence);
+  plan.progress[index] = 0;
+  clear_unseen(plan, s, head, row_block);
+  prepare_row_block(plan, s, head, row_block, plan.values + index * row_block_floats(p));
 }
 
-}  // namespace
-
-void attention_backward(const AttentionBackward& a) {
-  const AttentionProblem& s = a.problem;
-  const int64_t heads = s.B * s.G, num_row_blocks = count_row_blocks(s);
-  const int64_t num_key_blocks = (s.S + kBlock - 1) / kBlock;
-  parallel_for(heads * num_row_blocks, 1, s.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / num_row_blocks, row_block = i % num_row_blocks;
-      progress_of(a)[i] = 0;
-      clear_unseen(a, head / s.G, head % s.G, row_block);
-      prepare_row_block(a, head / s.G, head % s.G, row_block);
-    }
-  });
+template <class Arithmetic>
+void run_task(const Plan& plan, int64_t index) {
+  const AttentionProblem& p = plan.p;
   // Key blocks in order, and for each of them all heads, so that threads rarely meet in one head's dq.
-  parallel_for(heads * num_key_blocks, 1, s.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task % heads;
+  const int64_t heads = (p.cu_seqlens_k ? 1 : p.B) * p.G;
+  const int64_t head = index % heads, block = index / heads;
+  const int64_t sequence =
+      p.cu_seqlens_k ? find_entry(plan.key_blocks, plan.num_sequences, block) : head / p.G;
+  const int64_t in_sequence = p.cu_seqlens_k ? block - plan.key_blocks[sequence] : block;
+  const Task<Arithmetic> task(plan, sequence, head % p.G, in_sequence);
+  task.run();
+}
+
+template <class Arithmetic>
+void run_backward(const AttentionBackward& a) {
+  const Plan plan(a);
+  const int num_threads = a.problem.num_threads;
+  parallel_for(plan.num_row_blocks(), 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) prepare(plan, i);
+  });
+  parallel_for(plan.num_key_blocks(), 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
       try {
-        run_task(a, head / s.G, head % s.G, task / heads);
+        run_task<Arithmetic>(plan, i);
       } catch (...) {
         // No memory. The other threads must not wait for this one.
-        for (int64_t i = 0; i < heads * num_row_blocks; ++i)
-          __atomic_store_n(progress_of(a) + i, -1, __ATOMIC_RELEASE);
+        for (int64_t j = 0; j < plan.num_row_blocks(); ++j) {
+          __atomic_store_n(plan.progress + j, -1, __ATOMIC_RELEASE);
+        }
         throw;
       }
     }
   });
 }
 
+}  // namespace
+
+void attention_backward(const AttentionBackward& a) { run_backward<Fp32Arithmetic>(a); }
+
 }  // namespace pypar::PYPAR_ISA
 
 #else
 
 #  include "attention_binding.h"
-
-namespace {
-
-void check(const pypar::AttentionProblem& p) {
-  pypar::check_attention_lengths(p);
-  const bool plain_mask = p.left == pypar::kUnbounded && p.right <= 0 && p.bottom_right;
-  const bool plain_scores = p.softcap == 0 && !p.bias.data && !p.sinks && !p.alibi_slopes && p.dropout_p == 0;
-  if (!plain_mask || !plain_scores || p.cu_seqlens_q) throw py::value_error("not there yet");
-}
-
-int64_t memory_bytes(const pypar::AttentionProblem& p) {
-  const int64_t blocks = p.B * p.G * ((p.T * (p.N / p.G) + 95) / 96);
-  return blocks * (96 * ((p.H + 15) / 16 * 16 + 3) * 4 + 4) + 64;
-}
-
-}  // namespace
+#  include "attention_plan.h"
 
 PYPAR_BIND(attention_backward) {
-  pypar::bind_attention_backward(module, check, memory_bytes, [](const pypar::AttentionBackward& a) {
-    if (a.accumulate || a.dbias) throw py::value_error("accumulate and dbias are not there yet");
-    pypar::launch<pypar::attention_backward_kernels>(a);
-  });
+  pypar::bind_attention_backward(module, pypar::check_attention_lengths, pypar::attention_backward_bytes,
+                                 pypar::launch<pypar::attention_backward_kernels, pypar::AttentionBackward>);
 }
 
 #endif

@@ -2,14 +2,50 @@
 //
 // Blocks are kBlock rows or keys, in fp32, rows padded to whole vectors; together the blocks of one step stay
 // in the second-level cache, and the operand that a product re-reads most (at H = 64: 24 KiB) in the first.
+//
+// Forward and backward are templates over an arithmetic (attention_fp32.h shows one). It owns the products
+// and the form of their operands, nothing else; masks, softmax and bookkeeping see fp32 scores only. One is
+// made per task, on the thread that runs it. Its operands are byte arrays, aligned to 64, of its own sizes
+// (multiples of 64) for one block of kBlock rows or keys; `count` <= kBlock says how many are there. `seen`
+// holds, per group of kRows rows of a product's result, the range that matters (see `multiply`), or is null:
+// an arithmetic may compute more. What is outside is never read in scores, and is 0 in p and ds.
+//
+//   Arithmetic(const AttentionProblem&)
+//   forward
+//     queries_bytes(), keys_bytes(), values_bytes(), out_bytes(), scratch_bytes()
+//     pack_queries(rows, first, count, sign, queries, scratch); pack_keys(rows, first, count, keys, scratch)
+//     pack_values(rows, first, count, values, scratch)         an operand = rows first, first + 1, ... (*
+//     sign) scores(queries, count, keys, num_keys, seen, result)     float [key][kBlock]; count rounded up to
+//     kWidth;
+//                                                              seen: ranges of rows, in vectors
+//     clear_out(out)
+//     add_out(p, count, values, num_keys, seen, rescale, out, scratch)  out[row] = out[row] * rescale[row]
+//                                 + sum of p[key][row] value[key]; rescale null: all 1; seen: ranges of keys
+//     read_out(out, count, result, &stride)        the address of float [row][stride]: result, which has room
+//                                                  for kBlock * padded_size(Hv), or where they are already
+//   backward
+//     key_operands_bytes(), row_operands_bytes(), dk_bytes(), dv_bytes(), scratch_bytes()
+//     pack_key_operands(k, v, first, count, operands, scratch)
+//     pack_row_operands(q, dout, first, count, sign, operands, scratch)
+//     products(row operands, count, key operands, num_keys, seen, s, dp)   float [row][kBlock] both:
+//                                                              q . k and dout . v; seen: ranges of keys, in
+//                                                              vectors
+//     clear_sums(dk, dv)
+//     add_dk_dv(p, ds, row operands, count, num_keys, seen, dk, dv, scratch)   dv += p^T dout, dk += ds^T q;
+//     p and ds
+//                              are [row][kBlock], 0 up to whole vectors of keys; seen: per keys, ranges of
+//                              rows
+//     add_dq(ds, count, key operands, num_keys, seen, first, sum, scratch)     sum (if first: =) ds k; seen:
+//     per rows,
+//                              ranges of keys. sum: kBlock * padded_size(H) floats in a form of its own
+//     read_dq(sum, count, result, &stride), read_dk(dk, ...), read_dv(dv, ...)   as read_out
 #pragma once
 
-#include "attention.h"
+#include "attention_plan.h"
 #include "simd.h"
 
 namespace pypar::PYPAR_ISA {
 
-constexpr int64_t kBlock = 96;
 // A register tile is kRows x kVecs vectors: its sums, one row of the right operand and one broadcast value
 // fill the registers. kBlock is a multiple of kRows and of kVecs * kWidth or half of it, so full blocks waste
 // nothing.
@@ -19,23 +55,6 @@ constexpr int64_t kGroups = kBlock / kRows;
 constexpr float kLog2e = 1.44269504088896340736f;
 
 static_assert(kBlock % kRows == 0 && kBlock % kWidth == 0, "blocks are made of whole tiles");
-
-// Scores are q . k as any matrix product would round them. The scale comes in after the subtraction of the
-// row's reference, by fused multiply-add; its sign goes into the packed q, so that a larger score is a larger
-// exponent.
-PYPAR_INLINE float score_sign(const AttentionProblem& s) { return s.scale < 0.0f ? -1.0f : 1.0f; }
-PYPAR_INLINE float score_factor(const AttentionProblem& s) {
-  return (s.scale < 0.0f ? -s.scale : s.scale) * kLog2e;
-}
-
-// Rows of one key/value head: its N / G query heads at each position, heads adjacent.
-PYPAR_INLINE int64_t count_row_blocks(const AttentionProblem& s) {
-  return (s.T * (s.N / s.G) + kBlock - 1) / kBlock;
-}
-
-struct Range {
-  int64_t begin, end;
-};
 
 // c[kRows][kUsed vectors] (+)= a[kRows][k] * b[k][kUsed vectors]. a is stored with its rows adjacent along k,
 // or, if kTransposedA, with the values of one k adjacent. The products are summed before they are added to c:
@@ -88,6 +107,7 @@ static void multiply(int64_t num_rows, int64_t num_vecs, int64_t k_size, const f
       const int64_t end = smaller(smaller(first + panel, num_vecs), columns ? columns[group].end : num_vecs);
       const int64_t k_begin = depth ? depth[group].begin : 0;
       const int64_t k = (depth ? depth[group].end : k_size) - k_begin;
+      if (kAccumulate && k <= 0) continue;
       const float* left = kTransposedA ? a + k_begin * a_stride + row : a + row * a_stride + k_begin;
       const float* right = b + k_begin * b_stride + begin * kWidth;
       float* result = c + row * c_stride + begin * kWidth;
@@ -131,9 +151,11 @@ struct Rows {
 
 PYPAR_INLINE int64_t element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-PYPAR_INLINE Rows rows_of(const AttentionTensor& x, int64_t batch, int64_t head, int64_t group) {
-  char* data = static_cast<char*>(x.data) +
-               (batch * x.batch_stride + head * group * x.head_stride) * element_size(x.dtype);
+// `begin`: the sequence's first position.
+PYPAR_INLINE Rows rows_of(const AttentionTensor& x, int64_t batch, int64_t begin, int64_t head,
+                          int64_t group) {
+  const int64_t offset = batch * x.batch_stride + begin * x.position_stride + head * group * x.head_stride;
+  char* data = static_cast<char*>(x.data) + offset * element_size(x.dtype);
   return Rows{data, x.position_stride, x.head_stride, x.element_stride, group, x.dtype};
 }
 
@@ -173,6 +195,21 @@ static void pack(const Rows& source, int64_t first, int64_t count, int64_t size,
   for (float* p = packed + count * stride; p < packed + padded * stride; p += kWidth) store(p, zero());
 }
 
+// packed[size] = one row.
+static inline void pack_row(const Rows& source, int64_t row, int64_t size, float* packed) {
+  switch (source.dtype) {
+    case kFloat32:
+      pack_as<float>(source, row, 1, size, 1.0f, packed, size);
+      break;
+    case kBFloat16:
+      pack_as<BFloat16>(source, row, 1, size, 1.0f, packed, size);
+      break;
+    default:
+      pack_as<Float16>(source, row, 1, size, 1.0f, packed, size);
+      break;
+  }
+}
+
 template <class Element>
 static void unpack_as(const float* packed, int64_t stride, int64_t count, int64_t size, float factor,
                       const Rows& target, int64_t first) {
@@ -202,6 +239,16 @@ static void unpack(const float* packed, int64_t stride, int64_t count, int64_t s
     default:
       unpack_as<Float16>(packed, stride, count, size, factor, target, first);
       break;
+  }
+}
+
+// Rows of the target, in fp32, += packed * factor.
+static inline void unpack_add(const float* packed, int64_t stride, int64_t count, int64_t size, float factor,
+                              const Rows& target, int64_t first) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float* from = packed + r * stride;
+    float* to = target.row<float>(first + r);
+    for (int64_t i = 0; i < size; ++i) to[i * target.element_stride] += from[i] * factor;
   }
 }
 
