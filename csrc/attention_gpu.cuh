@@ -16,7 +16,8 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
-constexpr int kFar = 1 << 30;  // from a query to the end of a window that has none
+// From a query to the end of a window that has none; lengths, T * N / G and S, must be below it.
+constexpr int kFar = (1 << 30) - 1;
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
@@ -118,19 +119,19 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionProblem& p, int b
   return s;
 }
 
-// The first key that query t sees, and the one after the last; lengths above 2^30 do not overflow.
+// The first key that query t sees, and the one after the last. Lengths are below kFar: nothing overflows.
 __device__ __forceinline__ int first_seen(const Sequence& s, int t) {
-  return static_cast<int>(larger(int64_t{0}, smaller(int64_t{s.S}, int64_t{t} + s.low)));
+  return larger(0, smaller(s.S, t + s.low));
 }
 __device__ __forceinline__ int end_seen(const Sequence& s, int t) {
-  return static_cast<int>(larger(int64_t{0}, smaller(int64_t{s.S}, int64_t{t} + s.high + 1)));
+  return larger(0, smaller(s.S, t + s.high + 1));
 }
 // The first query that sees key s, and the one after the last.
 __device__ __forceinline__ int first_seeing(const Sequence& q, int s) {
-  return static_cast<int>(larger(int64_t{0}, smaller(int64_t{q.T}, int64_t{s} - q.high)));
+  return larger(0, smaller(q.T, s - q.high));
 }
 __device__ __forceinline__ int end_seeing(const Sequence& q, int s) {
-  return static_cast<int>(larger(int64_t{0}, smaller(int64_t{q.T}, int64_t{s} - q.low + 1)));
+  return larger(0, smaller(q.T, s - q.low + 1));
 }
 
 // Where lse, dlse and dense row results have query t (within its sequence) of head n.
@@ -183,6 +184,25 @@ __device__ __forceinline__ bool dropped(uint32_t query, uint32_t key, uint32_t s
   return c0 < threshold;
 }
 
+// The same for four keys at once: long chains of multiplications hide each other. Bit i of the result is
+// keys[i]'s.
+__device__ __forceinline__ unsigned dropped_of_four(uint32_t query, const uint32_t (&keys)[4],
+                                                    uint32_t stream, uint32_t threshold) {
+  uint32_t c0[4] = {keys[0], keys[1], keys[2], keys[3]}, c1[4] = {query, query, query, query};
+#pragma unroll 1  // sixteen of these unrolled would be most of a kernel
+  for (int round = 0; round < 10; ++round) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t high = __umulhi(0xD256D193u, c0[i]), low = 0xD256D193u * c0[i];
+      c0[i] = high ^ stream ^ c1[i];
+      c1[i] = low;
+    }
+    stream += 0x9E3779B9u;
+  }
+  return (c0[0] < threshold ? 1u : 0u) | (c0[1] < threshold ? 2u : 0u) | (c0[2] < threshold ? 4u : 0u) |
+         (c0[3] < threshold ? 8u : 0u);
+}
+
 // |position of query t - position of key s|.
 __device__ __forceinline__ float distance(const Sequence& q, int64_t step, int t, int s) {
   const int apart = q.offset + static_cast<int>(step) * (t - s);
@@ -218,6 +238,20 @@ struct Tile {
     return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
   }
 
+  // Byte offset of the row that this lane gives to ldmatrix x4 for a 16x16 fragment at (0, 0): by lanes 0 ...
+  // 31 its left and then its right half; or, `across`, its upper and then its lower half.
+  static __device__ __forceinline__ int lane_offset(bool across) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    return across ? offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) : offset(lane % 16, lane / 16);
+  }
+
+  // The same for a fragment at (row, column), multiples of 8 and 16, of a tile whose offset, a multiple of
+  // 128, is in lane_offset already. With constants it costs one exclusive or; nothing for all tiles has to
+  // stay in registers.
+  static __device__ __forceinline__ int fragment_offset(int lane_offset, int row, int column) {
+    return (lane_offset ^ (column / 8 % 8 << 4)) + row * kRowBytes + column / 64 * 128;
+  }
+
   // Starts to copy rows [0, kRows) by kThreads threads. source(row) returns where row begins in global
   // memory, or null for a row of zeros; columns from `size` on become 0.
   template <int kRows, int kThreads, class Source>
@@ -234,29 +268,26 @@ struct Tile {
   }
 };
 
-// Fragments of mma_m16n8k16 from a tile; row and column are those of the fragment's first element.
+// Fragments of mma_m16n8k16 from a tile at (row, column), multiples of 8 and 16.
 // A: rows x columns = m x k.
 template <class T>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* tile, int row, int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  ptx::load_matrix_x4(a, tile + T::offset(row + lane % 16, column / 8 + lane / 16));
+  ptx::load_matrix_x4(a, tile + T::fragment_offset(T::lane_offset(false), row, column));
 }
 
 // A from a tile that holds it transposed: rows x columns = k x m.
 template <class T>
 __device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], const unsigned char* tile, int row,
                                              int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  ptx::load_matrix_trans_x4(a, tile + T::offset(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+  ptx::load_matrix_trans_x4(a, tile + T::fragment_offset(T::lane_offset(true), row, column));
 }
 
 // Two B fragments, of n = row ... row + 7 and row + 8 ... row + 15: rows x columns = n x k.
 template <class T>
 __device__ __forceinline__ void load_b_pair(uint32_t (&b)[2][2], const unsigned char* tile, int row,
                                             int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   uint32_t r[4];
-  ptx::load_matrix_x4(r, tile + T::offset(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+  ptx::load_matrix_x4(r, tile + T::fragment_offset(T::lane_offset(true), row, column));
   b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 
@@ -264,9 +295,8 @@ __device__ __forceinline__ void load_b_pair(uint32_t (&b)[2][2], const unsigned 
 template <class T>
 __device__ __forceinline__ void load_b_pair_trans(uint32_t (&b)[2][2], const unsigned char* tile, int row,
                                                   int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   uint32_t r[4];
-  ptx::load_matrix_trans_x4(r, tile + T::offset(row + lane % 16, column / 8 + lane / 16));
+  ptx::load_matrix_trans_x4(r, tile + T::fragment_offset(T::lane_offset(false), row, column));
   b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 

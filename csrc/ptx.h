@@ -16,6 +16,14 @@ struct Float16Tag {};
 
 #ifndef PYPAR_SIMT
 
+// threadIdx.x, read anew each time: what is computed from it is not kept in registers over a long loop, as
+// what is computed from threadIdx.x may be.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // Where a pointer into shared memory points, as the instructions below want it.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -152,6 +160,7 @@ __device__ __forceinline__ float unpack_f16(uint16_t bits) {
 #else  // PYPAR_SIMT
 
 // Functions of their own, not using-declarations: code that is wrong under nvcc is then wrong here too.
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 inline uint32_t shared_address(const void* pointer) { return simt::shared_address(pointer); }
 inline void load_matrix_x1(uint32_t (&r)[1], const void* row) { simt::load_matrix_x1(r, row); }
 inline void load_matrix_x2(uint32_t (&r)[2], const void* row) { simt::load_matrix_x2(r, row); }
