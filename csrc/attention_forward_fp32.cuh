@@ -15,7 +15,8 @@ struct Float32Shape {
   static constexpr int kRows = 64;
   static constexpr int kKeys = kHead == 256 ? 16 : 32;
   static constexpr int kPitch = kHead + 4;  // floats; 8 lanes that read 16 bytes of 8 keys then use all banks
-  static constexpr int kProbabilityPitch = kKeys + 1;
+  static constexpr int kProbabilityPitch =
+      kKeys + 4;  // the two rows that a warp writes to at once lie in different banks
   static constexpr int kQueryBytes = kRows * kPitch * 4;
   static constexpr int kTileBytes = kKeys * kPitch * 4;
   static constexpr int kTableBytes = kWorkBytes + kRows * 4;
