@@ -1,0 +1,54 @@
+// out = a + b, and the faults of threads that do not know each other. FAULT_... plants one.
+#include <cstddef>
+#include <cstdint>
+
+namespace pypar::cuda {
+void vector_add(const float* a, const float* b, float* out, int count, void* stream);
+}
+
+#ifndef PYPAR_BINDING
+
+#  include "cuda_launch.h"
+
+namespace pypar::cuda {
+
+static __global__ void vector_add_kernel(const float* a, const float* b, float* out, int count) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+#  if defined(FAULT_OUT_OF_BOUNDS)
+  if (i > count) return;
+#  else
+  if (i >= count) return;
+#  endif
+#  if defined(FAULT_INPUT_WRITTEN)
+  const_cast<float*>(a)[i] = 0.0f;
+#  elif defined(FAULT_MISALIGNED)
+  const float2 pair = *reinterpret_cast<const float2*>(a + 1);
+  out[i] = pair.x + b[i];
+#  elif defined(FAULT_BLOCKS_RACE)
+  out[threadIdx.x] = a[i] + b[i];
+#  elif defined(FAULT_BLOCKS_READ)
+  out[i] = a[i] + (i >= static_cast<int>(blockDim.x) ? out[i - 1] : 0.0f);
+#  else
+  out[i] = a[i] + b[i];
+#  endif
+}
+
+void vector_add(const float* a, const float* b, float* out, int count, void* stream) {
+  launch(vector_add_kernel, dim3(static_cast<unsigned>(count + 127) / 128), dim3(128), 0, stream, a, b, out,
+         count);
+}
+
+}  // namespace pypar::cuda
+
+#else
+
+#  include "registry.h"
+
+PYPAR_BIND(vector_add) {
+  module.def("vector_add", [](uintptr_t a, uintptr_t b, uintptr_t out, int count, uintptr_t stream) {
+    pypar::cuda::vector_add(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
+                            reinterpret_cast<float*>(out), count, reinterpret_cast<void*>(stream));
+  });
+}
+
+#endif
