@@ -1,0 +1,438 @@
+// The kernel of both passes of attention's backward: attention_backward.cu says which,
+// attention_backward_tile.cuh what a block multiplies.
+#pragma once
+
+#include "attention_backward_tile.cuh"
+
+namespace pypar::cuda {
+
+// Queries' values lie in memory padded to this many a sequence, so that a tile of them is whole and aligned.
+constexpr int kPaddedQueries = 64;
+
+struct BackwardArguments {
+  AttentionBackward call;
+  float* lse;    // [B, N, padded_length], in `score_unit`; of a query that saw nothing, above any score
+  float* delta;  // the same shape: sum(dout * out) - dlse
+  int64_t padded_length;  // with cumulative lengths: of all sequences together, and B is not a dimension
+  int per_head;           // blocks
+  bool modified;          // scores are more than scale * q . k, or dbias is wanted
+  float inverse_softcap;  // 1 / softcap, if there is one
+  float kept_factor;      // 1 / (1 - dropout_p)
+};
+
+// Where the values of sequence b's first query of head n lie. With cumulative lengths: at its place, moved up
+// by a whole padding per sequence before it and rounded down, so that no two overlap.
+__device__ __forceinline__ int64_t padded_index(const BackwardArguments& a, int b, int n, int first_query) {
+  const AttentionProblem& p = a.call.problem;
+  if (p.cu_seqlens_q == nullptr) return (b * p.N + n) * a.padded_length;
+  const int64_t moved = first_query + static_cast<int64_t>(b) * kPaddedQueries;
+  return n * a.padded_length + moved / kPaddedQueries * kPaddedQueries;
+}
+
+// Scores and lse are multiplied by this: 16-bit types work in base 2, which saves a multiplication. In fp32
+// the rounding of such large products would be the largest error of all: there the difference is multiplied
+// instead.
+template <class Tag>
+constexpr float kScoreUnit = kLog2E;
+template <>
+constexpr float kScoreUnit<Float32Tag> = 1.0f;
+
+// exp(x / kScoreUnit)
+template <class Tag>
+__device__ __forceinline__ float power(float x) {
+  return std::is_same_v<Tag, Float32Tag> ? expf(x) : ptx::exp2_approx(x);
+}
+
+// product * factor - lse; in fp32 the product is rounded first, as in the forward kernel.
+template <class Tag>
+__device__ __forceinline__ float difference(float product, float factor, float lse) {
+  return std::is_same_v<Tag, Float32Tag> ? __fmul_rn(product, factor) - lse : fmaf(product, factor, -lse);
+}
+
+// lse of a query that sees nothing: power(score - this) is 0.
+constexpr float kNothingSeen = 3e38f;
+
+// Address of a tensor's row.
+template <class Element>
+__device__ __forceinline__ Element* row_of(const AttentionTensor& t, int b, int64_t position, int head) {
+  return static_cast<Element*>(t.data) + b * t.batch_stride + position * t.position_stride +
+         head * t.head_stride;
+}
+
+// What a block works on. A copy lies in shared memory for what is rarely asked, to leave registers to the
+// sums.
+struct BackwardPlace {
+  Sequence sequence;
+  int b, head;  // of the rows
+  int first_row;
+  int num_rows, num_columns;  // of the sequence
+  int first_column, num_tiles;
+  int low, high;  // column - row of what is seen
+};
+
+// False if there is no such block.
+template <class Sizes, bool kKeys>
+__device__ __forceinline__ bool find_place(const BackwardArguments& a, unsigned index, BackwardPlace& place) {
+  const AttentionProblem& p = a.call.problem;
+  // With a causal mask the last queries and the first keys have most to do: they begin.
+  const BlockPlace block = locate(kKeys ? p.cu_seqlens_k : p.cu_seqlens_q, static_cast<int>(p.B),
+                                  static_cast<int>(kKeys ? p.G : p.N), 1, Sizes::kRows, a.per_head, index,
+                                  !kKeys && p.right != kUnbounded);
+  if (!block.exists) return false;
+  place.b = block.sequence, place.head = block.head;
+  const Sequence& s = place.sequence = sequence_of(p, place.b);
+  place.num_rows = kKeys ? s.S : s.T, place.num_columns = kKeys ? s.T : s.S;
+  place.low = kKeys ? -s.high : s.low, place.high = kKeys ? -s.low : s.high;
+  place.first_row = block.block * Sizes::kRows;
+  const int last_row = smaller(place.first_row + Sizes::kRows, place.num_rows) - 1;
+  const int begin = kKeys ? first_seeing(s, place.first_row) : first_seen(s, place.first_row);
+  const int end = kKeys ? end_seeing(s, last_row) : end_seen(s, last_row);
+  place.first_column = begin / Sizes::kColumns * Sizes::kColumns;
+  place.num_tiles = begin < end ? (end - place.first_column + Sizes::kColumns - 1) / Sizes::kColumns : 0;
+  return true;
+}
+
+// A block's shared memory.
+template <class Tag, int kSize>
+struct BackwardMemory {
+  using Sizes = BackwardSizes<Tag, kSize>;
+  static constexpr int kRowBytes = BackwardProducts<Tag, kSize>::Rows::kRowBytes;
+  static constexpr int kOwnBytes = Sizes::kRows * kRowBytes;
+  static constexpr int kStreamedBytes = Sizes::kColumns * kRowBytes;
+  static constexpr int kValuesBytes = Sizes::kColumns * 4;
+  static constexpr int kPlaceStart = 2 * kOwnBytes + 4 * kStreamedBytes + 4 * kValuesBytes;
+  static constexpr int kBytes = kPlaceStart + static_cast<int>(sizeof(BackwardPlace));
+
+  unsigned char* start;
+  __device__ __forceinline__ unsigned char* own(int which) const { return start + which * kOwnBytes; }
+  __device__ __forceinline__ unsigned char* streamed(int stage, int which) const {
+    return start + 2 * kOwnBytes + (2 * stage + which) * kStreamedBytes;
+  }
+  // lse (0) and delta (1) of the streamed columns, where these are queries.
+  __device__ __forceinline__ float* values(int stage, int which) const {
+    return reinterpret_cast<float*>(start + 2 * kOwnBytes + 4 * kStreamedBytes +
+                                    (2 * stage + which) * kValuesBytes);
+  }
+  __device__ __forceinline__ BackwardPlace* place() const {
+    return reinterpret_cast<BackwardPlace*>(start + kPlaceStart);
+  }
+};
+
+// What turns products into P and dS.
+template <class Tag, bool kKeys>
+struct BackwardScores {
+  const BackwardArguments& a;
+  const BackwardPlace& place;
+  int n;  // the query head
+
+  // Bit i: whether element i of a product is kept. Not unrolled whole: 32 times Philox is much code.
+  template <int kRowTiles, int kColumnTiles>
+  __device__ __forceinline__ uint32_t kept(int row, int column) const {
+    const AttentionProblem& p = a.call.problem;
+    static_assert(kRowTiles * kColumnTiles * 4 <= 32, "one bit an element");
+    const uint32_t stream = dropout_stream(p, place.b, n);
+    uint32_t bits = 0;
+#pragma unroll 4
+    for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i) {
+      const int r = row + i / (4 * kColumnTiles) * 16 + i / 2 % 2 * 8;
+      const int c = column + i / 4 % kColumnTiles * 8 + i % 2;
+      const uint32_t query = query_position(p, place.sequence, kKeys ? c : r);
+      const uint32_t key = key_position(p, kKeys ? r : c);
+      bits |= (dropped(query, key, stream, p.dropout_threshold) ? 0u : 1u) << i;
+    }
+    return bits;
+  }
+
+  // tanh(x / cap)
+  static __device__ __forceinline__ float cap(float x, float cap, float inverse) {
+    if constexpr (std::is_same_v<Tag, Float32Tag>) return tanhf(x / cap);
+    return 1.0f - __fdividef(2.0f, ptx::exp2_approx(x * inverse * (2.0f * kLog2E)) + 1.0f);
+  }
+
+  // `s` holds q . k and `dp` dout . v, of rows from `row` and columns from `column` on (the thread's first).
+  // They become P (0 where dropped, not yet divided by 1 - dropout_p) and the gradient of scale * q . k.
+  // lse(m, n, e) and delta(m, n, e) are those of an element's query.
+  template <int kRowTiles, int kColumnTiles, class Lse, class Delta>
+  __device__ __forceinline__ void plain(Product<kRowTiles, kColumnTiles>& s,
+                                        Product<kRowTiles, kColumnTiles>& dp, const Lse& lse,
+                                        const Delta& delta) const {
+    const float factor = a.call.problem.scale * kScoreUnit<Tag>;
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          s[m][j][e] = power<Tag>(difference<Tag>(s[m][j][e], factor, lse(m, j, e)));
+          dp[m][j][e] = s[m][j][e] * (dp[m][j][e] - delta(m, j, e));
+        }
+      }
+    }
+  }
+
+  // The same with everything that changes a score or hides it.
+  template <int kRowTiles, int kColumnTiles, class Lse, class Delta>
+  __device__ __forceinline__ void modified(Product<kRowTiles, kColumnTiles>& s,
+                                           Product<kRowTiles, kColumnTiles>& dp, int first_row,
+                                           int first_column, const Lse& lse, const Delta& delta) const {
+    const AttentionProblem& p = a.call.problem;
+    const bool dropout = p.dropout_p > 0.0f;
+    const uint32_t bits = dropout ? kept<kRowTiles, kColumnTiles>(first_row, first_column) : ~0u;
+    const float slope = alibi_slope(p, place.b, n) * kScoreUnit<Tag>;
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        const int row = made_anew(first_row), column = made_anew(first_column);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int r = row + 16 * m + e / 2 * 8, c = column + 8 * j + e % 2;
+          const int query = kKeys ? c : r, key = kKeys ? r : c;
+          const bool seen =
+              r < place.num_rows && c < place.num_columns && c - r >= place.low && c - r <= place.high;
+          float x = s[m][j][e] * p.scale, slope_of_cap = 1.0f;
+          if (p.softcap > 0.0f) {
+            const float capped = cap(x, p.softcap, a.inverse_softcap);
+            x = p.softcap * capped;
+            slope_of_cap = 1.0f - capped * capped;
+          }
+          x *= kScoreUnit<Tag>;
+          if (p.alibi_slopes != nullptr) x -= slope * distance(place.sequence, p.step, query, key);
+          if (p.bias.data != nullptr && seen) {
+            x += bias_at(p.bias, bias_row(p.bias, place.b, n, query) + key * p.bias.key_stride) *
+                 kScoreUnit<Tag>;
+          }
+          const float probability = seen ? power<Tag>(x - lse(m, j, e)) : 0.0f;
+          const bool keep = (bits >> (m * kColumnTiles * 4 + j * 4 + e) & 1) != 0;
+          const float ds = probability * ((keep ? dp[m][j][e] * a.kept_factor : 0.0f) - delta(m, j, e));
+          if (!kKeys && a.call.dbias != nullptr && seen) {
+            a.call.dbias[((place.b * p.N + n) * p.T + query) * p.S + key] = ds;
+          }
+          s[m][j][e] = keep ? probability : 0.0f;
+          dp[m][j][e] = ds * slope_of_cap;
+        }
+      }
+    }
+  }
+};
+
+// Rows of factor * sum to a tensor, of which `row` is the thread's first; or added to it.
+template <class Tag, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void store_sum(const Product<kRowTiles, kColumnTiles>& sum, float factor,
+                                          const AttentionTensor& t, int64_t place, int row, int num_rows,
+                                          int64_t size, bool accumulate) {
+  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int r = row + 8 * i;
+    if (r >= num_rows) continue;
+    const int64_t begin = place + r * t.position_stride + column;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+      if (8 * n >= size) continue;
+      float x = sum[i / 2][n][i % 2 * 2] * factor, y = sum[i / 2][n][i % 2 * 2 + 1] * factor;
+      if (t.dtype == kFloat32) {
+        float2* const to = reinterpret_cast<float2*>(static_cast<float*>(t.data) + begin + 8 * n);
+        *to = accumulate ? make_float2(to->x + x, to->y + y) : make_float2(x, y);
+      } else if constexpr (!std::is_same_v<Tag, Float32Tag>) {
+        *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(t.data) + begin + 8 * n) = ptx::pack(x, y, Tag{});
+      }
+    }
+  }
+}
+
+// The columns of a block, on their way into shared memory.
+template <class Tag, int kSize, bool kKeys>
+struct BackwardStream {
+  using Sizes = BackwardSizes<Tag, kSize>;
+  using Element = typename BackwardElement<Tag>::Type;
+  using Copy = BackwardCopy<typename BackwardProducts<Tag, kSize>::Rows, Sizes::kColumns, Sizes::kThreads>;
+  static constexpr int64_t kElementBytes = sizeof(Element);
+
+  const BackwardArguments& a;
+  int head, tile;  // of the next tile
+  Copy copy0, copy1;
+
+  static __device__ __forceinline__ const AttentionTensor& tensor(const BackwardArguments& a, int which) {
+    if (which == 0) return kKeys ? a.call.problem.q : a.call.problem.k;
+    return kKeys ? a.call.dout : a.call.problem.v;
+  }
+  static __device__ __forceinline__ int group(const BackwardArguments& a) {
+    return static_cast<int>(a.call.problem.N / a.call.problem.G);
+  }
+  static __device__ __forceinline__ int first_head(const BackwardArguments& a, const BackwardPlace& place) {
+    return kKeys ? place.head * group(a) : place.head / group(a);
+  }
+  static __device__ __forceinline__ Copy copy_of(const BackwardArguments& a, const BackwardPlace& place,
+                                                 int which) {
+    const AttentionTensor& t = tensor(a, which);
+    const int first = kKeys ? place.sequence.first_query : place.sequence.first_key;
+    const int64_t size = which == 0 ? a.call.problem.H : a.call.problem.Hv;
+    return Copy(row_of<Element>(t, place.b, first + place.first_column, first_head(a, place)),
+                t.position_stride * kElementBytes, static_cast<int>(size * kElementBytes));
+  }
+  __device__ __forceinline__ BackwardStream(const BackwardArguments& arguments, const BackwardPlace& place)
+      : a(arguments),
+        head(first_head(a, place)),
+        tile(0),
+        copy0(copy_of(a, place, 0)),
+        copy1(copy_of(a, place, 1)) {}
+
+  // Starts to copy the next tile.
+  __device__ __forceinline__ void start(const BackwardMemory<Tag, kSize>& memory, int stage,
+                                        const BackwardPlace& place) {
+    const int column = place.first_column + tile * Sizes::kColumns, num_left = place.num_columns - column;
+    copy0.start(memory.streamed(stage, 0), tensor(a, 0).position_stride * kElementBytes, num_left);
+    copy1.start(memory.streamed(stage, 1), tensor(a, 1).position_stride * kElementBytes, num_left);
+    const int piece = ptx::thread_index();
+    if (kKeys && piece < Sizes::kColumns / 2) {  // 16 bytes of lse, 16 bytes of delta
+      const int64_t from = padded_index(a, place.b, head, place.sequence.first_query) + column;
+      const int which = piece / (Sizes::kColumns / 4), i = piece % (Sizes::kColumns / 4) * 4;
+      ptx::copy_async_16(memory.values(stage, which) + i, (which == 0 ? a.lse : a.delta) + from + i, true);
+    }
+  }
+
+  // After start(): on to the next tile, of the next head of the group after a head's last. False: it was the
+  // last.
+  __device__ __forceinline__ bool advance(const BackwardPlace& place) {
+    if (++tile < place.num_tiles) return true;
+    const int64_t columns = static_cast<int64_t>(place.num_tiles) * Sizes::kColumns;
+    copy0.next += (tensor(a, 0).head_stride - columns * tensor(a, 0).position_stride) * kElementBytes;
+    copy1.next += (tensor(a, 1).head_stride - columns * tensor(a, 1).position_stride) * kElementBytes;
+    tile = 0, ++head;
+    return kKeys && head < (place.head + 1) * group(a);
+  }
+};
+
+// Starts to copy a block's own rows: k or q, and unless values_only v or dout.
+template <class Tag, int kSize, bool kKeys>
+__device__ __forceinline__ void start_own(const BackwardArguments& a, const BackwardPlace& place,
+                                          const BackwardMemory<Tag, kSize>& memory, bool values_only) {
+  using Sizes = BackwardSizes<Tag, kSize>;
+  using Element = typename BackwardElement<Tag>::Type;
+  const AttentionProblem& p = a.call.problem;
+  const int first = (kKeys ? place.sequence.first_key : place.sequence.first_query) + place.first_row;
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    if (which == 1 && values_only) return;
+    const AttentionTensor& t = which == 0 ? (kKeys ? p.k : p.q) : (kKeys ? p.v : a.call.dout);
+    const int64_t row_bytes = t.position_stride * static_cast<int64_t>(sizeof(Element));
+    BackwardCopy<typename BackwardProducts<Tag, kSize>::Rows, Sizes::kRows, Sizes::kThreads>(
+        row_of<Element>(t, place.b, first, place.head), row_bytes,
+        static_cast<int>((which == 0 ? p.H : p.Hv) * static_cast<int64_t>(sizeof(Element))))
+        .start(memory.own(which), row_bytes, place.num_rows - place.first_row);
+  }
+}
+
+template <class Tag, int kSize, bool kKeys>
+__global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
+    attention_backward_kernel(const BackwardArguments a) {
+  using Sizes = BackwardSizes<Tag, kSize>;
+  constexpr int kRowTiles = Sizes::kRowTiles, kColumnTiles = Sizes::kStep / 8;
+  constexpr bool kSplit = kKeys && Sizes::kSplit, kBoth = kKeys && !Sizes::kSplit;
+  PYPAR_DYNAMIC_SHARED(shared);
+  const BackwardMemory<Tag, kSize> memory{shared};
+  const AttentionProblem& p = a.call.problem;
+
+  // With a split, neighbours work on the same rows, so that they find them in L2.
+  const bool values_only = kSplit && blockIdx.x % 2 != 0;  // dv, not dk
+  {
+    BackwardPlace found;
+    if (!find_place<Sizes, kKeys>(a, kSplit ? blockIdx.x / 2 : blockIdx.x, found)) return;
+    if (threadIdx.x == 0) *memory.place() = found;
+  }
+  __syncthreads();
+  const BackwardPlace& place = *memory.place();
+  BackwardStream<Tag, kSize, kKeys> stream(a, place);
+  bool more = place.num_tiles > 0;
+  if (more) {
+    start_own<Tag, kSize, kKeys>(a, place, memory, values_only);
+    stream.start(memory, 0, place);
+  }
+  ptx::copy_async_commit();
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp_row = static_cast<int>(threadIdx.x) / kWarp * 16 * kRowTiles;  // in the block
+  const int first_row = place.first_row + warp_row;
+  float row_lse[2 * kRowTiles], row_delta[2 * kRowTiles];  // queries' pass
+  if (!kKeys) {
+    const int64_t from = padded_index(a, place.b, place.head, place.sequence.first_query);
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const int row = first_row + 8 * i + lane / 4;
+      row_lse[i] = row < place.num_rows ? a.lse[from + row] : kNothingSeen;
+      row_delta[i] = row < place.num_rows ? a.delta[from + row] : 0.0f;
+    }
+  }
+
+  const BackwardProducts<Tag, kSize> products;
+  Product<kRowTiles, kSize / 8> sum;                                 // dq or dk; with a split, dk or dv
+  Product<kBoth ? kRowTiles : 1, kBoth ? kSize / 8 : 1> sum_values;  // dv
+  set_zero(sum);
+  set_zero(sum_values);
+  for (int stage = 0; more; stage = 1 - stage) {
+    const int tile = stream.tile, query_head = kKeys ? stream.head : place.head;
+    ptx::copy_async_wait<0>();
+    __syncthreads();  // this tile is there for all, and nobody reads the one before any more
+    more = stream.advance(place);
+    if (more) stream.start(memory, 1 - stage, place);
+    ptx::copy_async_commit();
+    const BackwardScores<Tag, kKeys> scores{a, place, query_head};
+    const unsigned char* const tile0 = memory.streamed(stage, 0);
+    const unsigned char* const tile1 = memory.streamed(stage, 1);
+#pragma unroll 1
+    for (int step = 0; step < Sizes::kColumns; step += Sizes::kStep) {
+      const int column = place.first_column + tile * Sizes::kColumns + step;
+      const int least = column - first_row - (16 * kRowTiles - 1),
+                most = column - first_row + Sizes::kStep - 1;
+      if (most < place.low || least > place.high) continue;  // the warp's rows see none of these columns
+      Product<kRowTiles, kColumnTiles> s, dp;
+      products.multiply(s, memory.own(0), warp_row, tile0, step, true);
+      if (!values_only) {
+        products.multiply(dp, memory.own(1), warp_row, tile1, step, false);
+      } else {
+        set_zero(dp);
+      }
+      const float* const column_lse = memory.values(stage, 0) + step + lane % 4 * 2;
+      const float* const column_delta = memory.values(stage, 1) + step + lane % 4 * 2;
+      const auto lse = [&](int m, int j, int e) {
+        return kKeys ? column_lse[8 * j + e % 2] : row_lse[2 * m + e / 2];
+      };
+      const auto delta = [&](int m, int j, int e) {
+        return kKeys ? column_delta[8 * j + e % 2] : row_delta[2 * m + e / 2];
+      };
+      const bool all_seen =
+          least >= place.low && most <= place.high && column + Sizes::kStep <= place.num_columns;
+      if (all_seen && !a.modified) {
+        scores.plain(s, dp, lse, delta);
+      } else {
+        scores.modified(s, dp, first_row + lane / 4, column + lane % 4 * 2, lse, delta);
+      }
+      if constexpr (kBoth) products.add(sum_values, s, tile1, step);
+      if constexpr (kSplit) {
+        if (values_only) {
+          products.add(sum, s, tile1, step);
+          continue;
+        }
+      }
+      products.add(sum, dp, tile0, step);
+    }
+  }
+
+  const int first_own = kKeys ? place.sequence.first_key : place.sequence.first_query;
+  const auto store = [&](const auto& from, const AttentionTensor& t, float factor, int64_t size) {
+    const int64_t start =
+        place.b * t.batch_stride + first_own * t.position_stride + place.head * t.head_stride;
+    store_sum<Tag>(from, factor, t, start, first_row + lane / 4, place.num_rows, size, a.call.accumulate);
+  };
+  if (!kKeys) {
+    store(sum, a.call.dq, p.scale, p.H);
+  } else if (!values_only) {
+    store(sum, a.call.dk, p.scale, p.H);
+  } else {
+    store(sum, a.call.dv, a.kept_factor, p.Hv);
+  }
+  if constexpr (kBoth) store(sum_values, a.call.dv, a.kept_factor, p.Hv);
+}
+
+}  // namespace pypar::cuda
