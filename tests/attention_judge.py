@@ -1,0 +1,109 @@
+"""How a backend's attention is judged: out, lse and every gradient against plain attention's, by the error rule."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from accuracy import assert_accurate, run_with_gradients
+from attention_cases import Case, operands
+from plain_attention import plain_attention
+from torch import Tensor
+
+from pypar.ops import attention_reference
+from pypar.ops.attention import attention
+from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.backend import Backend
+
+
+def run(backend: str | Backend, case: Case, device: str = "cpu") -> None:
+    """Compares out, lse and every gradient with plain attention's.
+
+    backend: a name of pypar.attention's; or a Backend, of which forward and backward are called (a native module
+    that a test has built, kernels in an interpreter).
+    """
+    tensors, keywords = operands(case)
+    compare(backend, tensors, keywords, device)
+
+
+def compare(
+    backend: str | Backend,
+    tensors: dict[str, Tensor],
+    keywords: dict,
+    device: str = "cpu",
+    sinks_by_the_rule: bool = False,
+) -> None:
+    """The rule of `run` for any operands."""
+    *batch, T, N, _ = tensors["q"].shape
+    generator = torch.Generator().manual_seed(7)
+    dout = torch.randn(*batch, T, N, tensors["v"].shape[-1], generator=generator).to(tensors["q"].dtype)
+    dlse = torch.randn(*batch, N, T, generator=generator)
+
+    def ask(dlse: Tensor, double: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+        function = functools.partial(plain_attention, **keywords)
+        return run_with_gradients(function, tensors, [dout, dlse], double)
+
+    plain, exact = ask(dlse, False), ask(dlse, True)
+    outputs, gradients = _results(backend, tensors, keywords, [dout, dlse], device)
+    for name, *results in zip(("out", "lse"), outputs, plain[0], exact[0], strict=True):
+        assert_accurate(name, *results)
+    exact_gradients = exact[1]
+    assert gradients.keys() == exact_gradients.keys()
+    if tensors["k"].shape[-3] == 1:
+        # With one key the gradients of the scores are a small difference of large terms, of which one is
+        # sum(dout * out): here they are compared with those for the out that was returned, rounded.
+        _, exact_gradients = ask(dlse + (dout.double() * (exact[0][0] - outputs[0])).sum(-1).mT, True)
+    for name, gradient in gradients.items():
+        if name == "sinks" and not sinks_by_the_rule:
+            _check_sinks(gradient, tensors["sinks"], dout, dlse, *outputs)
+        else:
+            assert_accurate(f"d{name}", gradient, plain[1][name], exact_gradients[name], gradient=True)
+
+
+def _check_sinks(dsinks: Tensor, sinks: Tensor, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Against fp64 for the out and lse that were returned, which are judged by the rule.
+
+    The error of plain attention's few numbers, sums over all rows, is too much a matter of luck to be a measure;
+    test_sinks_of_many_heads measures by it.
+    """
+    weights = (sinks.detach().double()[:, None] - lse).exp()
+    terms = weights * (dlse - (dout.double() * out).sum(-1).mT)
+    exact, size = (x.sum(-1) if x.dim() == 2 else x.sum((0, 2)) for x in (terms, terms.abs()))
+    assert ((dsinks - exact).abs() <= 2**-20 * (size + weights.amax())).all(), "dsinks"
+
+
+def _results(
+    backend: str | Backend, tensors: dict[str, Tensor], keywords: dict, douts: list[Tensor], device: str
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def there(x: object) -> object:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    moved = {name: there(x.detach()).requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    keywords = {name: there(x) for name, x in keywords.items()}
+    if isinstance(backend, str):
+        outputs, gradients = run_with_gradients(
+            lambda **x: attention(**x, **keywords, return_lse=True, backend=backend),
+            moved,
+            [there(x) for x in douts],
+        )
+    else:
+        outputs, gradients = _by_hand(backend, moved, keywords, [there(x) for x in douts])
+    return [x.cpu() for x in outputs], {name: x.cpu() for name, x in gradients.items()}
+
+
+@torch.no_grad()
+def _by_hand(
+    backend: Backend, tensors: dict[str, Tensor], keywords: dict, douts: list[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What the operator does around a backend."""
+    problem = attention_problem(**tensors, **keywords)
+    out, lse = backend.forward(problem, None)
+    dbias = None if problem.bias is None else out.new_zeros(problem.scores_shape, dtype=lse.dtype)
+    assert backend.backward is not None
+    gradients = backend.backward(problem, douts[0], out, lse, douts[1], None, dbias)
+    named = dict(zip(("q", "k", "v"), gradients, strict=True))
+    if problem.sinks is not None:
+        named["sinks"] = attention_reference.sinks_gradient(problem.sinks, douts[0], out, lse, douts[1])
+    if problem.bias is not None and dbias is not None:
+        named["bias"] = dbias.sum_to_size(problem.bias.shape).to(problem.bias.dtype)
+    return [out, lse], named

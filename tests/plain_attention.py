@@ -1,0 +1,113 @@
+"""Attention as one writes it without a fused operator, differentiated by autograd: the yardstick of the tests.
+
+Every step is taken in the inputs' dtype: "plain", the error that is allowed. With fp64 inputs it is "exact". It
+follows the definition of pypar.attention and shares no code with pypar's reference but the dropout generator.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pypar.ops.attention_arguments import Positions
+from pypar.ops.attention_reference import dropout_keep
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keywords of pypar.attention, and positions; None: the last query is at the last key's position."""
+
+    causal: bool = False
+    scale: float | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    positions: Positions | None = None
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> tuple[Tensor, Tensor]:
+    """(out, lse) of pypar.attention's arguments; lse in fp32, or in fp64 for fp64."""
+    options = Options(**keywords)
+    if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
+        return _attend(q, k, v, options, 0)
+    # Of zero rows, so that there is something to join when there is no sequence.
+    none = q[None, :0], k[None, :0], v[None, :0]
+    parts = [_attend(*none, options, 0)]
+    rows, keys = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
+    for b in range(len(rows) - 1):
+        row, key = slice(rows[b], rows[b + 1]), slice(keys[b], keys[b + 1])
+        parts.append(_attend(q[None, row], k[None, key], v[None, key], options, b))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1)[0], torch.cat(lses, 2)[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, first: int) -> tuple[Tensor, Tensor]:
+    """With a batch dimension, whose elements are the sequences `first`, first + 1 and so on."""
+    B, T, N, H = q.shape
+    S, G = k.shape[1:3]
+    at = options.positions or Positions(q_start=S - T)
+    pq = at.q_start + at.step * torch.arange(T)
+    pk = at.k_start + at.step * torch.arange(S)
+    k, v = (x.repeat_interleave(N // G, 2).permute(0, 2, 1, 3) for x in (k, v))
+    x = q.permute(0, 2, 1, 3) @ k.transpose(2, 3) * (H**-0.5 if options.scale is None else options.scale)
+    if options.softcap > 0:
+        x = torch.tanh(x / options.softcap) * options.softcap
+    if options.bias is not None:
+        x = (x + options.bias).to(q.dtype)
+    if options.alibi_slopes is not None:
+        slopes = options.alibi_slopes
+        slopes = slopes[first : first + B] if slopes.dim() == 2 else slopes[None]
+        distance = (pq[:, None] - pk[None, :]).abs()
+        x = (x - slopes[:, :, None, None] * distance).to(q.dtype)
+    seen = _seen(pq, pk, options) & (x != -math.inf)
+    # A row that sees nothing gets finite scores, whose results are then replaced by constants.
+    any_seen = seen.any(-1, keepdim=True) | (options.sinks is not None)
+    terms = x.masked_fill(~seen & any_seen, -math.inf).masked_fill(~any_seen, 0)
+    if options.sinks is not None:
+        terms = torch.cat((terms, options.sinks.to(q.dtype)[None, :, None, None].expand(B, N, T, 1)), -1)
+    elif S == 0:
+        terms = torch.cat((terms, terms.new_zeros(B, N, T, 1)), -1)
+    p = terms.softmax(-1)[..., :S].masked_fill(~any_seen, 0)
+    if options.dropout_p > 0:
+        keep = _keep((B, N, T, S), first, at, options.dropout_seed, options.dropout_p)
+        p = (p / (1 - options.dropout_p)).masked_fill(~keep, 0)
+    out = (p @ v).permute(0, 2, 1, 3)
+    wide = terms if terms.dtype == torch.float64 else terms.float()
+    return out, wide.logsumexp(-1).masked_fill(~any_seen[..., 0], -math.inf)
+
+
+def _seen(pq: Tensor, pk: Tensor, options: Options) -> Tensor:
+    """[T, S]"""
+    left, right = (-1 if side is None else side for side in options.window or (None, None))
+    if options.causal:
+        right = 0
+    seen = torch.ones(len(pq), len(pk), dtype=torch.bool)
+    if left >= 0:
+        seen &= pk[None, :] >= pq[:, None] - left
+    if right >= 0:
+        seen &= pk[None, :] <= pq[:, None] + right
+    return seen
+
+
+@functools.lru_cache(maxsize=8)
+def _keep(shape: tuple[int, int, int, int], first: int, at: Positions, seed: int, p: float) -> Tensor:
+    """[B, N, T, S]: which probabilities dropout keeps. Remembered, as plain and exact ask for the same."""
+    B, N, T, S = shape
+    batch, head = (start + torch.arange(n) for start, n in ((at.batch_start + first, B), (at.head_start, N)))
+    pq, pk = (start + at.step * torch.arange(n) for start, n in ((at.q_start, T), (at.k_start, S)))
+    # Some rows at a time: the generator's many steps then stay in the cache.
+    blocks = [
+        dropout_keep(seed, p, batch[:, None, None, None], head[:, None, None], rows[:, None], pk)
+        for rows in pq.split(64)
+    ]
+    return torch.cat(blocks, 2)
