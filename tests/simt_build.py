@@ -90,14 +90,17 @@ def kernel_module(name: str, flavour: str = "checked", defines: Iterable[str] = 
     return build([KERNELS / f"{name}.cu"], flavour, defines)
 
 
+def prepare_kernel(name: str, flavour: str, defines: Iterable[str] = ()) -> None:
+    """Builds kernel_module(...) and does not load it."""
+    _build_library([KERNELS / f"{name}.cu"], flavour, defines)
+
+
 _loaded: dict[Path, ModuleType] = {}
 
 
 def build(sources: list[Path], flavour: str, defines: Iterable[str] = ()) -> ModuleType:
     """Compiles the sources, each as kernels and as their Python side, links them with the runtime and imports it."""
-    if flavour not in _FLAVOURS:
-        raise ValueError(f"flavour is one of {', '.join(_FLAVOURS)}, not {flavour}")
-    path = _build_library(sources, flavour, [f"-D{name}" for name in defines])
+    path = _build_library(sources, flavour, defines)
     if path not in _loaded:
         # pybind11 keeps one module per full name; the last part names the entry.
         spec = importlib.util.spec_from_file_location(f"{path.parent.name}.simt", path)
@@ -131,7 +134,9 @@ def _hash(command: str, files: Iterable[Path]) -> str:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
+    # The compiler needs no sanitizer, should this process have one.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
 
@@ -200,8 +205,10 @@ class _Builder:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _build_library(sources: list[Path], flavour: str, defines: list[str]) -> Path:
-    builder = _Builder(flavour, defines)
+def _build_library(sources: list[Path], flavour: str, defines: Iterable[str]) -> Path:
+    if flavour not in _FLAVOURS:
+        raise ValueError(f"flavour is one of {', '.join(_FLAVOURS)}, not {flavour}")
+    builder = _Builder(flavour, [f"-D{name}" for name in defines])
     with open(builder.folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
         *runtime, begin, end = builder.runtime()

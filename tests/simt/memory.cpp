@@ -11,6 +11,9 @@
 
 #ifdef SIMT_SANITIZED
 #  include <sanitizer/asan_interface.h>
+// As the compiler's own checks call them.
+extern "C" void __asan_report_load1(void* address);
+extern "C" void __asan_report_store1(void* address);
 #endif
 
 // The bounds of the static shared variables, see shared_bounds.cpp; and this module's image.
@@ -266,10 +269,7 @@ void check_shared(Thread& t, const void* pointer, size_t bytes, Access access, c
   (void)what;  // the sanitizer knows what may be touched
   if ((address_of(pointer) & (bytes - 1)) != 0) check_access(t, pointer, bytes, access, site);
   if (void* bad = __asan_region_is_poisoned(const_cast<void*>(pointer), bytes)) {
-    if (access == Access::kRead)
-      (void)*static_cast<volatile char*>(bad);
-    else
-      *static_cast<volatile char*>(bad) = 0;
+    access == Access::kRead ? __asan_report_load1(bad) : __asan_report_store1(bad);
   }
 #else
   if (!is_shared(pointer)) {
