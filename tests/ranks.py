@@ -214,7 +214,7 @@ def _rank_main(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=3600)
+        "pypar", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=3600)
     )
     connection.send_bytes(pickle.dumps((True, pickle.dumps("ready"))))
     while True:

@@ -8,6 +8,7 @@ from pypar.comm.autograd import (
     reduce_scatter_to,
     split_to,
 )
+from pypar.comm.backend import register
 from pypar.comm.collectives import (
     Handle,
     all_gather_start,
@@ -36,3 +37,5 @@ __all__ = [
     "split_to",
     "wire_bytes",
 ]
+
+register()

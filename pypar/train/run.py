@@ -32,7 +32,7 @@ def process_group(threads: int) -> Iterator[torch.device]:
         device = torch.device("cpu")
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "pypar")
     yield device
     if (
         world_size > 1

@@ -1,0 +1,357 @@
+// The ranks of one host as a group: collectives and messages through shared memory, in the background where
+// asked.
+//
+// Two lanes: collectives run one after another in the order of the calls, messages all at once. In each lane
+// work is done by whoever holds its lock: a thread of its own, for work that was started in the background,
+// or the caller that waits, which saves two changes of thread.
+#include "shm_reduce.h"
+
+#ifdef PYPAR_BINDING
+
+#  include <condition_variable>
+#  include <mutex>
+
+#  include <pybind11/stl.h>
+
+#  include "shm_collectives.h"
+#  include "shm_streams.h"
+
+namespace py = pybind11;
+
+namespace pypar::shm {
+namespace {
+
+struct Work {
+  std::function<void()> run;
+  std::shared_ptr<Transfer> transfer;  // of a message
+  std::atomic<bool> done{false};
+  std::string error;
+};
+
+using Deadline = Clock::time_point;
+
+class Group {
+ public:
+  Group(int fd, int rank, int num_ranks, int64_t buffer_bytes, int64_t stream_bytes, const std::string& name)
+      : segment_(fd, rank, Sizes{num_ranks, buffer_bytes, stream_bytes}),
+        collectives_(segment_, name, stop_),
+        streams_(segment_, name) {}
+
+  ~Group() {
+    stop_ = true;
+    RankLine& line = segment_.line(segment_.rank());
+    line.bell.fetch_add(1);
+    futex_wake_all(line.bell);
+    {
+      std::lock_guard<std::mutex> lock(queue_mutex_);
+    }
+    wake_.notify_all();
+    for (std::thread* thread : {&lane_thread_, &stream_thread_}) {
+      if (thread->joinable()) thread->join();
+    }
+  }
+
+  void set_timeout(double seconds) { timeout_s_ = seconds; }
+
+  std::shared_ptr<Work> submit(std::function<void()> run, bool in_background) {
+    auto work = std::make_shared<Work>();
+    work->run = std::move(run);
+    std::lock_guard<std::mutex> lock(queue_mutex_);
+    queue_.push_back(work);
+    if (in_background) {
+      if (!lane_thread_.joinable()) lane_thread_ = std::thread([this] { run_lane(); });
+      ++background_;
+      wake_.notify_all();
+    }
+    return work;
+  }
+
+  std::shared_ptr<Work> message(bool is_send, char* data, int64_t bytes, int peer, int tag) {
+    auto work = std::make_shared<Work>();
+    work->transfer = std::make_shared<Transfer>();
+    work->transfer->data = data;
+    work->transfer->bytes = bytes;
+    work->transfer->peer = peer;
+    work->transfer->tag = tag;
+    {
+      std::lock_guard<std::mutex> lock(streams_mutex_);
+      is_send ? streams_.send(work->transfer) : streams_.receive(work->transfer);
+      streams_.progress();
+      if (!stream_thread_.joinable() && !streams_.idle())
+        stream_thread_ = std::thread([this] { run_streams(); });
+    }
+    RankLine& line = segment_.line(segment_.rank());
+    line.bell.fetch_add(1, std::memory_order_seq_cst);
+    if (line.bell_sleepers.load() != 0) futex_wake_all(line.bell);
+    return work;
+  }
+
+  bool is_done(Work& work) {
+    if (!work.transfer) return work.done.load(std::memory_order_acquire);
+    std::lock_guard<std::mutex> lock(streams_mutex_);
+    streams_.progress();
+    return work.transfer->done;
+  }
+
+  // Returns when the work is done; throws what it threw.
+  void wait(Work& work, double seconds) {
+    if (work.transfer) return wait_message(work, seconds);
+    while (!work.done.load(std::memory_order_acquire)) {
+      std::unique_lock<std::mutex> lane(lane_mutex_, std::try_to_lock);
+      if (lane.owns_lock()) {
+        run_next(seconds);
+      } else {
+        std::unique_lock<std::mutex> lock(queue_mutex_);
+        if (!work.done.load()) ended_.wait_for(lock, std::chrono::milliseconds(50));
+      }
+    }
+    if (!work.error.empty()) throw std::runtime_error(work.error);
+  }
+
+  Collectives& collectives() { return collectives_; }
+  const Segment& segment() const { return segment_; }
+
+ private:
+  // Runs the first work of the queue, if there is any. The caller holds lane_mutex_.
+  void run_next(double seconds) {
+    std::shared_ptr<Work> work;
+    {
+      std::lock_guard<std::mutex> lock(queue_mutex_);
+      if (queue_.empty()) return;
+      work = queue_.front();
+      queue_.pop_front();
+    }
+    collectives_.set_timeout(seconds > 0 ? seconds : timeout_s_);
+    try {
+      if (!failed_.empty()) throw std::runtime_error("the group cannot be used any more: " + failed_);
+      work->run();
+    } catch (const std::exception& error) {
+      work->error = error.what();
+      if (failed_.empty()) failed_ = error.what();
+    }
+    work->run = nullptr;
+    {
+      std::lock_guard<std::mutex> lock(queue_mutex_);
+      work->done.store(true, std::memory_order_release);
+    }
+    ended_.notify_all();
+  }
+
+  void run_lane() {
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(queue_mutex_);
+        wake_.wait(lock, [this] { return stop_.load() || (background_ > 0 && !queue_.empty()); });
+        if (stop_) return;
+      }
+      std::lock_guard<std::mutex> lane(lane_mutex_);
+      run_next(0);
+      std::lock_guard<std::mutex> lock(queue_mutex_);
+      if (queue_.empty()) background_ = 0;
+    }
+  }
+
+  void wait_message(Work& work, double seconds) {
+    const double most = seconds > 0 ? seconds : timeout_s_;
+    const auto deadline =
+        Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(most));
+    auto spin_until = Clock::now() + kSpin;
+    for (;;) {
+      const uint32_t bell = segment_.line(segment_.rank()).bell.load(std::memory_order_acquire);
+      {
+        std::lock_guard<std::mutex> lock(streams_mutex_);
+        const bool moved = streams_.progress();
+        if (work.transfer->done) break;
+        if (stop_) throw std::runtime_error("the group was shut down while a message was waited for");
+        if (moved) spin_until = Clock::now() + kSpin;
+        if (Clock::now() >= deadline) {
+          streams_.cancel(work.transfer.get());
+          streams_.give_up(*work.transfer, "message with", work.transfer->peer,
+                           "timed out after " + std::to_string(most) + " s");
+          break;
+        }
+      }
+      if (Clock::now() < spin_until) {
+        for (int i = 0; i < 32; ++i) relax();
+      } else if (!nap(bell)) {
+        std::lock_guard<std::mutex> lock(streams_mutex_);
+        streams_.look_after();
+      }
+    }
+    if (!work.transfer->error.empty()) throw std::runtime_error(work.transfer->error);
+  }
+
+  // Sleeps until the bell rings. False if it did not.
+  bool nap(uint32_t seen) {
+    RankLine& line = segment_.line(segment_.rank());
+    line.bell_sleepers.fetch_add(1, std::memory_order_relaxed);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (line.bell.load(std::memory_order_acquire) == seen) futex_wait(line.bell, seen, kNap);
+    line.bell_sleepers.fetch_sub(1, std::memory_order_relaxed);
+    return line.bell.load(std::memory_order_acquire) != seen;
+  }
+
+  // Moves messages that nobody waits for.
+  void run_streams() {
+    while (!stop_) {
+      const uint32_t bell = segment_.line(segment_.rank()).bell.load(std::memory_order_acquire);
+      {
+        std::lock_guard<std::mutex> lock(streams_mutex_);
+        if (streams_.progress()) continue;
+      }
+      if (!nap(bell)) {
+        std::lock_guard<std::mutex> lock(streams_mutex_);
+        streams_.look_after();
+      }
+    }
+  }
+
+  std::atomic<bool> stop_{false};
+  Segment segment_;
+  Collectives collectives_;
+  Streams streams_;
+  double timeout_s_ = 1800;
+  std::mutex lane_mutex_;   // held by who runs collectives
+  std::mutex queue_mutex_;  // guards queue_, background_
+  std::condition_variable wake_, ended_;
+  std::deque<std::shared_ptr<Work>> queue_;
+  int64_t background_ = 0;
+  std::string failed_;
+  std::mutex streams_mutex_;
+  std::thread lane_thread_, stream_thread_;
+};
+
+std::vector<Part> parts_of(const std::vector<std::pair<uintptr_t, int64_t>>& addresses) {
+  std::vector<Part> parts;
+  for (const auto& [address, bytes] : addresses) parts.push_back({reinterpret_cast<char*>(address), bytes});
+  return parts;
+}
+
+using Address = std::pair<uintptr_t, int64_t>;
+
+void check_rank(const Group& group, int rank, const char* what) {
+  if (rank < 0 || rank >= group.segment().num_ranks()) {
+    throw py::value_error(std::string(what) + " (" + std::to_string(rank) +
+                          ") must be a rank of the group, 0 to " +
+                          std::to_string(group.segment().num_ranks() - 1));
+  }
+}
+
+void check_parts(const Group& group, const std::vector<Address>& parts) {
+  if (static_cast<int>(parts.size()) != group.segment().num_ranks()) {
+    throw py::value_error("one tensor per rank is needed, " + std::to_string(parts.size()) + " were given");
+  }
+  for (const Address& part : parts) {
+    if (part.second < 0) throw py::value_error("a size in bytes must not be negative");
+  }
+}
+
+void check_reduction(int64_t count, int type, int op) {
+  if (count < 0 || type < 0 || type >= kShmBytes || op < 0 || op >= kNumShmOps) {
+    throw py::value_error("unknown type or operation of a reduction");
+  }
+}
+
+char* memory_at(uintptr_t address) { return reinterpret_cast<char*>(address); }
+
+}  // namespace
+}  // namespace pypar::shm
+
+PYPAR_BIND(shm) {
+  using namespace pypar::shm;  // NOLINT
+  using Self = std::shared_ptr<Group>;
+  py::class_<Work, std::shared_ptr<Work>>(module, "ShmWork")
+      .def_property_readonly("peer",
+                             [](const Work& work) { return work.transfer ? work.transfer->peer : -1; });
+  py::class_<Group, Self> group(module, "ShmGroup");
+  group.def(py::init<int, int, int, int64_t, int64_t, const std::string&>(), py::arg("fd"), py::arg("rank"),
+            py::arg("num_ranks"), py::arg("buffer_bytes"), py::arg("stream_bytes"), py::arg("name"));
+  group.def("set_timeout", &Group::set_timeout);
+  group.def("wait", &Group::wait, py::arg("work"), py::arg("seconds") = 0.0,
+            py::call_guard<py::gil_scoped_release>());
+  group.def("is_done", &Group::is_done, py::call_guard<py::gil_scoped_release>());
+  group.def("all_reduce", [](Group& g, uintptr_t data, int64_t count, int type, int op, bool background) {
+    check_reduction(count, type, op);
+    return g.submit(
+        [&g, data, count, type, op] { g.collectives().all_reduce(memory_at(data), count, type, op); },
+        background);
+  });
+  group.def("reduce",
+            [](Group& g, uintptr_t data, int64_t count, int type, int op, int root, bool background) {
+              check_reduction(count, type, op);
+              check_rank(g, root, "dst");
+              return g.submit([&g, data, count, type, op,
+                               root] { g.collectives().reduce(memory_at(data), count, type, op, root); },
+                              background);
+            });
+  group.def("broadcast", [](Group& g, const Address& data, int type, int root, bool background) {
+    check_rank(g, root, "src");
+    return g.submit(
+        [&g, data, type, root] { g.collectives().broadcast(memory_at(data.first), data.second, type, root); },
+        background);
+  });
+  group.def("all_gather",
+            [](Group& g, const Address& source, const std::vector<Address>& outs, int type, bool background) {
+              check_parts(g, outs);
+              return g.submit(
+                  [&g, source, outs = parts_of(outs), type] {
+                    g.collectives().all_gather({memory_at(source.first), source.second}, outs, type);
+                  },
+                  background);
+            });
+  group.def("gather", [](Group& g, const Address& source, const std::vector<Address>& outs, int type,
+                         int root, bool background) {
+    check_rank(g, root, "dst");
+    if (root == g.segment().rank()) check_parts(g, outs);
+    return g.submit(
+        [&g, source, outs = parts_of(outs), type, root] {
+          g.collectives().gather({memory_at(source.first), source.second}, outs, type, root);
+        },
+        background);
+  });
+  group.def("scatter", [](Group& g, const std::vector<Address>& ins, const Address& out, int type, int root,
+                          bool background) {
+    check_rank(g, root, "src");
+    if (root == g.segment().rank()) {
+      check_parts(g, ins);
+      for (const Address& in : ins) {
+        if (in.second != out.second) throw py::value_error("scatter needs tensors of one size");
+      }
+    }
+    return g.submit([&g, ins = parts_of(ins), out, type,
+                     root] { g.collectives().scatter(ins, {memory_at(out.first), out.second}, type, root); },
+                    background);
+  });
+  group.def("reduce_scatter",
+            [](Group& g, const std::vector<Address>& ins, uintptr_t out, int type, int op, bool background) {
+              check_reduction(0, type, op);
+              check_parts(g, ins);
+              return g.submit([&g, ins = parts_of(ins), out, type,
+                               op] { g.collectives().reduce_scatter(ins, memory_at(out), type, op); },
+                              background);
+            });
+  group.def("all_to_all", [](Group& g, const std::vector<Address>& ins, const std::vector<Address>& outs,
+                             int type, bool background) {
+    check_parts(g, ins);
+    check_parts(g, outs);
+    return g.submit([&g, ins = parts_of(ins), outs = parts_of(outs),
+                     type] { g.collectives().all_to_all(ins, outs, type); },
+                    background);
+  });
+  group.def("barrier", [](Group& g, bool background) {
+    return g.submit([&g] { g.collectives().barrier(); }, background);
+  });
+  group.def("send", [](Group& g, const Address& data, int peer, int tag) {
+    check_rank(g, peer, "dst");
+    return g.message(true, memory_at(data.first), data.second, peer, tag);
+  });
+  group.def("receive", [](Group& g, const Address& data, int peer, int tag) {
+    if (peer != -1) check_rank(g, peer, "src");
+    return g.message(false, memory_at(data.first), data.second, peer, tag);
+  });
+  group.def_static("segment_bytes", [](int num_ranks, int64_t buffer_bytes, int64_t stream_bytes) {
+    return Sizes{num_ranks, buffer_bytes, stream_bytes}.total();
+  });
+}
+
+#endif

@@ -1,0 +1,107 @@
+"""Tensors as the native collectives take them: addresses, sizes in bytes, numbers for types and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# ShmType in csrc/shm_reduce.h.
+_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.uint8: 4,
+    torch.int8: 5,
+    torch.int16: 6,
+    torch.int32: 7,
+    torch.int64: 8,
+    torch.bool: 9,
+}
+_BYTES = 10
+_AVERAGE, _NUM_BIT_FREE_OPS, _NUM_OPS = 1, 5, 8  # numbers of torch's ReduceOp, which are ShmOp's too
+_OP_NAMES = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM")
+
+Parts = list[tuple[int, int]]
+
+
+def dense(tensor: Tensor, copies: list, reads: bool, writes: bool = True) -> Tensor:
+    """The tensor's elements one after the other: itself, or a copy that is noted in `copies` (target, copy, writes)."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise ValueError(
+            f'the backend "pypar" is for dense CPU tensors, this one is {tensor.layout} on {tensor.device}; '
+            "use nccl for GPUs, gloo for sparse tensors"
+        )
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_contiguous():
+        copies.append((tensor, tensor, False))  # keeps it alive
+        return tensor
+    copy = tensor.contiguous() if reads else torch.empty(tensor.shape, dtype=tensor.dtype)
+    copies.append((tensor, copy, writes))
+    return copy
+
+
+def part(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.numel() * x.element_size()
+
+
+def type_code(x: Tensor) -> int:
+    return _TYPES.get(x.dtype, _BYTES)
+
+
+def in_background(opts: Any) -> bool:
+    return opts is None or opts.asyncOp
+
+
+def reduction(x: Tensor, reduce_op: Any) -> tuple[int, int]:
+    """(type, operation) as the native code numbers them."""
+    op = int(getattr(reduce_op, "op", reduce_op))
+    code = type_code(x)
+    wide = x.dtype.is_floating_point
+    if (
+        op >= _NUM_OPS
+        or code == _BYTES
+        or (wide and op >= _NUM_BIT_FREE_OPS)
+        or (not wide and op == _AVERAGE)
+    ):
+        name = _OP_NAMES[op] if op < len(_OP_NAMES) else str(op)
+        raise ValueError(
+            f'the backend "pypar" cannot reduce {x.dtype} with {name}; floating point takes SUM, AVG, PRODUCT, '
+            "MIN, MAX, integers all but AVG, and float8 has to be converted"
+        )
+    return code, op
+
+
+def equal_parts(x: Tensor, size: int, name: str, numel: int) -> Parts:
+    """Equal parts of a contiguous tensor."""
+    if x.numel() != numel:
+        raise ValueError(f"{name} has {x.numel()} elements; with {size} ranks it must have {numel}")
+    address, num_bytes = part(x)
+    return [(address + r * (num_bytes // size), num_bytes // size) for r in range(size)]
+
+
+def row_parts(flat: Tensor, x: Tensor, splits: Sequence[int] | None, size: int, name: str) -> Parts:
+    """Parts of a contiguous tensor's first dimension, equal ones without `splits`."""
+    rows = x.shape[0] if x.dim() else 1
+    if not splits:
+        if rows % size:
+            raise ValueError(
+                f"{name}'s first dimension ({rows}) must divide by the number of ranks ({size}) without split sizes"
+            )
+        splits = [rows // size] * size
+    if len(splits) != size or sum(splits) != rows:
+        raise ValueError(
+            f"{name}'s split sizes {list(splits)} must be {size} numbers that sum to its first dimension ({rows})"
+        )
+    address, num_bytes = part(flat)
+    row_bytes = num_bytes // rows if rows else 0
+    parts = []
+    for split in splits:
+        parts.append((address, split * row_bytes))
+        address += split * row_bytes
+    return parts

@@ -1,0 +1,266 @@
+"""The torch.distributed backend "pypar": CPU tensors, shared memory inside a host, gloo between hosts.
+
+    import pypar.comm
+    torch.distributed.init_process_group("pypar")
+
+Results are summed in rank order, bf16 and fp16 in fp32, so they are the same bits on all ranks and in every run.
+"""
+
+# mypy: disable-error-code="override, assignment"
+# torch's stubs describe the group's C++ side, with other argument names and one overload for every old form.
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from pypar.comm.operands import dense, equal_parts, in_background, part, reduction, row_parts, type_code
+from pypar.comm.shared_memory import open_group
+from pypar.comm.work import Work, complete
+
+NAME = "pypar"
+
+Options = Any  # torch's per-collective option structs
+
+
+class ProcessGroup(dist.ProcessGroup):
+    """torch.distributed's process group over shared memory; all ranks on one host."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, name: str) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self._rank, self._size, self._name, self._timeout = rank, size, name, timeout
+        self.native = open_group(store, list(range(size)), rank, timeout, name)
+        self._started: deque[Work] = deque()  # keeps tensors alive while they are in use
+        self._to_complete: queue.SimpleQueue[Work] | None = None
+
+    # ---- what torch asks of a group
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return NAME
+
+    name = getBackendName
+
+    @property
+    def group_name(self) -> str:
+        return c10d._world.pg_names.get(self, self._name)
+
+    @property
+    def supports_splitting(self) -> bool:
+        return False
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        self.native.set_timeout(timeout.total_seconds())
+
+    _set_default_timeout = set_timeout
+
+    def abort(self) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        self._started.clear()
+
+    # ---- collectives
+
+    def allreduce(self, tensors: list[Tensor], opts: Options = None) -> Work:
+        opts = opts or dist.AllreduceOptions()
+        return self._reduce_all(tensors, opts)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Options = None) -> Work:
+        return self._reduce_all(tensors, opts or dist.AllreduceCoalescedOptions())
+
+    def _reduce_all(self, tensors: list[Tensor], opts: Options) -> Work:
+        copies: list = []
+        works = []
+        for tensor in tensors:
+            flat = dense(tensor, copies, reads=True)
+            code, op = reduction(flat, opts.reduceOp)
+            works.append(self.native.all_reduce(flat.data_ptr(), flat.numel(), code, op, opts.asyncOp))
+        return self._work(works, tensors, copies)
+
+    def reduce(self, tensors: list[Tensor], opts: Options) -> Work:
+        copies: list = []
+        flat = dense(tensors[0], copies, reads=True)
+        code, op = reduction(flat, opts.reduceOp)
+        arguments = flat.data_ptr(), flat.numel(), code, op, opts.rootRank, opts.asyncOp
+        return self._work([self.native.reduce(*arguments)], tensors, copies)
+
+    def broadcast(self, tensors: list[Tensor], opts: Options = None) -> Work:
+        opts = opts or dist.BroadcastOptions()
+        copies: list = []
+        flat = dense(tensors[0], copies, reads=True)
+        arguments = part(flat), type_code(flat), opts.rootRank, opts.asyncOp
+        return self._work([self.native.broadcast(*arguments)], tensors, copies)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Options = None) -> Work:
+        copies: list = []
+        works = []
+        for outs, source in zip(outputs, inputs, strict=True):
+            flat = dense(source, copies, reads=True, writes=False)
+            parts = [part(dense(out, copies, reads=False)) for out in outs]
+            works.append(self.native.all_gather(part(flat), parts, type_code(flat), in_background(opts)))
+        return self._work(works, [out for outs in outputs for out in outs], copies, inputs)
+
+    def allgather_coalesced(
+        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Options = None
+    ) -> Work:
+        """outputs[r][i] receives rank r's inputs[i]."""
+        return self.allgather([list(outs) for outs in zip(*outputs, strict=True)], inputs, opts)
+
+    def all_gather_single(self, output: Tensor, source: Tensor, opts: Options = None) -> Work:
+        return self.all_gather_single_coalesced([output], [source], opts)
+
+    def all_gather_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Options = None
+    ) -> Work:
+        copies: list = []
+        works = []
+        for output, source in zip(outputs, inputs, strict=True):
+            flat = dense(source, copies, reads=True, writes=False)
+            parts = equal_parts(
+                dense(output, copies, reads=False), self._size, "output", flat.numel() * self._size
+            )
+            works.append(self.native.all_gather(part(flat), parts, type_code(flat), in_background(opts)))
+        return self._work(works, outputs, copies, inputs)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Options = None) -> Work:
+        opts = opts or dist.ReduceScatterOptions()
+        copies: list = []
+        works = []
+        for output, ins in zip(outputs, inputs, strict=True):
+            out = dense(output, copies, reads=False)
+            flats = [dense(x, copies, reads=True, writes=False) for x in ins]
+            if flats[self._rank].numel() != out.numel():
+                raise ValueError(
+                    f"output {tuple(output.shape)} must be like input {self._rank}: {tuple(ins[self._rank].shape)}"
+                )
+            code, op = reduction(out, opts.reduceOp)
+            parts = [part(flat) for flat in flats]
+            works.append(self.native.reduce_scatter(parts, out.data_ptr(), code, op, opts.asyncOp))
+        return self._work(works, outputs, copies, inputs)
+
+    def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Options = None) -> Work:
+        return self.reduce_scatter_single_coalesced([output], [source], opts)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Options = None
+    ) -> Work:
+        opts = opts or dist.ReduceScatterOptions()
+        copies: list = []
+        works = []
+        for output, source in zip(outputs, inputs, strict=True):
+            out = dense(output, copies, reads=False)
+            flat = dense(source, copies, reads=True, writes=False)
+            parts = equal_parts(flat, self._size, "input", out.numel() * self._size)
+            code, op = reduction(out, opts.reduceOp)
+            works.append(self.native.reduce_scatter(parts, out.data_ptr(), code, op, opts.asyncOp))
+        return self._work(works, outputs, copies, inputs)
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Options = None) -> Work:
+        copies: list = []
+        ins = [dense(x, copies, reads=True, writes=False) for x in inputs]
+        outs = [part(dense(x, copies, reads=False)) for x in outputs]
+        work = self.native.all_to_all([part(x) for x in ins], outs, type_code(ins[0]), in_background(opts))
+        return self._work([work], outputs, copies, inputs)
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        source: Tensor,
+        output_splits: Sequence[int] | None,
+        input_splits: Sequence[int] | None,
+        opts: Options = None,
+    ) -> Work:
+        copies: list = []
+        flat = dense(source, copies, reads=True, writes=False)
+        out = dense(output, copies, reads=False)
+        ins = row_parts(flat, source, input_splits, self._size, "input")
+        outs = row_parts(out, output, output_splits, self._size, "output")
+        return self._work(
+            [self.native.all_to_all(ins, outs, type_code(flat), in_background(opts))],
+            [output],
+            copies,
+            [source],
+        )
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Options) -> Work:
+        copies: list = []
+        flat = dense(inputs[0], copies, reads=True, writes=False)
+        outs = outputs[0] if opts.rootRank == self._rank else []
+        parts = [part(dense(out, copies, reads=False)) for out in outs]
+        work = self.native.gather(part(flat), parts, type_code(flat), opts.rootRank, in_background(opts))
+        return self._work([work], outs, copies, inputs)
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Options) -> Work:
+        copies: list = []
+        ins = inputs[0] if opts.rootRank == self._rank else []
+        parts = [part(dense(x, copies, reads=True, writes=False)) for x in ins]
+        out = dense(outputs[0], copies, reads=False)
+        work = self.native.scatter(parts, part(out), type_code(out), opts.rootRank, in_background(opts))
+        return self._work([work], outputs, copies, inputs)
+
+    def barrier(self, opts: Options = None) -> Work:
+        return self._work([self.native.barrier(in_background(opts))], [], [])
+
+    # ---- messages
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Work:
+        copies: list = []
+        flat = dense(tensors[0], copies, reads=True, writes=False)
+        return self._work([self.native.send(part(flat), peer, tag)], tensors, copies)
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Work:
+        copies: list = []
+        flat = dense(tensors[0], copies, reads=False)
+        return self._work([self.native.receive(part(flat), peer, tag)], tensors, copies)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
+        return self.recv(tensors, -1, tag)
+
+    # ---- torch <= 2.12 calls the same by other names
+
+    _allgather_base = all_gather_single
+    _reduce_scatter_base = reduce_scatter_single
+    alltoall_base = all_to_all_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    # ----
+
+    def _work(self, works: list, result: list[Tensor], copies: list, *alive: Any) -> Work:
+        targets = [(target, source) for target, source, writes in copies if writes]
+
+        def finish() -> None:
+            with torch.no_grad():
+                for target, source in targets:
+                    target.copy_(source.view(target.dtype).view(target.shape))
+
+        work = Work(self, works, result, finish if targets else None, (copies, alive))
+        while self._started and self._started[0].is_completed():
+            self._started.popleft()
+        self._started.append(work)
+        return work
+
+    def complete_later(self, work: Work) -> None:
+        """Sets the work's future when it is done. One thread of the group does it for all."""
+        if self._to_complete is None:
+            self._to_complete = queue.SimpleQueue()
+            threading.Thread(
+                target=complete, args=(self._to_complete,), daemon=True, name="pypar futures"
+            ).start()
+        self._to_complete.put(work)

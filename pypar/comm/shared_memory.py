@@ -1,0 +1,102 @@
+"""The ranks of one host open a piece of memory together.
+
+The first of them makes a memory file without a name and hands it to the others over a socket in the abstract namespace:
+nothing is ever written to a folder, so nothing can be left there, whoever dies when. The socket's name is random,
+and both ends check that the other process belongs to the same user.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import struct
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from pypar.ops import native
+
+# A data buffer holds one step of a collective: small enough to stay in the caches of two cores, large enough that
+# waiting for each other costs little.
+BUFFER_BYTES = 1 << 20
+# What a sender may be ahead of its receiver.
+STREAM_BYTES = 1 << 18
+_MOST_STREAM_BYTES = 1 << 28  # of all pairs together; a page is committed when it is first used
+
+HOST_VARIABLE = "PYPAR_HOST"
+
+
+def host_identity() -> str:
+    """Equal for processes that can share memory. The environment variable PYPAR_HOST overrides it."""
+    if name := os.environ.get(HOST_VARIABLE):
+        return name
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{boot}:{os.stat('/proc/self/ns/net').st_ino}:{os.getuid()}"
+
+
+def open_group(store: dist.Store, ranks: list[int], rank: int, timeout: timedelta, name: str) -> Any:
+    """A native group of `ranks`, which are on this host and `rank` one of them; all of them call this.
+
+    RuntimeError where memory cannot be shared; the store's or socket's time-out where a rank does not come.
+    """
+    index = ranks.index(rank)
+    stream_bytes = STREAM_BYTES
+    while len(ranks) ** 2 * stream_bytes > _MOST_STREAM_BYTES and stream_bytes > 4096:
+        stream_bytes //= 2
+    sizes = {"num_ranks": len(ranks), "buffer_bytes": BUFFER_BYTES, "stream_bytes": stream_bytes}
+    make = native.module().ShmGroup
+    key = f"shared_memory/{ranks[0]}"
+    if index:
+        fd = _receive_file(store.get(key).decode(), timeout)
+    else:
+        fd = os.memfd_create("pypar", os.MFD_CLOEXEC)
+        os.ftruncate(fd, make.segment_bytes(*sizes.values()))
+        if len(ranks) > 1:
+            _hand_out(fd, store, key, len(ranks) - 1, timeout)
+    try:
+        group = make(fd=fd, rank=index, name=name, **sizes)  # from here on the descriptor is the group's
+    except BaseException:
+        os.close(fd)
+        raise
+    group.set_timeout(timeout.total_seconds())
+    return group
+
+
+def _hand_out(fd: int, store: dist.Store, key: str, num_receivers: int, timeout: timedelta) -> None:
+    address = "pypar-" + secrets.token_hex(16)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind("\0" + address)
+        listener.listen(num_receivers)
+        listener.settimeout(timeout.total_seconds())
+        store.set(key, address)
+        while num_receivers:
+            connection, _ = listener.accept()
+            with connection:
+                if _peer_uid(connection) == os.getuid():
+                    socket.send_fds(connection, [b"pypar"], [fd])
+                    num_receivers -= 1
+
+
+def _receive_file(address: str, timeout: timedelta) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout.total_seconds())
+        connection.connect("\0" + address)
+        if _peer_uid(connection) != os.getuid():
+            raise RuntimeError(
+                "the process that offers shared memory belongs to another user; start all ranks as one user"
+            )
+        message, fds, *_ = socket.recv_fds(connection, 16, 1)
+    if message != b"pypar" or len(fds) != 1:
+        raise RuntimeError(
+            "the first rank of this host ended while it handed out the shared memory; see its error"
+        )
+    os.set_inheritable(fds[0], False)
+    return fds[0]
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1]
