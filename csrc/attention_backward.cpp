@@ -75,9 +75,43 @@ void write_rows(const float* from, int64_t stride, int64_t count, int64_t size, 
   }
 }
 
-// Per row of a block of rows, kBlock values of each: `base`, with which p = 2^(score * factor - base), delta
-// = dout . out - dlse, with which ds = p * (dp - delta), and what base lost by rounding. delta's products are
-// summed in the order of dp's: a row that sees one key then gets exactly 0.
+// What is kept of a block of rows, kBlock values of each: p = 2^(score * factor - base), ds = p * (dp -
+// delta). base = whole + rest, of which the first loses nothing in the exponent.
+struct RowValues {
+  float *base, *whole, *rest, *delta;
+};
+
+RowValues row_values(float* values) {
+  return {values, values + kBlock, values + 2 * kBlock, values + 3 * kBlock};
+}
+
+// The same of one row.
+struct RowExponent {
+  Float base, whole, rest;
+  float factor, least;
+};
+
+RowExponent row_exponent(const RowValues& values, int64_t row, float factor) {
+  // A score below `least` has p = 0.
+  const float span = values.base[row] - 200.0f;
+  return {broadcast(values.base[row]), broadcast(values.whole[row]), broadcast(values.rest[row]), factor,
+          factor > 1e-30f ? span / factor : -3e38f};
+}
+
+// 2^(score * factor - base), the product as if exact.
+PYPAR_INLINE Float probability_of(Float score, const RowExponent& e) {
+  const Float x = max(broadcast(e.least), score);  // in this order NaN is kept
+  const Float n = round_to_whole(x * e.factor - e.base);
+  const Float f = (x * e.factor - (n + e.whole)) - e.rest;
+#  if defined(__AVX512F__)
+  return exp2_of_parts(n, f);
+#  else
+  return exp2_of_parts(n < -127.0f ? broadcast(-127.0f) : n > 128.0f ? broadcast(128.0f) : n, f);
+#  endif
+}
+
+// delta = dout . out - dlse: its products are summed in the order of dp's, so a row that sees one key gets
+// exactly 0.
 void prepare_row_block(const Plan& plan, const Sequence& s, int64_t head, int64_t row_block, float* values) {
   const AttentionProblem& p = plan.p;
   const int64_t group = p.N / p.G, padded = round_up(p.Hv, kWidth);
@@ -90,20 +124,21 @@ void prepare_row_block(const Plan& plan, const Sequence& s, int64_t head, int64_
   pack(rows_of(plan.a.out, s.batch, s.q_begin, head, group), rows.first, rows.count, p.Hv, 1.0f, packed,
        padded);
   transpose(packed, padded, rows.count, padded, out, kBlock);
-  float *const base = values, *const delta = base + kBlock, *const base_rest = delta + kBlock;
+  const RowValues row = row_values(values);
   for (int64_t i = 0; i < rows.count; i += kWidth) {
     Float sum = zero();
     for (int64_t j = 0; j < p.Hv; ++j) sum += load(dout + j * kBlock + i) * load(out + j * kBlock + i);
-    store(delta + i, sum);
+    store(row.delta + i, sum);
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t index = lse_index(p, s, head, rows.first + i);
     const float lse = plan.a.lse[index];
     // A row that saw no key: p becomes 2^-huge = 0.
-    const bool nothing = lse == -__builtin_inff();
-    base[i] = nothing ? 3e38f : lse * kLog2e;
-    base_rest[i] = nothing ? 0.0f : static_cast<float>(lse * 1.44269504088896340736 - base[i]);
-    if (plan.a.dlse) delta[i] -= plan.a.dlse[index];
+    const double base = lse == -__builtin_inff() ? 1e6 : lse * 1.44269504088896340736;
+    row.base[i] = static_cast<float>(base);
+    row.whole[i] = __builtin_rintf(row.base[i]);
+    row.rest[i] = static_cast<float>(base - row.whole[i]);
+    if (plan.a.dlse) row.delta[i] -= plan.a.dlse[index];
   }
 }
 
@@ -226,20 +261,20 @@ struct Task {
   }
 
   // scores -> probabilities, dp -> gradient of the scores (without the scale).
-  void differentiate(const RowSpan& span, const Trim& trim, const float* values) const {
+  void differentiate(const RowSpan& span, const Trim& trim, const RowValues& values) const {
     const int64_t width = round_up(num_keys, kWidth);
     for (int64_t i = 0; i < span.count; ++i) {
       float *const x = s_p + i * kBlock, *const y = dp_ds + i * kBlock;
       const int64_t begin = trim.begin[i], end = trim.end[i];
-      const Float base = broadcast(values[i]), delta = broadcast(values[kBlock + i]);
-      const Float rest = broadcast(values[2 * kBlock + i]);
+      const RowExponent exponent = row_exponent(values, i, terms.factor);
+      const Float delta = broadcast(values.delta[i]);
       for (int64_t j = 0; j < width; j += kWidth) {
         if (j + kWidth <= begin || j >= end) {
           store(x + j, zero());
           store(y + j, zero());
           continue;
         }
-        Float probability = exp2((load(x + j) * terms.factor - base) - rest);
+        Float probability = probability_of(load(x + j), exponent);
         Float gradient = probability * (load(y + j) - delta);
         if (j < begin || j + kWidth > end) {
           const Int key = lane_indices() + static_cast<int32_t>(j);
@@ -254,7 +289,7 @@ struct Task {
   }
 
   // The same where scores are more than products, or dropped.
-  void differentiate_general(const RowSpan& span, const Trim& trim, const float* values) const {
+  void differentiate_general(const RowSpan& span, const Trim& trim, const RowValues& values) const {
     const int64_t width = round_up(num_keys, kWidth);
     for (int64_t i = 0; i < span.count; ++i) {
       float *const x = s_p + i * kBlock, *const y = dp_ds + i * kBlock;
@@ -266,13 +301,13 @@ struct Task {
                   p.softcap > 0.0f ? slope : nullptr);
       }
       if (terms.dropout) kept_row(p, terms, s, row, first_key, begin, end, keep);
-      const Float base = broadcast(values[i]), delta = broadcast(values[kBlock + i]);
-      const Float rest = broadcast(values[2 * kBlock + i]);
+      const RowExponent exponent = row_exponent(values, i, terms.factor);
+      const Float delta = broadcast(values.delta[i]);
       for (int64_t j = 0; j < width; j += kWidth) {
         const Int key = lane_indices() + static_cast<int32_t>(j);
         const Int seen = (key >= trim.begin[i]) & (key < trim.end[i]);
         const Float kept = terms.dropout ? load(keep + j) : broadcast(1.0f);
-        const Float probability = select(seen, exp2((load(x + j) * terms.factor - base) - rest), zero());
+        const Float probability = select(seen, probability_of(load(x + j), exponent), zero());
         // Where p is 0, dp may be anything.
         const Float gradient = select((Int)(probability > 0.0f) | (Int)(probability != probability),
                                       probability * (load(y + j) * kept - delta), zero());
@@ -320,7 +355,8 @@ struct Task {
   void propagate(int64_t row_block) const {
     const RowSpan span = rows_of_block(plan, s, row_block);
     const Trim trim(plan, s, span, first_key, num_keys);
-    const float* values = plan.values + plan.row_block_index(sequence, head, row_block) * row_block_floats(p);
+    const RowValues values =
+        row_values(plan.values + plan.row_block_index(sequence, head, row_block) * row_block_floats(p));
     m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
     m.products(rows, span.count, keys, num_keys, trim.masked ? trim.vectors : nullptr, s_p, dp_ds);
     if (terms.general || terms.dropout || a.dbias) {

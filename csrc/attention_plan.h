@@ -8,8 +8,11 @@ namespace pypar {
 
 // Query rows and keys are worked on in blocks of this many.
 constexpr int64_t kBlock = 96;
-// At most this many rows are computed straight from the keys and values in the caller's memory (decoding).
+// At most this many rows are computed straight from the keys and values in the caller's memory (decoding), if
+// they see enough keys that this pays. It sums scores in another order than backward, which loses a little
+// accuracy there.
 constexpr int64_t kDecodeRows = 16;
+constexpr int64_t kDecodeKeys = 2 * kBlock;
 // Few rows split the keys they see, so that all threads have work: at multiples of so many keys.
 constexpr int64_t kFewBlocks = 4;
 constexpr int64_t kKeysPerSplit = 8 * kBlock;
@@ -86,11 +89,12 @@ static inline ForwardShape forward_shape(const AttentionProblem& p, const Sequen
   ForwardShape shape{};
   shape.rows = s.T * (p.N / p.G);
   shape.row_blocks = blocks_of(shape.rows, kBlock);
-  shape.decode = shape.rows <= kDecodeRows && p.k.element_stride == 1 && p.v.element_stride == 1;
+  const Range keys = keys_seen(s, 0, s.T - 1);
+  shape.decode = shape.rows <= kDecodeRows && keys.end - keys.begin >= kDecodeKeys &&
+                 p.k.element_stride == 1 && p.v.element_stride == 1;
   shape.keys_per_split = shape.decode                     ? kDecodeKeysPerSplit
                          : shape.row_blocks <= kFewBlocks ? kKeysPerSplit
                                                           : most_of(1, s.S);
-  const Range keys = keys_seen(s, 0, s.T - 1);
   shape.first_split = keys.begin / shape.keys_per_split;
   shape.num_splits = most_of(1, blocks_of(keys.end, shape.keys_per_split) - shape.first_split);
   return shape;
@@ -123,7 +127,7 @@ static inline int64_t attention_forward_bytes(const AttentionProblem& p) {
 // ---- backward: parts are (key/value head, block of keys)
 
 // Of one block of rows in the caller's memory: values per row, the sum of dq.
-constexpr int64_t kRowValues = 3 * kBlock;
+constexpr int64_t kRowValues = 4 * kBlock;
 static inline int64_t row_block_floats(const AttentionProblem& p) {
   return kRowValues + kBlock * padded_size(p.H);
 }
