@@ -247,7 +247,9 @@ def varlen(name: str, **options) -> AttentionProblem:
     "name", ["plain", "causal", "window", "softcap", "sinks", "alibi", "dropout", "positions"]
 )
 def test_sequences(sequences, name):
-    check(varlen(sequences, **OPTIONS[name]))
+    # In fp32 PyTorch's error in so few elements is a matter of luck.
+    few = sequences in ("empty ones", "decoding")
+    check(varlen(sequences, dtype=torch.bfloat16 if few else torch.float32, **OPTIONS[name]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
