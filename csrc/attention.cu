@@ -1,15 +1,22 @@
 // Attention, forward, on a GPU: which kernel runs, on how many blocks.
+#include <string>
+#include <tuple>
+#include <vector>
+
 #include "attention.h"
 
 namespace pypar::cuda {
 int64_t attention_forward_memory(const AttentionProblem& problem);
 void attention_forward(const AttentionForward& arguments);
+// Of every kernel: a part of its name in the machine code, threads and bytes of dynamic shared memory of a
+// block.
+std::vector<std::tuple<std::string, int, int>> attention_forward_kernels();
 }  // namespace pypar::cuda
 
 #ifndef PYPAR_BINDING
 
 #  include <stdexcept>
-#  include <string>
+#  include <typeinfo>
 
 #  include "attention_forward_fp32.cuh"
 
@@ -168,9 +175,36 @@ void attention_forward(const AttentionForward& a) {
   });
 }
 
+std::vector<std::tuple<std::string, int, int>> attention_forward_kernels() {
+  std::vector<std::tuple<std::string, int, int>> kernels{{"attention_join_kernel", kJoinThreads, 0}};
+  const auto add = [&](auto shape) {
+    using Shape = decltype(shape);
+    const std::string name = typeid(Shape).name();  // pypar::cuda::...
+    kernels.emplace_back(name.substr(name.find("cuda") + 4), Shape::kThreads, Shape::kSharedBytes);
+  };
+  for (const int64_t head : {64, 128, 256}) {
+    for (const int64_t length : {1, 128}) {
+      for (const float softcap : {0.0f, 1.0f}) {
+        for (const int dtype : {kFloat32, kBFloat16, kFloat16}) {
+          AttentionProblem p{};
+          p.B = p.N = p.G = 1, p.T = length, p.H = p.Hv = head, p.scale = 1.0f, p.softcap = softcap;
+          p.q.dtype = dtype;
+          // With few rows there is one kernel for all scores, in fp32 one for everything.
+          if (length > 1 ? dtype != kFloat32 || softcap == 0.0f : dtype != kFloat32 && softcap == 0.0f) {
+            with_shape(p, add);
+          }
+        }
+      }
+    }
+  }
+  return kernels;
+}
+
 }  // namespace pypar::cuda
 
 #else  // PYPAR_BINDING
+
+#  include <pybind11/stl.h>
 
 #  include "attention_binding.h"
 
@@ -181,6 +215,7 @@ PYPAR_BIND(attention_forward) {
         py::gil_scoped_release unlocked;
         pypar::cuda::attention_forward(arguments);
       });
+  module.def("attention_forward_kernels", &pypar::cuda::attention_forward_kernels);
 }
 
 #endif
