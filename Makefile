@@ -1,6 +1,7 @@
 # make train    set up .venv and train a small model on real text    ARGS="--mesh tp=2 --name other" goes to `pypar train`
 # make test     set up .venv and run the tests                      ARGS="-k attention" reaches pytest
 # make test-all the same with the long ones; make lint; make bench (BENCH=attention); make clean
+# make gpu-report what the compiled GPU kernels promise: registers, spills, occupancy, tensor-core share; needs nvcc and triton
 #
 # PYTHON=python3.12 chooses the Python that .venv is made of; CONSTRAINTS= lets pip choose every version.
 
@@ -14,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
 BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: train test test-all lint bench clean
+.PHONY: train test test-all lint bench gpu-report clean
 .DELETE_ON_ERROR:
 
 train: .venv/.set-up
@@ -29,14 +30,17 @@ test-all: .venv/.set-up-dev
 lint: .venv/.set-up-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp tests/simt/*.h tests/simt/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*.cu tests/simt/*.h tests/simt/*.cpp)
 	$(BIN)/mypy
 
 bench: .venv/.set-up-dev
 	set -e; for program in bench/$(BENCH).py; do $(BIN)/python $$program $(ARGS); done
 
+gpu-report: .venv/.set-up-dev
+	$(BIN)/python bench/gpu_report.py $(ARGS)
+
 clean:
-	rm -rf build dist *.egg-info pypar/_native*.so .venv/.set-up .venv/.set-up-dev .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info pypar/_native*.so pypar/_cuda*.so .venv/.set-up .venv/.set-up-dev .pytest_cache .mypy_cache .ruff_cache
 	find pypar kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # What the user runs, and, apart, what tests and lint need besides.

@@ -1,9 +1,15 @@
-"""Builds `pypar._native` from csrc/*.cpp with ninja: in parallel, incrementally, without torch.
+"""Builds `pypar._native` from csrc/*.cpp and `pypar._cuda` from csrc/*.cu with ninja: in parallel, incrementally,
+without torch.
 
 Every csrc/<op>.cpp is compiled once per instruction set, without pybind11, with PYPAR_ISA naming the
 namespace of its code, and once with PYPAR_BINDING, which holds the Python side; csrc/module.cpp is binding
-only. The best instruction set is chosen at import. Objects stay in build/<platform>/, so that the next build,
-also one by `pip install`, compiles only what changed. CXX, CPPFLAGS, CXXFLAGS and LDFLAGS are honoured.
+only. The best instruction set is chosen at import. Every csrc/<op>.cu is compiled once by nvcc for all GPU
+architectures and once by the C++ compiler with PYPAR_BINDING; csrc/module.cu is binding only. Objects stay in
+build/<platform>/, so that the next build, also one by `pip install`, compiles only what changed. CXX, CPPFLAGS,
+CXXFLAGS and LDFLAGS are honoured; nvcc itself reads NVCC_PREPEND_FLAGS (-ccbin names its host compiler).
+
+PYPAR_CUDA=0 leaves pypar._cuda out, 1 insists on it; unset, it is built where nvcc is found (PATH, CUDA_HOME).
+PYPAR_CUDA_ARCHS="80 90a" builds for fewer GPUs than nvcc can.
 """
 
 import fcntl
@@ -35,6 +41,10 @@ ISA_FLAGS = {
     "x86_64": {"baseline": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"},
     "aarch64": {"neon": ""},
 }
+# Machine code for these, which their families share (80 runs on 86 and 89), and PTX of the first for all later ones.
+CUDA_ARCHS = ("80", "90a", "100a", "120")
+CUDA_MODULE = "pypar._cuda"
+NVCC_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
 def find_compiler() -> list[str]:
@@ -89,6 +99,38 @@ def find_ninja() -> str:
     return found
 
 
+def find_nvcc() -> str | None:
+    """Returns nvcc's path; None where pypar._cuda is not to be built."""
+    asked = os.environ.get("PYPAR_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise PlatformError(f"PYPAR_CUDA={asked}: 1 builds the GPU kernels, 0 leaves them out")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = None if asked == "0" else shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if asked == "1" and found is None:
+        raise PlatformError(
+            f"PYPAR_CUDA=1, but nvcc is neither on PATH nor in {home}/bin: install the CUDA toolkit, set CUDA_HOME,"
+            " or set PYPAR_CUDA=0 to build for the CPU only"
+        )
+    return found
+
+
+def find_cuda_archs(nvcc: str) -> list[str]:
+    """Returns those of CUDA_ARCHS that nvcc knows, or of them what PYPAR_CUDA_ARCHS names."""
+    result = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise CompileError(
+            f"`{nvcc} --list-gpu-arch` failed, CUDA >= 11.8 is needed (PYPAR_CUDA=0 builds for the CPU only):"
+            f" {result.stdout}{result.stderr}"
+        )
+    known = [arch for arch in CUDA_ARCHS if f"compute_{arch.rstrip('a')}" in result.stdout.split()]
+    asked = os.environ.get("PYPAR_CUDA_ARCHS", "").split() or known
+    if unknown := [arch for arch in asked if arch not in known]:
+        raise PlatformError(
+            f"PYPAR_CUDA_ARCHS names {', '.join(unknown)}; {nvcc} and pypar's kernels know {' '.join(known)}"
+        )
+    return asked
+
+
 def find_python_headers() -> str:
     """Returns the folder of Python.h."""
     folder = sysconfig.get_path("include")
@@ -115,26 +157,34 @@ def copy_pybind11_headers(target: Path) -> None:
             shutil.copyfile(header, copy)
 
 
-def ninja_text(compiler: list[str], arch: str, output: str) -> str:
-    """Returns the text of build.ninja; paths are relative to its folder, build/<platform>/."""
+def environment_words(*names: str) -> str:
+    """Returns the words of environment variables, quoted for ninja."""
+    words = [word for name in names for word in shlex.split(os.environ.get(name, ""))]
+    return shlex.join(words).replace("$", "$$")
 
-    def joined(*names: str) -> str:
-        words = [word for name in names for word in shlex.split(os.environ.get(name, ""))]
-        return shlex.join(words).replace("$", "$$")
 
+def compile_rule(compiler: list[str]) -> list[str]:
+    """Returns the rule `compile`; paths are relative to build/<platform>/."""
     cxx = shlex.join(compiler).replace("$", "$$")
     python_headers = shlex.quote(find_python_headers()).replace("$", "$$")
-    lines = [
+    return [
         f"cxx = {cxx}",
-        f"cxx_flags = {CXX_FLAGS} -I../../csrc {joined('CPPFLAGS', 'CXXFLAGS')}",
+        f"cxx_flags = {CXX_FLAGS} -I../../csrc {environment_words('CPPFLAGS', 'CXXFLAGS')}",
         f"binding_flags = -DPYPAR_BINDING -isystem pybind11 -isystem {python_headers}",
         "rule compile",
         "  command = $cxx $cxx_flags $flags -MD -MF $out.d -c $in -o $out",
         "  description = compile $out",
         "  depfile = $out.d",
         "  deps = gcc",
+    ]
+
+
+def ninja_text(compiler: list[str], arch: str, output: str) -> str:
+    """Returns the text of build.ninja for pypar._native."""
+    lines = [
+        *compile_rule(compiler),
         "rule link",
-        f"  command = $cxx -shared -pthread $in -o $out {joined('CXXFLAGS', 'LDFLAGS')}",
+        f"  command = $cxx -shared -pthread $in -o $out {environment_words('CXXFLAGS', 'LDFLAGS')}",
         "  description = link $out",
     ]
     objects = []
@@ -154,6 +204,37 @@ def ninja_text(compiler: list[str], arch: str, output: str) -> str:
     return "\n".join(lines)
 
 
+def cuda_ninja_text(compiler: list[str], nvcc: str, archs: list[str], output: str) -> str:
+    """Returns the text of build.ninja for pypar._cuda. The CUDA runtime is inside, and seen by nobody else."""
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    later = f"compute_{archs[0].rstrip('a')}"
+    names = shlex.quote(f'-DPYPAR_CUDA_ARCHITECTURES="{" ".join([*archs, later])}"')
+    lines = [
+        *compile_rule(compiler),
+        f"nvcc = {shlex.quote(nvcc).replace('$', '$$')}",
+        f"codes = {' '.join(codes)} -gencode arch={later},code={later}",
+        f"nvcc_flags = {NVCC_FLAGS} -I../../csrc $codes",
+        "rule compile_cuda",
+        "  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out",
+        "  description = compile $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $nvcc $codes -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sorted((ROOT / "csrc").glob("*.cu")):
+        objects.append(f"{source.stem}.{sysconfig.get_config_var('SOABI')}.o")
+        lines.append(f"build {objects[-1]}: compile ../../csrc/{source.name}")
+        lines.append(f"  flags = -x c++ $binding_flags {names}")
+        if source.name != "module.cu":
+            objects.append(f"{source.stem}.cuda.o")
+            lines.append(f"build {objects[-1]}: compile_cuda ../../csrc/{source.name}")
+    lines.extend([f"build {output}: link {' '.join(objects)}", f"default {output}", ""])
+    return "\n".join(lines)
+
+
 class BuildNative(build_ext):
     """Writes build/<platform>/build.ninja, runs ninja there and copies the module to setuptools' place."""
 
@@ -161,12 +242,17 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         compiler = find_compiler()
         arch = find_arch(compiler)
-        folder = ROOT / "build" / f"linux-{arch}"
+        nvcc = find_nvcc() if ext.name == CUDA_MODULE else None
+        folder = ROOT / "build" / (f"linux-{arch}-cuda" if nvcc else f"linux-{arch}")
+        if nvcc:
+            text = cuda_ninja_text(compiler, nvcc, find_cuda_archs(nvcc), target.name)
+        else:
+            text = ninja_text(compiler, arch, target.name)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
             copy_pybind11_headers(folder / "pybind11")
-            (folder / "build.ninja").write_text(ninja_text(compiler, arch, target.name))
+            (folder / "build.ninja").write_text(text)
             sys.stdout.flush()
             result = subprocess.run([find_ninja(), "-C", str(folder)], stdin=subprocess.DEVNULL)
             if result.returncode != 0:
@@ -188,9 +274,14 @@ class BuildFresh(build):
 if __name__ == "__main__":
     if sys.platform != "linux":
         raise PlatformError(f"pypar runs on Linux, this is {sys.platform}; use a Linux machine or container")
-    sources = sorted(str(source.relative_to(ROOT)) for source in ROOT.glob("csrc/*.cpp"))
+    modules = {"pypar._native": "*.cpp"}
+    if find_nvcc() and any(Path("csrc").glob("*.cu")):
+        modules[CUDA_MODULE] = "*.cu"
     setup(
         packages=[*find_packages(include=["pypar", "pypar.*"]), "pypar.kernels"],
-        ext_modules=[Extension("pypar._native", sources, language="c++")],
+        ext_modules=[
+            Extension(name, sorted(map(str, Path("csrc").glob(sources))), language="c++")
+            for name, sources in modules.items()
+        ],
         cmdclass={"build": BuildFresh, "build_ext": BuildNative},
     )

@@ -67,18 +67,14 @@ class Instruction:
     target: int | None  # of a branch
 
 
-def cuda_tool(name: str) -> str:
+def find_tool(name: str) -> str | None:
     """The path of a CUDA binary tool: Triton's own, else the toolkit's."""
     try:
         import triton
     except ImportError:
-        found = None
-    else:
-        found = shutil.which(name, path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
-    found = found or shutil.which(name)
-    if found is None:
-        sys.exit(f"{name} not found: it comes with Triton (pip install triton) or the CUDA toolkit")
-    return found
+        return shutil.which(name)
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return shutil.which(name, path=str(folder)) or shutil.which(name)
 
 
 def run(*command: str, cwd: str | None = None) -> str:
@@ -87,7 +83,9 @@ def run(*command: str, cwd: str | None = None) -> str:
 
 def read_kernels(library: Path, archs: list[str]) -> Iterator[Kernel]:
     """Every kernel in a shared library or cubin."""
-    tool = cuda_tool("cuobjdump")
+    tool = find_tool("cuobjdump")
+    if tool is None:
+        sys.exit("cuobjdump not found: it comes with Triton (pip install triton) or the CUDA toolkit")
     with tempfile.TemporaryDirectory() as folder:
         run(tool, "-xelf", "all", str(library), cwd=folder)
         for cubin in sorted(Path(folder).iterdir()):
@@ -102,7 +100,8 @@ def read_kernels(library: Path, archs: list[str]) -> Iterator[Kernel]:
                     match[1],
                     int(numbers["REG"]),
                     int(numbers["STACK"]),
-                    int(numbers["SHARED"]),
+                    # From sm_90 on it holds the KiB that every block gives up.
+                    int(numbers["SHARED"]) - (0 if match[1] == "sm_80" else 1024),
                     list(_instructions(text)),
                 )
 
@@ -119,6 +118,11 @@ def _instructions(text: str) -> Iterator[Instruction]:
 def _is_guarded(guard: str, operands: str) -> bool:
     """A branch may also carry its predicate as an operand (BRA P0, BRA.U UP0)."""
     return bool(guard) or re.match(r"\s*!?U?P\d\b", operands) is not None
+
+
+def num_spills(kernel: Kernel) -> int:
+    """Instructions that use the stack."""
+    return sum(instruction.opcode.split(".")[0] in ("STL", "LDL") for instruction in kernel.code)
 
 
 def is_tensor(instruction: Instruction) -> bool:
@@ -209,8 +213,7 @@ def resident_blocks(arch: str, registers: int, threads: int, shared: int) -> int
 def row(kernel: Kernel, name: str, threads: int, shared: int) -> list[str]:
     """The cells of one kernel's line."""
     shared += kernel.static_shared
-    spills = sum(instruction.opcode.split(".")[0] in ("STL", "LDL") for instruction in kernel.code)
-    cells = [name, kernel.registers, f"{spills} / {kernel.stack} B", f"{shared / 1024:.1f} KiB"]
+    cells = [name, kernel.registers, f"{num_spills(kernel)} / {kernel.stack} B", f"{shared / 1024:.1f} KiB"]
     cells.append(resident_blocks(kernel.arch, kernel.registers, threads, shared))
     path = Flow(kernel.code).hot_path()
     if not path:

@@ -23,6 +23,9 @@ extern __shared__ __align__(128) unsigned char shared_memory[];
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver || error == cudaErrorStubLibrary) {
+    throw std::runtime_error(std::string("no CUDA device can be used: ") + cudaGetErrorString(error));
+  }
   throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ")");
 }

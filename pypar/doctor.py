@@ -6,6 +6,7 @@ backend's `unsupported` is called with tensors that have a device and a dtype bu
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import platform
@@ -45,6 +46,12 @@ def machine_lines() -> Iterator[str]:
         yield f"instruction sets of this CPU: {isas}; in use: {module.selected_isa()}"
     else:
         yield f"native module: none, {missing}"
+    try:
+        cuda = importlib.import_module("pypar._cuda")
+    except ImportError as error:
+        yield f"CUDA module: none ({error}); built where nvcc is found, or with PYPAR_CUDA=1"
+    else:
+        yield f"CUDA module: {cuda.__file__}, for {cuda.architectures}"
     if torch.cuda.is_available():
         yield from (
             f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability "

@@ -68,9 +68,12 @@ def run(command: list[str], cwd: Path, **env: str) -> str:
 
 
 def pip_wheel(source: Path, target: Path, **env: str) -> Path:
-    """Builds a wheel of `source`, a tree or an sdist, into `target`, with build isolation as for a user."""
+    """Builds a wheel of `source`, a tree or an sdist, into `target`, with build isolation as for a user.
+
+    Without the GPU's kernels, which take minutes: tests/test_cuda_build.py looks after these.
+    """
     options = ["--no-deps", "--no-cache-dir", "--wheel-dir", str(target)]
-    run([sys.executable, "-m", "pip", "wheel", *options, str(source)], target.parent, **env)
+    run([sys.executable, "-m", "pip", "wheel", *options, str(source)], target.parent, PYPAR_CUDA="0", **env)
     (wheel,) = target.glob("*.whl")
     return wheel
 
