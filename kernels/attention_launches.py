@@ -1,0 +1,224 @@
+"""Attention's kernels with their arguments: lists of launches, made from metadata alone.
+
+A list can be run, compiled for a device that is not there, or run elsewhere. `problem` is what
+pypar.ops.attention makes
+(read here, not imported): q, k, v, options and positions.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import attention_configurations as configurations
+from .attention_backward_keys import _attention_dkdv_kernel
+from .attention_backward_queries import _attention_delta_kernel, _attention_dq_kernel
+from .attention_forward import _attention_combine_kernel, _attention_forward_kernel
+from .attention_operands import Sizes, is_plain, operands, options, padded, sizes, strides_of
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    num_programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        if self.num_programs:
+            self.kernel[(self.num_programs,)](
+                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+
+@dataclass(frozen=True)
+class Device:
+    """arch: a class of configurations.architecture. num_multiprocessors: how many programs fill the
+    device."""
+
+    arch: str
+    num_multiprocessors: int
+
+
+def forward_launches(
+    problem: Any, device: Device, out: Tensor, lse: Tensor, carry: bool, splits: int | None = None
+) -> list[Launch]:
+    """Writes out and lse, or continues them if carry. splits: programs that share a block's keys, None:
+    chosen."""
+    size = sizes(problem)
+    T, N, G = size.T, size.N, size.G
+    tile, pack = _forward_tile(problem, device.arch)
+    num_blocks = _num_blocks(problem.cu_seqlens_q, T * pack, size.B, tile.BLOCK_T)
+    num_programs = num_blocks * (N // pack) * _grid_batch(size)
+    if splits is None:
+        splits = _choose_splits(problem, size, tile, num_programs, device.num_multiprocessors)
+    rows, split = lse.numel(), splits > 1
+    part = out.new_empty((splits, rows, size.Hv), dtype=torch.float32) if split else None
+    state = lse.new_empty((splits, 2, rows)) if split else None
+    arguments = {
+        **operands(problem),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "part_ptr": part,
+        "state_ptr": state,
+        "sinks_ptr": None if split else problem.sinks,
+        **strides_of("o", out, "btnh"),
+        **options(problem, tile),
+        "num_blocks": num_blocks,
+        "splits": splits,
+        "GROUP": N // G,
+        "PACK": pack,
+        "PLAIN": is_plain(problem),
+        "CARRY": carry and not split,
+        "SPLIT": split,
+    }
+    launches = [
+        Launch(_attention_forward_kernel, num_programs * splits, arguments, tile.num_warps, tile.num_stages)
+    ]
+    if split:
+        arguments = {
+            "part_ptr": part,
+            "state_ptr": state,
+            "out_ptr": out,
+            "lse_ptr": lse,
+            "sinks_ptr": problem.sinks,
+            **strides_of("o", out, "btnh"),
+            "rows": rows,
+            "T": T,
+            "N": N,
+            "splits": splits,
+            "HV": size.Hv,
+            "BLOCK_HV": padded(size.Hv),
+            "BLOCK_ROWS": 4,
+            "CARRY": carry,
+            "PRECISE": problem.q.dtype == torch.float32,
+        }
+        launches.append(Launch(_attention_combine_kernel, triton.cdiv(rows, 4), arguments, 4, 1))
+    return launches
+
+
+def backward_launches(
+    problem: Any,
+    device: Device,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    accumulate: bool,
+    dbias: Tensor | None,
+) -> list[Launch]:
+    """Writes dq, dk, dv, or adds to them; writes dbias where keys are seen."""
+    dq, dk, dv = gradients
+    size = sizes(problem)
+    rows = lse.numel()
+    delta, lse_ready = torch.empty_like(lse), torch.empty_like(lse)
+    block_rows = 16
+    arguments = {
+        "dout_ptr": dout,
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "dlse_ptr": dlse,
+        "delta_ptr": delta,
+        "lse_ready_ptr": lse_ready,
+        **strides_of("d", dout, "btnh"),
+        **strides_of("o", out, "btnh"),
+        "rows": rows,
+        "T": size.T,
+        "N": size.N,
+        "HV": size.Hv,
+        "BLOCK_HV": padded(size.Hv),
+        "BLOCK_ROWS": block_rows,
+        "PRECISE": problem.q.dtype == torch.float32,
+    }
+    launches = [Launch(_attention_delta_kernel, triton.cdiv(rows, block_rows), arguments, 4, 1)]
+    shared = {
+        **operands(problem),
+        "dout_ptr": dout,
+        "lse_ready_ptr": lse_ready,
+        "delta_ptr": delta,
+        **strides_of("d", dout, "btnh"),
+        "G": size.G,
+        "dscale": problem.scale,
+        "ACCUMULATE": accumulate,
+    }
+    tile = _tile(configurations.KEY_GRADIENTS, problem, device.arch)
+    num_blocks = _num_blocks(problem.cu_seqlens_k, size.S, size.B, tile.BLOCK_S)
+    arguments = {
+        **shared,
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        **strides_of("dk", dk, "bsgh"),
+        **strides_of("dv", dv, "bsgh"),
+        **options(problem, tile),
+        "num_blocks": num_blocks,
+    }
+    num_programs = num_blocks * size.G * _grid_batch(size)
+    launches.append(Launch(_attention_dkdv_kernel, num_programs, arguments, tile.num_warps, tile.num_stages))
+    tile = _tile(configurations.QUERY_GRADIENT, problem, device.arch)
+    num_blocks = _num_blocks(problem.cu_seqlens_q, size.T, size.B, tile.BLOCK_T)
+    arguments = {
+        **shared,
+        "dq_ptr": dq,
+        "dbias_ptr": dbias,
+        **strides_of("dq", dq, "btnh"),
+        **options(problem, tile),
+        "num_blocks": num_blocks,
+    }
+    num_programs = num_blocks * size.N * _grid_batch(size)
+    launches.append(Launch(_attention_dq_kernel, num_programs, arguments, tile.num_warps, tile.num_stages))
+    return launches
+
+
+def _tile(table: dict, problem: Any, arch: str) -> configurations.Tile:
+    size = sizes(problem)
+    block_h = padded(max(size.H, size.Hv))
+    return configurations.tile(table, arch, block_h, problem.q.dtype == torch.float32)
+
+
+def _forward_tile(problem: Any, arch: str) -> tuple[configurations.Tile, int]:
+    """(tile, how many heads of a group share its rows): all of them where one head's queries would not fill
+    a tile."""
+    size = sizes(problem)
+    group = size.N // size.G
+    T = size.T // max(size.B, 1) if size.varlen else size.T
+    tile = _tile(configurations.FORWARD, problem, arch)
+    pack = group if T < tile.BLOCK_T else 1
+    if T * pack <= 16:
+        tile = _tile(configurations.DECODE, problem, arch)
+    return tile, pack
+
+
+def _num_blocks(cu_seqlens: Tensor | None, rows: int, B: int, block: int) -> int:
+    """With sequences of unknown lengths each may end in a block that is not full."""
+    return triton.cdiv(rows, block) + (B if cu_seqlens is not None else 0)
+
+
+def _grid_batch(size: Sizes) -> int:
+    return 1 if size.varlen else size.B
+
+
+def _choose_splits(
+    problem: Any, size: Sizes, tile: configurations.Tile, num_programs: int, num_multiprocessors: int
+) -> int:
+    """Splits fill the device while each keeps four blocks of keys: fewer do not pay for the combination."""
+    keys = size.S // max(size.B, 1) if size.varlen else size.S
+    if problem.left != -1 and problem.right != -1:
+        keys = min(keys, problem.left + problem.right + tile.BLOCK_T)
+    wanted = 2 * num_multiprocessors // max(num_programs, 1)
+    return max(1, min(wanted, keys // (4 * tile.BLOCK_S), 128))
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """What is known of a CUDA device; of a CPU, where the interpreter runs, a small stand-in."""
+    if device.type != "cuda":
+        return Device("interpreter", 16)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        configurations.architecture((properties.major, properties.minor)), properties.multi_processor_count
+    )

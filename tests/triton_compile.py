@@ -1,0 +1,76 @@
+"""Launches of Triton kernels compiled for a GPU that is not there, and what their machine code holds."""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b|\bHMMA\b", 100: r"\bUTCHMMA\b|\bHMMA\b"}
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def source_of(launch: Any) -> ASTSource:
+    """What the JIT would compile for these arguments: types, constants, and which numbers are 16's
+    multiples."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            whole = "i32" if abs(value) < 2**31 else "i64"
+            signature[parameter.name] = "fp32" if isinstance(value, float) else whole
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_launch(launch: Any, capability: int) -> Any:
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source_of(launch), target=target, options=options)
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    spills: int  # instructions that move registers to and from memory
+    tensor_core: int  # instructions
+    names: frozenset[str]  # of the tensor cores' instructions
+
+
+def machine_code(compiled: Any, folder: Path, capability: int) -> MachineCode:
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
+    found = re.findall(TENSOR_CORE[capability], sass)
+    return MachineCode(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared_bytes=compiled.metadata.shared,
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        tensor_core=len(found),
+        names=frozenset(found),
+    )
