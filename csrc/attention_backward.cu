@@ -52,7 +52,7 @@ static __global__ void __launch_bounds__(kValuesThreads)
                                   kPaddedQueries, a.per_head, blockIdx.x, false);
   if (!place.exists) return;
   const Sequence sequence = sequence_of(p, place.sequence);
-  const int64_t to = padded_index(a, place.sequence, place.head, sequence.first_query);
+  const int64_t to = values_index(a, place.sequence, place.head, first_value(a, sequence, place.sequence));
   const int thread = static_cast<int>(threadIdx.x), column = thread % lanes * 8;
   for (int row = thread / lanes; row < kPaddedQueries; row += kValuesThreads / lanes) {
     const int t = place.block * kPaddedQueries + row;
@@ -181,6 +181,8 @@ void attention_backward(const AttentionBackward& call) {
   a.lse = static_cast<float*>(call.memory);
   a.delta = a.lse + num_values(p);
   a.padded_length = padded_length(p);
+  a.values_batch_stride = p.cu_seqlens_q != nullptr ? 0 : p.N * a.padded_length;
+  a.group = static_cast<int>(p.N / p.G);
   a.inverse_softcap = p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f;
   a.kept_factor = 1.0f / (1.0f - p.dropout_p);
   a.modified = modifies_scores(p) || call.dbias != nullptr;

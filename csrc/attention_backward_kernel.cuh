@@ -14,19 +14,24 @@ struct BackwardArguments {
   float* lse;    // [B, N, padded_length], in `score_unit`; of a query that saw nothing, above any score
   float* delta;  // the same shape: sum(dout * out) - dlse
   int64_t padded_length;  // with cumulative lengths: of all sequences together, and B is not a dimension
-  int per_head;           // blocks
-  bool modified;          // scores are more than scale * q . k, or dbias is wanted
-  float inverse_softcap;  // 1 / softcap, if there is one
-  float kept_factor;      // 1 / (1 - dropout_p)
+  int64_t values_batch_stride;  // N * padded_length; then 0
+  int per_head;                 // blocks
+  int group;                    // N / G
+  bool modified;                // scores are more than scale * q . k, or dbias is wanted
+  float inverse_softcap;        // 1 / softcap, if there is one
+  float kept_factor;            // 1 / (1 - dropout_p)
 };
 
-// Where the values of sequence b's first query of head n lie. With cumulative lengths: at its place, moved up
-// by a whole padding per sequence before it and rounded down, so that no two overlap.
-__device__ __forceinline__ int64_t padded_index(const BackwardArguments& a, int b, int n, int first_query) {
-  const AttentionProblem& p = a.call.problem;
-  if (p.cu_seqlens_q == nullptr) return (b * p.N + n) * a.padded_length;
-  const int64_t moved = first_query + static_cast<int64_t>(b) * kPaddedQueries;
-  return n * a.padded_length + moved / kPaddedQueries * kPaddedQueries;
+// Where lse and delta of sequence b's first query begin, among those of a head.
+__device__ __forceinline__ int first_value(const BackwardArguments& a, const Sequence& sequence, int b) {
+  if (a.call.problem.cu_seqlens_q == nullptr) return 0;
+  // At its place, moved up by a whole padding per sequence before it and rounded down: no two overlap.
+  return (sequence.first_query / kPaddedQueries + b) * kPaddedQueries;
+}
+
+// Where those of head n begin; `first` is first_value's.
+__device__ __forceinline__ int64_t values_index(const BackwardArguments& a, int b, int n, int first) {
+  return b * a.values_batch_stride + n * a.padded_length + first;
 }
 
 // Scores and lse are multiplied by this: 16-bit types work in base 2, which saves a multiplication. In fp32
@@ -67,6 +72,7 @@ struct BackwardPlace {
   int first_row;
   int num_rows, num_columns;  // of the sequence
   int first_column, num_tiles;
+  int first_value;
   int low, high;  // column - row of what is seen
 };
 
@@ -81,6 +87,7 @@ __device__ __forceinline__ bool find_place(const BackwardArguments& a, unsigned 
   if (!block.exists) return false;
   place.b = block.sequence, place.head = block.head;
   const Sequence& s = place.sequence = sequence_of(p, place.b);
+  place.first_value = first_value(a, s, place.b);
   place.num_rows = kKeys ? s.S : s.T, place.num_columns = kKeys ? s.T : s.S;
   place.low = kKeys ? -s.high : s.low, place.high = kKeys ? -s.low : s.high;
   place.first_row = block.block * Sizes::kRows;
@@ -132,7 +139,7 @@ struct BackwardScores {
     static_assert(kRowTiles * kColumnTiles * 4 <= 32, "one bit an element");
     const uint32_t stream = dropout_stream(p, place.b, n);
     uint32_t bits = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i) {
       const int r = row + i / (4 * kColumnTiles) * 16 + i / 2 % 2 * 8;
       const int c = column + i / 4 % kColumnTiles * 8 + i % 2;
@@ -241,86 +248,38 @@ __device__ __forceinline__ void store_sum(const Product<kRowTiles, kColumnTiles>
   }
 }
 
-// The columns of a block, on their way into shared memory.
-template <class Tag, int kSize, bool kKeys>
-struct BackwardStream {
-  using Sizes = BackwardSizes<Tag, kSize>;
-  using Element = typename BackwardElement<Tag>::Type;
-  using Copy = BackwardCopy<typename BackwardProducts<Tag, kSize>::Rows, Sizes::kColumns, Sizes::kThreads>;
-  static constexpr int64_t kElementBytes = sizeof(Element);
-
-  const BackwardArguments& a;
-  int head, tile;  // of the next tile
-  Copy copy0, copy1;
-
-  static __device__ __forceinline__ const AttentionTensor& tensor(const BackwardArguments& a, int which) {
-    if (which == 0) return kKeys ? a.call.problem.q : a.call.problem.k;
-    return kKeys ? a.call.dout : a.call.problem.v;
-  }
-  static __device__ __forceinline__ int group(const BackwardArguments& a) {
-    return static_cast<int>(a.call.problem.N / a.call.problem.G);
-  }
-  static __device__ __forceinline__ int first_head(const BackwardArguments& a, const BackwardPlace& place) {
-    return kKeys ? place.head * group(a) : place.head / group(a);
-  }
-  static __device__ __forceinline__ Copy copy_of(const BackwardArguments& a, const BackwardPlace& place,
-                                                 int which) {
-    const AttentionTensor& t = tensor(a, which);
-    const int first = kKeys ? place.sequence.first_query : place.sequence.first_key;
-    const int64_t size = which == 0 ? a.call.problem.H : a.call.problem.Hv;
-    return Copy(row_of<Element>(t, place.b, first + place.first_column, first_head(a, place)),
-                t.position_stride * kElementBytes, static_cast<int>(size * kElementBytes));
-  }
-  __device__ __forceinline__ BackwardStream(const BackwardArguments& arguments, const BackwardPlace& place)
-      : a(arguments),
-        head(first_head(a, place)),
-        tile(0),
-        copy0(copy_of(a, place, 0)),
-        copy1(copy_of(a, place, 1)) {}
-
-  // Starts to copy the next tile.
-  __device__ __forceinline__ void start(const BackwardMemory<Tag, kSize>& memory, int stage,
-                                        const BackwardPlace& place) {
-    const int column = place.first_column + tile * Sizes::kColumns, num_left = place.num_columns - column;
-    copy0.start(memory.streamed(stage, 0), tensor(a, 0).position_stride * kElementBytes, num_left);
-    copy1.start(memory.streamed(stage, 1), tensor(a, 1).position_stride * kElementBytes, num_left);
-    const int piece = ptx::thread_index();
-    if (kKeys && piece < Sizes::kColumns / 2) {  // 16 bytes of lse, 16 bytes of delta
-      const int64_t from = padded_index(a, place.b, head, place.sequence.first_query) + column;
-      const int which = piece / (Sizes::kColumns / 4), i = piece % (Sizes::kColumns / 4) * 4;
-      ptx::copy_async_16(memory.values(stage, which) + i, (which == 0 ? a.lse : a.delta) + from + i, true);
-    }
-  }
-
-  // After start(): on to the next tile, of the next head of the group after a head's last. False: it was the
-  // last.
-  __device__ __forceinline__ bool advance(const BackwardPlace& place) {
-    if (++tile < place.num_tiles) return true;
-    const int64_t columns = static_cast<int64_t>(place.num_tiles) * Sizes::kColumns;
-    copy0.next += (tensor(a, 0).head_stride - columns * tensor(a, 0).position_stride) * kElementBytes;
-    copy1.next += (tensor(a, 1).head_stride - columns * tensor(a, 1).position_stride) * kElementBytes;
-    tile = 0, ++head;
-    return kKeys && head < (place.head + 1) * group(a);
-  }
-};
-
-// Starts to copy a block's own rows: k or q, and unless values_only v or dout.
-template <class Tag, int kSize, bool kKeys>
-__device__ __forceinline__ void start_own(const BackwardArguments& a, const BackwardPlace& place,
-                                          const BackwardMemory<Tag, kSize>& memory, bool values_only) {
-  using Sizes = BackwardSizes<Tag, kSize>;
+// Starts to copy kRows rows of `which` (0 or 1) of a head: its own rows (k, v or q, dout), or of what is
+// streamed (the other two), from `first` of the sequence on.
+template <class Tag, int kSize, bool kKeys, int kRows>
+__device__ __forceinline__ void start_rows(const BackwardArguments& a, const BackwardPlace& place, int which,
+                                           int head, int first, unsigned char* tile) {
   using Element = typename BackwardElement<Tag>::Type;
   const AttentionProblem& p = a.call.problem;
-  const int first = (kKeys ? place.sequence.first_key : place.sequence.first_query) + place.first_row;
+  const AttentionTensor& t = kKeys ? (which == 0 ? p.k : p.v) : (which == 0 ? p.q : a.call.dout);
+  const int begin = kKeys ? place.sequence.first_key : place.sequence.first_query;
+  const int num_rows = kKeys ? place.sequence.S : place.sequence.T;
+  const int64_t bytes = sizeof(Element), size = which == 0 ? p.H : p.Hv;
+  start_copy<typename BackwardProducts<Tag, kSize>::Rows, kRows, BackwardSizes<Tag, kSize>::kThreads>(
+      tile, row_of<Element>(t, place.b, begin + first, head), t.position_stride * bytes, num_rows - first,
+      static_cast<int>(size * bytes));
+}
+
+// Starts to copy tile number `tile` of the columns, of query head (or key head) `head`.
+template <class Tag, int kSize, bool kKeys>
+__device__ __forceinline__ void start_columns(const BackwardArguments& a, const BackwardPlace& place,
+                                              const BackwardMemory<Tag, kSize>& memory, int stage, int head,
+                                              int tile) {
+  constexpr int kColumns = BackwardSizes<Tag, kSize>::kColumns;
+  const int column = place.first_column + tile * kColumns;
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
-    if (which == 1 && values_only) return;
-    const AttentionTensor& t = which == 0 ? (kKeys ? p.k : p.q) : (kKeys ? p.v : a.call.dout);
-    const int64_t row_bytes = t.position_stride * static_cast<int64_t>(sizeof(Element));
-    BackwardCopy<typename BackwardProducts<Tag, kSize>::Rows, Sizes::kRows, Sizes::kThreads>(
-        row_of<Element>(t, place.b, first, place.head), row_bytes,
-        static_cast<int>((which == 0 ? p.H : p.Hv) * static_cast<int64_t>(sizeof(Element))))
-        .start(memory.own(which), row_bytes, place.num_rows - place.first_row);
+    start_rows<Tag, kSize, !kKeys, kColumns>(a, place, which, head, column, memory.streamed(stage, which));
+  }
+  const int piece = ptx::thread_index();
+  if (kKeys && piece < kColumns / 2) {  // 16 bytes of lse, 16 bytes of delta
+    const int64_t from = values_index(a, place.b, head, place.first_value) + column;
+    const int which = piece / (kColumns / 4), i = piece % (kColumns / 4) * 4;
+    ptx::copy_async_16(memory.values(stage, which) + i, (which == 0 ? a.lse : a.delta) + from + i, true);
   }
 }
 
@@ -343,11 +302,14 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
   }
   __syncthreads();
   const BackwardPlace& place = *memory.place();
-  BackwardStream<Tag, kSize, kKeys> stream(a, place);
+  int head = kKeys ? place.head * a.group : place.head / a.group, tile = 0;  // of the columns
   bool more = place.num_tiles > 0;
   if (more) {
-    start_own<Tag, kSize, kKeys>(a, place, memory, values_only);
-    stream.start(memory, 0, place);
+    start_rows<Tag, kSize, kKeys, Sizes::kRows>(a, place, 0, place.head, place.first_row, memory.own(0));
+    if (!values_only) {
+      start_rows<Tag, kSize, kKeys, Sizes::kRows>(a, place, 1, place.head, place.first_row, memory.own(1));
+    }
+    start_columns<Tag, kSize, kKeys>(a, place, memory, 0, head, tile);
   }
   ptx::copy_async_commit();
 
@@ -356,7 +318,7 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
   const int first_row = place.first_row + warp_row;
   float row_lse[2 * kRowTiles], row_delta[2 * kRowTiles];  // queries' pass
   if (!kKeys) {
-    const int64_t from = padded_index(a, place.b, place.head, place.sequence.first_query);
+    const int64_t from = values_index(a, place.b, place.head, place.first_value);
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       const int row = first_row + 8 * i + lane / 4;
@@ -371,18 +333,21 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
   set_zero(sum);
   set_zero(sum_values);
   for (int stage = 0; more; stage = 1 - stage) {
-    const int tile = stream.tile, query_head = kKeys ? stream.head : place.head;
+    const int first_column = place.first_column + tile * Sizes::kColumns;
+    const BackwardScores<Tag, kKeys> scores{a, place, kKeys ? head : place.head};
     ptx::copy_async_wait<0>();
-    __syncthreads();  // this tile is there for all, and nobody reads the one before any more
-    more = stream.advance(place);
-    if (more) stream.start(memory, 1 - stage, place);
+    __syncthreads();                  // this tile is there for all, and nobody reads the one before any more
+    if (++tile == place.num_tiles) {  // on to the next head of the group
+      tile = 0, ++head;
+      more = kKeys && head < (place.head + 1) * a.group;
+    }
+    if (more) start_columns<Tag, kSize, kKeys>(a, place, memory, 1 - stage, head, tile);
     ptx::copy_async_commit();
-    const BackwardScores<Tag, kKeys> scores{a, place, query_head};
     const unsigned char* const tile0 = memory.streamed(stage, 0);
     const unsigned char* const tile1 = memory.streamed(stage, 1);
 #pragma unroll 1
     for (int step = 0; step < Sizes::kColumns; step += Sizes::kStep) {
-      const int column = place.first_column + tile * Sizes::kColumns + step;
+      const int column = first_column + step;
       const int least = column - first_row - (16 * kRowTiles - 1),
                 most = column - first_row + Sizes::kStep - 1;
       if (most < place.low || least > place.high) continue;  // the warp's rows see none of these columns

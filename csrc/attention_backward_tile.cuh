@@ -57,7 +57,7 @@ struct BackwardSizes<Tag, 256> : BackwardSizesOf<4, 1, 16, 16, true> {};
 template <>
 struct BackwardSizes<Float32Tag, 64> : BackwardSizesOf<4, 1, 32, 16, false> {};
 template <>
-struct BackwardSizes<Float32Tag, 128> : BackwardSizesOf<4, 1, 16, 8, false> {};
+struct BackwardSizes<Float32Tag, 128> : BackwardSizesOf<4, 1, 16, 8, true> {};
 template <>
 struct BackwardSizes<Float32Tag, 256> : BackwardSizesOf<2, 1, 8, 8, true> {};
 
@@ -71,33 +71,24 @@ __device__ __forceinline__ int made_anew(int x) {
   return x;
 }
 
-// A thread's share in copying a head's rows into tiles: one 16-byte chunk of every kEvery-th row. Its address
-// moves from tile to tile by additions alone.
+// Starts to copy the first num_rows (at most kRows) rows of a head into a tile; what is missing becomes 0.
+// `begin` is the first row, `row_bytes` before the next; a head has head_bytes. A thread copies one 16-byte
+// chunk of every kEvery-th row. Nothing is kept from one tile to the next: that would be registers which the
+// sums need.
 template <class Rows, int kRows, int kThreads>
-struct BackwardCopy {
-  static constexpr int kEvery = kThreads / Rows::kChunks;
+__device__ __forceinline__ void start_copy(unsigned char* tile, const void* begin, int64_t row_bytes,
+                                           int num_rows, int head_bytes) {
+  constexpr int kEvery = kThreads / Rows::kChunks;
   static_assert(kThreads % Rows::kChunks == 0 && kRows % kEvery == 0, "every thread copies alike");
-  const unsigned char* next;  // in the thread's first row of the next tile
-  bool in_head;               // the chunk is not behind the head's last element
-
-  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Rows::kChunks; }
-  static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % Rows::kChunks; }
-
-  // `begin` is the first tile's first row, `row_bytes` apart from the next; a head is head_bytes.
-  __device__ __forceinline__ BackwardCopy(const void* begin, int64_t row_bytes, int head_bytes)
-      : next(static_cast<const unsigned char*>(begin) + row() * row_bytes + chunk() * 16),
-        in_head(chunk() * 16 < head_bytes) {}
-
-  // Starts to copy the next tile; of its rows num_rows exist, the others become 0.
-  __device__ __forceinline__ void start(unsigned char* tile, int64_t row_bytes, int num_rows) {
-    const int rows_left = in_head ? num_rows - row() : 0, chunk = made_anew(this->chunk());
+  const int thread = ptx::thread_index(), row = thread / Rows::kChunks, chunk = thread % Rows::kChunks;
+  const int rows_left = chunk * 16 < head_bytes ? num_rows - row : 0;
+  const unsigned char* from = static_cast<const unsigned char*>(begin) + row * row_bytes + chunk * 16;
 #pragma unroll
-    for (int i = 0; i < kRows / kEvery; ++i) {
-      ptx::copy_async_16(tile + Rows::offset(row() + i * kEvery, chunk), next, i * kEvery < rows_left);
-      next += kEvery * row_bytes;
-    }
+  for (int i = 0; i < kRows / kEvery; ++i) {
+    ptx::copy_async_16(tile + Rows::offset(row + i * kEvery, chunk), from, i * kEvery < rows_left);
+    from += kEvery * row_bytes;
   }
-};
+}
 
 // A warp's product: row and column tiles of 16 x 8. [0], [1] are at row lane / 4, columns 2 (lane % 4) and
 // one more; [2], [3] 8 rows below.
