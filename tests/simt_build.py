@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ROOT / "tests" / "simt"
 KERNELS = RUNTIME / "kernels"
 
-_SHARED = "-std=c++17 -fPIC -fvisibility=hidden -pthread"
+_SHARED = "-std=c++17 -fPIC -fvisibility=hidden -pthread -gz"
 _KERNEL = "-x c++ -DPYPAR_SIMT -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 _FLAVOURS = {
     "fast": "-O2 -g1",
@@ -192,13 +192,13 @@ class _Builder:
     def link(self, objects: list[Path]) -> Path:
         """The module. Its folder is its own, since its file's name is the module's."""
         sanitizers = shlex.split(_SANITIZED_LINK) if self.flavour == "sanitized" else []
-        command = [*compiler(), "-shared", "-pthread", *sanitizers, *map(str, objects)]
+        command = [*compiler(), "-shared", "-pthread", "-gz", *sanitizers, *map(str, objects)]
         folder = self.folder / f"module-{_hash(shlex.join(command), [])}"
         folder.mkdir(exist_ok=True)
         os.utime(folder)
         return self._make(f"{folder.name}/simt{sysconfig.get_config_var('EXT_SUFFIX')}", command)
 
-    def prune(self, most: int = 400) -> None:
+    def prune(self, most: int = 300) -> None:
         """Removes what was not used for longest, sources having changed."""
         entries = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in entries[most:]:
