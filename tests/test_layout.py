@@ -24,6 +24,7 @@ LEVELS = {
     "models": 4,
     "train": 5,
     "doctor": 5,
+    "selftest": 5,
     "cli": 6,
 }
 PARALLEL_LEVEL = 3

@@ -39,6 +39,14 @@ class Backend:
     unsupported: Callable[..., str | None]
 
 
+class RefusalError(ValueError):
+    """A backend that was asked for by name cannot run this. `reason` is what its `unsupported` said."""
+
+    def __init__(self, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
 def choose(
     op: str, backends: tuple[Backend, ...], args: Mapping[str, object], requested: str | None
 ) -> Backend:
@@ -53,9 +61,10 @@ def choose(
             reason = backend.unsupported(**args)
             if reason is not None:
                 source = "backend=" if requested else ENVIRONMENT_VARIABLE + "="
-                raise ValueError(
+                raise RefusalError(
                     f"{op}: the backend named by {source}{named!r} refuses: {reason}; "
-                    f"name another of {_names(backends)}, or none to let pypar choose"
+                    f"name another of {_names(backends)}, or none to let pypar choose",
+                    reason,
                 )
             return backend
     for backend in backends:
