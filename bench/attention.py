@@ -1,142 +1,256 @@
 """attention against torch's scaled_dot_product_attention in the same run, after a check of results and gradients.
 
-    python bench/attention.py [--threads 1 2] [--rounds 15] [--dtypes fp32 bf16] [--shapes 1,1024,8,8,64]
+    python bench/attention.py [--threads 1 2] [--dtypes fp32 bf16 fp16] [--only decode window] [--quick]
 
-A shape is B,T,N,G,H with S = T. Both sides take turns; the median of the rounds counts. GFLOP/s count the two products
-of forward and the five of backward, half of them if causal. "share" is of the larger rate at which this torch
-multiplies 2048^3 matrices in the same dtype on as many threads, by MKL or oneDNN.
+Both sides take turns on the same threads, each bound to a core; the median counts; one call slower than the budget
+is measured once. GFLOP/s count the products of the pairs of query and key that see each other and no others: two
+forward, five more backward; "both" is forward and backward. "share" is of the larger rate at which this torch
+multiplies 2048^3 matrices in the same dtype on as many threads, by MKL or oneDNN; for decoding, of the bytes that a
+copy reads and writes in that time.
+
+torch's side: its own causal flag where it has one; for a window a boolean mask; for sequences of several lengths
+the sequences padded to the longest and a boolean mask. Padding and masks are made beforehand and cost it nothing.
+Decoding takes keys and values in turn from more memory than the caches hold, as the layers of a model do.
 """
 
 import argparse
-import statistics
-import time
+import itertools
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from timing import bind_threads
 
 from pypar.ops import native
-from pypar.ops.attention import attention
+from pypar.selftest import check, measure
+from pypar.selftest.attention import dense, lengths_causal
+from pypar.selftest.case import Case, Draw
+from pypar.selftest.rows import contenders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHAPES = [
-    (1, 256, 8, 4, 64),
-    (4, 512, 8, 8, 64),
-    (1, 1024, 8, 8, 64),
-    (1, 1024, 8, 4, 64),
-    (1, 4096, 8, 8, 64),
-    (1, 4096, 4, 4, 128),
-]
+CACHES_BYTES = 128 << 20
+LENGTHS = [100, 250, 400, 700, 1000, 1300, 1700, 2000]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases with one target. check: the case that is compared with fp64, shorter where that would take long."""
+
+    name: str
+    cases: list[tuple[Case, Case]]  # (timed, checked)
+    targets: dict[tuple[str, str], float]  # (dtype, direction) -> ratio to torch
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    bandwidth_target: float = 0.0  # share of a copy's
+
+
+def square(B: int, S: int, N: int, H: int, **options: object) -> tuple[Case, Case]:
+    make = partial(
+        dense, options.pop("name", "causal" if options.get("causal") else "full"), N=N, H=H, **options
+    )
+    return make(T=S, S=S, B=B), make(T=min(S, 1024), S=min(S, 1024), B=B)
+
+
+def groups(quick: bool) -> list[Group]:
+    long = [] if quick else [(1, 4096, 8, 64), (1, 4096, 4, 128)]
+    shapes = [(1, 1024, 8, 64), *long]
+    main = {
+        **{(dtype, direction): 2.0 for dtype in DTYPES for direction in ("forward", "both")},
+        ("bf16", "forward"): 3.0,
+        ("fp16", "both"): 5.0,
+        ("fp16", "forward"): 1.0,
+    }
+    twice = {(dtype, direction): 2.0 for dtype in DTYPES for direction in ("forward", "both")}
+    once = dict.fromkeys(twice, 1.0)
+    lengths = [length // 4 for length in LENGTHS] if quick else LENGTHS
+    window, keys = (2048, 2048) if quick else (8192, 8192)
+    decode = dense("one query", 1, keys, N=8, G=8, H=128, backward=False)
+    return [
+        Group("causal", [square(*s, G=s[2], causal=True) for s in shapes], main),
+        Group("full", [square(*s, G=s[2]) for s in shapes], main),
+        Group("grouped heads", [square(1, 1024, 8, 64, G=2, causal=True)], once),
+        Group("short", [square(4, 512, 8, 64, G=8, causal=True)], twice),
+        Group(
+            "lengths",
+            [
+                (
+                    lengths_causal("8 lengths, causal", lengths, N=4, G=4),
+                    lengths_causal("8 lengths, causal", [length // 3 for length in lengths], N=4, G=4),
+                )
+            ],
+            twice,
+        ),
+        Group(
+            "window", [square(1, window, 2, 64, G=2, causal=True, window=(255, 0), name="window 256")], twice
+        ),
+        Group("decode", [(decode, decode)], once, ("fp32", "bf16"), 0.7),
+    ]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What holds for a block of the table."""
+
+    threads: int
+    dtype: str
+    matmul: float
+    copy: float
+    budget_s: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row, for the summary."""
+
+    title: str
+    ratio: float
+    target: float
+    bandwidth: float = math.inf
+    bandwidth_target: float = 0.0
+
+    @property
+    def missed(self) -> bool:
+        return self.ratio < self.target or self.bandwidth < self.bandwidth_target
+
+
+def input_bytes(case: Case, dtype: torch.dtype) -> int:
+    return sum(x.nbytes for x in case.inputs(Draw("cpu", dtype, 1)).values())
+
+
+def calls(case: Case, dtype: torch.dtype) -> list[dict[str, Callable[[], object]]]:
+    """Contenders for forward, and for forward and backward."""
+    inputs = case.inputs(Draw("cpu", dtype, 1))
+    ours = contenders(case, partial(case.ours, backend="native"), inputs)
+    peer = contenders(case, case.peer.call, case.peer.prepare(inputs))
+    return [{"ours": a, "torch": b} for a, b in zip(ours, peer, strict=True)]
+
+
+def decode_calls(case: Case, dtype: torch.dtype) -> list[dict[str, Callable[[], object]]]:
+    """As `calls`, every call with the next of several sets of keys and values."""
+    sets = [calls(case, dtype)[0] for _ in range(max(1, 2 * CACHES_BYTES // input_bytes(case, dtype)))]
+    turns = {name: itertools.cycle([one[name] for one in sets]) for name in ("ours", "torch")}
+    return [{name: (lambda turn=turn: next(turn)()) for name, turn in turns.items()}]
+
+
+def failure(case: Case, dtype: torch.dtype) -> str | None:
+    """Why this case is not timed: not supported, or wrong."""
+    try:
+        draws = check.draws(case, "cpu", dtype)
+        found = [
+            check.results(case, partial(case.ours, backend="native"), draw.inputs, draw.douts)
+            for draw in draws
+        ]
+    except ValueError as error:
+        return f"not supported: {error}"
+    wrong = check.judge(found, draws).failure
+    return f"WRONG: {wrong}" if wrong else None
+
+
+def rows(group: Group, case: Case, setting: Setting) -> Iterator[tuple[str, Outcome]]:
+    """Lines and what they say."""
+    dtype = DTYPES[setting.dtype]
+    decodes = group.bandwidth_target > 0
+    for direction, turn in zip(
+        ("forward", "both"), (decode_calls if decodes else calls)(case, dtype), strict=False
+    ):
+        seconds = measure.median_seconds(turn, budget_s=setting.budget_s)
+        ours, peer = seconds["ours"], seconds["torch"]
+        if decodes:
+            work, limit, unit = input_bytes(case, dtype), setting.copy, "GB/s"
+        else:
+            work = case.flops[0] if direction == "forward" else sum(case.flops)
+            limit, unit = setting.matmul, "GFLOP/s"
+        target = group.targets[setting.dtype, direction]
+        outcome = Outcome(
+            f"{group.name}, {case.shape}, {setting.dtype}, {direction}, {setting.threads} threads",
+            peer / ours,
+            target,
+            work / ours / limit if decodes else math.inf,
+            group.bandwidth_target,
+        )
+        mark = " <" if outcome.missed else ""
+        yield (
+            f"  {case.shape:30} {direction:7} {ours * 1e3:9.3f} ms {work / ours / 1e9:6.0f} {unit} "
+            f"share {work / ours / limit:4.2f} | torch {peer * 1e3:9.3f} ms {work / peer / 1e9:6.0f} {unit} "
+            f"| ratio {peer / ours:5.2f}{mark}",
+            outcome,
+        )
+
+
+def title(group: Group, dtype: str) -> str:
+    wanted = f"forward >= {group.targets[dtype, 'forward']}x"
+    if group.bandwidth_target:
+        wanted += f" torch and >= {group.bandwidth_target:.0%} of a copy's bytes"
+    else:
+        wanted += f", forward+backward >= {group.targets[dtype, 'both']}x torch"
+    return f" {group.name} ({group.cases[0][0].peer.name}); target: {wanted}"
+
+
+def summary(outcomes: list[Outcome]) -> Iterator[str]:
+    missed = [outcome for outcome in outcomes if outcome.missed]
+    yield f"\n{len(outcomes) - len(missed)} of {len(outcomes)} rows reach their target; missed:"
+    for o in missed:
+        share = (
+            f", {o.bandwidth:.0%} of a copy (target {o.bandwidth_target:.0%})" if o.bandwidth_target else ""
+        )
+        yield f"  {o.title}: {o.ratio:.2f}x (target {o.target}x){share}"
+    if outcomes:
+        worst = min(outcomes, key=lambda o: o.ratio)
+        yield f"worst ratio: {worst.ratio:.2f}x, {worst.title}"
 
 
 def parse_arguments() -> argparse.Namespace:
+    names = [group.name for group in groups(True)]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, type=lambda s: tuple(map(int, s.split(","))))
-    return parser.parse_args()
-
-
-def median_seconds(contenders: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Seconds of one call of each, by turns."""
-    times: list[list[float]] = [[] for _ in contenders]
-    for turn in range(rounds + 1):
-        for run, record in zip(contenders, times, strict=True):
-            started = time.perf_counter()
-            run()
-            if turn:  # the first one warms up
-                record.append(time.perf_counter() - started)
-    return [statistics.median(record) for record in times]
-
-
-def matmul_rate(dtype: torch.dtype, rounds: int) -> float:
-    """FLOP/s of x @ w.T at 2048^3 by the faster library of this torch."""
-    x, w = torch.randn(2, 2048, 2048).to(dtype).unbind()
-    contenders: list[Callable[[], object]] = [lambda: x @ w.T]
-    if torch.backends.mkldnn.is_available():
-        contenders.append(lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
-    return 2 * 2048**3 / min(median_seconds(contenders, rounds))
-
-
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(
-        q, k, v, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
-    ).transpose(1, 2)
-
-
-def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    return attention(q, k, v, causal=causal, backend="native")
-
-
-def gradients(
-    function: Callable[..., Tensor], inputs: list[Tensor], causal: bool, dout: Tensor
-) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(function(*inputs, causal), inputs, dout)
-
-
-def check(shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> None:
-    """Errors of out and the gradients against fp64, at most twice torch's, or what 0.3 more would lose."""
-    inputs, dout = make(shape, dtype)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    results = []
-    for function, leaves in ((ours, inputs), (torch_attention, inputs), (torch_attention, wide)):
-        out = function(*leaves, causal)
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))])
-    for name, actual, peer, exact in zip(("out", "dq", "dk", "dv"), *results, strict=True):
-        rounded = exact.to(dtype)
-        slack = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
-        error, allowed = ((x.double() - exact).abs().max().item() for x in (actual, peer))
-        if error > 2 * allowed + slack:
-            raise SystemExit(f"{shape} {dtype}: {name} is off by {error:.3g}, torch's by {allowed:.3g}")
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    B, T, N, G, H = shape
-    q, dout = torch.randn(2, B, T, N, H).to(dtype).unbind()
-    k, v = torch.randn(2, B, T, G, H).to(dtype).unbind()
-    return [x.detach().requires_grad_() for x in (q, k, v)], dout
-
-
-def lines(shape: tuple[int, ...], dtype: torch.dtype, rate: float, rounds: int) -> Iterator[str]:
-    B, T, N, _, H = shape
-    for causal in (True, False):
-        check((B, min(T, 1024), *shape[2:]), dtype, causal)
-        inputs, dout = make(shape, dtype)
-        detached = [x.detach() for x in inputs]
-        flop = 4 * B * N * T * T * H * (0.5 if causal else 1.0)
-        for what, factor in (("forward", 1.0), ("forward+backward", 3.5)):
-            contenders = [
-                partial(f, *detached, causal)
-                if factor == 1.0
-                else partial(gradients, f, inputs, causal, dout)
-                for f in (ours, torch_attention)
-            ]
-            mine, peer = median_seconds(contenders, rounds)
-            yield (
-                f"{'causal' if causal else 'full':6} {what:16} {mine * 1e3:8.2f} ms "
-                f"{flop * factor / mine / 1e9:6.0f} GFLOP/s "
-                f"share {flop * factor / mine / rate:4.2f} | torch {peer * 1e3:8.2f} ms "
-                f"{flop * factor / peer / 1e9:6.0f} GFLOP/s | ratio {peer / mine:4.2f}"
-            )
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="default 1 2, with --quick 1")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=None, help="with --quick fp32 bf16")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="groups of the table")
+    parser.add_argument("--quick", action="store_true", help="short lengths, under a minute")
+    arguments = parser.parse_args()
+    arguments.threads = arguments.threads or ([1] if arguments.quick else [1, 2])
+    arguments.dtypes = arguments.dtypes or [*DTYPES][: 2 if arguments.quick else 3]
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
+    bind_threads()
+    budget_s = 0.15 if arguments.quick else 0.7
     print(f"instruction set {native.module().selected_isa()}, torch {torch.__version__}")
-    for num_threads in arguments.threads:
-        torch.set_num_threads(num_threads)
+    outcomes: list[Outcome] = []
+    checked: dict[tuple[str, str, str], str | None] = {}
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        copy = measure.copy_rate(budget_s=budget_s)
         for name in arguments.dtypes:
-            rate = matmul_rate(DTYPES[name], arguments.rounds)
-            print(f"\n{num_threads} threads, {name}: 2048^3 matmul {rate / 1e9:.0f} GFLOP/s")
-            for shape in arguments.shapes:
-                for line in lines(shape, DTYPES[name], rate, arguments.rounds):
-                    print("B{} T{} N{} G{} H{}".format(*shape).ljust(24), line, flush=True)
+            setting = Setting(
+                threads, name, measure.matmul_rate(DTYPES[name], budget_s=budget_s), copy, budget_s
+            )
+            print(
+                f"\n{threads} threads, {name}: 2048^3 matmul {setting.matmul / 1e9:.0f} GFLOP/s, "
+                f"copy {copy / 1e9:.1f} GB/s"
+            )
+            for group in groups(arguments.quick):
+                if group.name not in arguments.only or name not in group.dtypes:
+                    continue
+                print(title(group, name))
+                for timed, short in group.cases:
+                    key = (group.name, timed.shape, name)
+                    if key not in checked:
+                        checked[key] = failure(short, DTYPES[name])
+                    if checked[key]:
+                        print(f"  {timed.shape:30} {checked[key]}", flush=True)
+                        continue
+                    for line, outcome in rows(group, timed, setting):
+                        print(line, flush=True)
+                        outcomes.append(outcome)
+    for line in summary(outcomes):
+        print(line)
+    if any(text and text.startswith("WRONG") for text in checked.values()):
+        raise SystemExit("a result is wrong, see above")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """How the operators' benches measure: contenders take turns, the least time counts."""
 
 import argparse
-import time
+import os
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from pypar.selftest import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -22,29 +25,19 @@ def parse_arguments(text: str) -> argparse.Namespace:
     return arguments
 
 
+def bind_threads() -> None:
+    """Starts the program again with each OpenMP thread bound to a core of its own, unless the caller has decided.
+
+    Unbound, two threads may share one core for seconds, which moves every figure by a factor of two.
+    """
+    if "OMP_PROC_BIND" not in os.environ:
+        os.environ["OMP_PROC_BIND"] = "true"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 def best_seconds(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of one call of each: the least of all rounds, which other processes disturb least."""
-    calls = {}
-    for name, run in contenders.items():
-        run()
-        started = time.perf_counter()
-        run()
-        calls[name] = max(1, round(0.01 / (time.perf_counter() - started)))
-    best = dict.fromkeys(contenders, float("inf"))
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            started = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            best[name] = min(best[name], (time.perf_counter() - started) / calls[name])
-    return best
-
-
-def copy_bytes_per_second(rounds: int) -> float:
-    """Bytes read and written per second by a copy of 64 MiB, beyond the second-level cache."""
-    source = torch.randn(16 << 20)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / best_seconds({"copy": lambda: target.copy_(source)}, rounds)["copy"]
+    return {name: min(record) for name, record in measure.times(contenders, rounds=rounds).items()}
 
 
 def gradients(function: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor) -> Callable[[], object]:
@@ -115,5 +108,5 @@ def _check(
 
 
 def print_limit(arguments: argparse.Namespace) -> None:
-    rate = copy_bytes_per_second(arguments.rounds) / 1e9
+    rate = measure.copy_rate(rounds=arguments.rounds) / 1e9
     print(f"{arguments.threads} threads; the machine's limit: a copy of 64 MiB moves {rate:.1f} GB/s")

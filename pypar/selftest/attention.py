@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,38 +21,38 @@ def cases(large: bool) -> list[Case]:
     L, N, B = (1024, 16, 2) if large else (256, 4, 1)
     bottom = L // 4
     return [
-        _case("full", L, L, N=N, B=B),
-        _case("causal, grouped heads", 2 * L, 2 * L, N=N, G=N // 4, H=128, causal=True, quick=True),
-        _case("causal, odd lengths", L - 1, L + 3, H=40, causal=True),
-        _case("causal, more queries than keys", 203, 113, H=96, causal=True, return_lse=False),
-        _case("large heads", 215, 203, H=256, causal=True),
-        _case("value heads smaller", L, L, H=192, Hv=128, N=N, causal=True),
-        _case("value heads larger", 127, 513, H=64, Hv=128),
-        _case("heads before positions", 217, 239, B=2, heads_first=True),
-        _case("causal, window", 4 * L, 4 * L, N=N, causal=True, window=(bottom, None), quick=True),
-        _case("window on both sides", 2 * L + 1, 2 * L - 1, window=(bottom, 7)),
-        _lengths("several lengths, causal", [L - 3, 1, 0, L // 2 + 5, 2 * L], N=N, G=N // 2),
-        _case("softcap", L, L, N=N, causal=True, softcap=3.0),
-        _case("ALiBi", L, L, N=N, causal=True, slopes=True),
-        _case("bias and its gradient", L, L + 16, N=N, bias=True),
-        _case("sinks and their gradient", 217, 301, N=16, G=4, causal=True, window=(100, 0), sinks=True),
-        _case("dropout", L, L, N=N, B=B, dropout_p=0.17, dropout_seed=2**40 + 11, quick=True),
-        _case("one query", 1, 32 * L, N=2 * N, G=N // 2, H=128, quick=True),
-        _case("five queries, causal", 5, 8 * L, N=N, G=1, H=128, causal=True),
+        dense("full, lse", L, L, N=N, B=B, return_lse=True),
+        dense("causal, grouped heads", 2 * L, 2 * L, N=N, G=N // 4, H=128, causal=True, quick=True),
+        dense("causal, odd lengths", L - 1, L + 3, H=40, causal=True),
+        dense("causal, more queries than keys", 203, 113, H=96, causal=True),
+        dense("large heads", 215, 203, H=256, causal=True),
+        dense("value heads smaller", L, L, H=192, Hv=128, N=N, causal=True),
+        dense("value heads larger", 127, 513, H=64, Hv=128),
+        dense("heads before positions", 217, 239, B=2, heads_first=True),
+        dense("causal, window", 4 * L, 4 * L, N=N, causal=True, window=(bottom, None), quick=True),
+        dense("window on both sides", 2 * L + 1, 2 * L - 1, window=(bottom, 7)),
+        lengths_causal("several lengths, causal", [L - 3, 1, 0, L // 2 + 5, 2 * L], N=N, G=N // 2),
+        dense("softcap, lse", L, L, N=N, softcap=3.0, return_lse=True),
+        dense("ALiBi", L, L, N=N, causal=True, slopes=True),
+        dense("bias", L, L + 16, N=N, bias=True),
+        dense("sinks, lse", 217, 301, N=16, G=4, causal=True, window=(100, 0), sinks=True, return_lse=True),
+        dense("dropout", L, L, N=N, B=B, dropout_p=0.17, dropout_seed=2**40 + 11, quick=True),
+        dense("one query", 1, 32 * L, N=2 * N, G=N // 2, H=128, backward=False, quick=True),
+        dense("eight queries, causal", 8, 131, N=4 * N, G=N, H=128, causal=True),
         _in_two_parts(L, 2 * L + 9, N),
-        _case(
-            "all together", 203, 215, N=16, G=4, B=2, H=72, Hv=40, causal=True, window=(113, 0), softcap=2.0,
-            slopes=True, sinks=True, bias=True, dropout_p=0.3, dropout_seed=5,
+        dense(
+            "all together", 203, 301, N=16, G=4, B=2, H=72, Hv=40, causal=True, window=(113, 0), softcap=2.0,
+            slopes=True, sinks=True, bias=True, dropout_p=0.3, dropout_seed=5, return_lse=True,
         ),
     ]  # fmt: skip
 
 
-def _case(  # noqa: PLR0913
+def dense(  # noqa: PLR0913
     name: str, T: int, S: int, *, N: int = 4, G: int = 2, H: int = 64, Hv: int | None = None, B: int = 1,
     heads_first: bool = False, slopes: bool = False, bias: bool = False, sinks: bool = False,
-    quick: bool = False, **options: Any,
+    backward: bool = True, quick: bool = False, **options: Any,
 ) -> Case:  # fmt: skip
-    """options: those of pypar.attention."""
+    """Inputs [B, T, N, H] and options, those of pypar.attention."""
     Hv = Hv or H
 
     def inputs(draw: Draw) -> Inputs:
@@ -67,12 +68,14 @@ def _case(  # noqa: PLR0913
         if bias:
             tensors["bias"] = draw.normal(1, N, T, S)
         if slopes:
-            tensors["alibi_slopes"] = 2.0 ** -torch.arange(1, N + 1, device=draw.device).float()
+            tensors["alibi_slopes"] = 2.0 ** -torch.arange(4, N + 4, device=draw.device).float()
         return tensors
 
-    options.setdefault("return_lse", True)
     causal, window = options.get("causal", False), options.get("window")
-    gradients = ("q", "k", "v", *(["sinks"] if sinks else []), *(["bias"] if bias else []))
+    # What torch's fused attention has not, or draws otherwise.
+    stepwise = {"return_lse", "softcap", "dropout_p"} & options.keys() or sinks or bias
+    extra = [name for name, there in (("sinks", sinks), ("bias", bias)) if there]
+    gradients = ("q", "k", "v", *extra) if backward else ()
     return Case(
         name=name,
         shape=f"B{B} T{T} S{S} N{N} G{G} H{H}" + (f" Hv{Hv}" if Hv != H else ""),
@@ -80,6 +83,7 @@ def _case(  # noqa: PLR0913
         gradients=gradients,
         ours=functools.partial(attention, **options),
         plain=functools.partial(attention_torch.plain, **options),
+        fused=None if stepwise else _fused(causal, window),
         peer=_peer(causal, window, T == S, sinks, slopes, bias, options),
         flops=attention_torch.flops(B * attention_torch.visible_pairs(T, S, causal, window), N, H, Hv),
         quick=quick,
@@ -102,6 +106,16 @@ def _peer(
     return Peer(name, functools.partial(call, is_causal=causal))
 
 
+def _fused(causal: bool, window: Window | None) -> Callable[..., Tensor]:
+    prepare = _mask_of(causal, window)
+
+    def fused(**inputs: Tensor) -> Tensor:
+        masked = prepare(inputs)
+        return attention_torch.sdpa(masked["q"], masked["k"], masked["v"], masked["mask"])
+
+    return fused
+
+
 def _mask_of(causal: bool, window: Window | None) -> Callable[[Inputs], Inputs]:
     """q, k, v and the mask that torch's function needs for what ours computes as it goes."""
 
@@ -118,7 +132,7 @@ def _mask_of(causal: bool, window: Window | None) -> Callable[[Inputs], Inputs]:
     return prepare
 
 
-def _lengths(name: str, lengths: list[int], N: int, G: int, H: int = 64) -> Case:
+def lengths_causal(name: str, lengths: list[int], N: int, G: int, H: int = 64) -> Case:
     """Sequences of these lengths one after the other, causal."""
     total = sum(lengths)
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
@@ -137,8 +151,9 @@ def _lengths(name: str, lengths: list[int], N: int, G: int, H: int = 64) -> Case
         shape=f"T{total} in {len(lengths)} N{N} G{G} H{H}",
         inputs=inputs,
         gradients=("q", "k", "v"),
-        ours=functools.partial(attention, causal=True, return_lse=True),
+        ours=functools.partial(attention, causal=True),
         plain=functools.partial(attention_torch.plain, causal=True),
+        fused=attention_torch.sdpa_of_each,
         peer=Peer(
             "F.scaled_dot_product_attention, padded, mask",
             attention_torch.sdpa,
@@ -150,14 +165,12 @@ def _lengths(name: str, lengths: list[int], N: int, G: int, H: int = 64) -> Case
 
 def _in_two_parts(T: int, S: int, N: int) -> Case:
     """What a ring does: attention over some of the keys, continued over the others; gradients added up in fp32."""
-    whole = _case("carried on over two parts", T, S, N=N, causal=True)
+    whole = dense("carried on over two parts, lse", T, S, N=N, causal=True, return_lse=True)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         return _InTwoParts.apply(q, k, v, backend)
 
-    return Case(
-        whole.name, whole.shape, whole.inputs, whole.gradients, ours, whole.plain, whole.peer, whole.flops
-    )
+    return replace(whole, ours=ours)
 
 
 class _InTwoParts(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +58,11 @@ def plain(  # noqa: PLR0913
     dropout_seed: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    return_lse: bool = True,
+    return_lse: bool = False,
     batch_start: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What one writes without a fused operator, every step in the inputs' dtype."""
-    options = {
+    options: dict[str, Any] = {
         "causal": causal,
         "window": window,
         "softcap": softcap,
@@ -75,7 +76,9 @@ def plain(  # noqa: PLR0913
         for i, (rows, keys) in enumerate(
             zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True), start=batch_start
         ):
-            parts.append(plain(q[None, rows], k[None, keys], v[None, keys], batch_start=i, **options))  # type: ignore[arg-type]
+            parts.append(
+                plain(q[None, rows], k[None, keys], v[None, keys], batch_start=i, return_lse=True, **options)
+            )
         out, lse = (torch.cat([part[i][0] for part in parts], dim) for i, dim in ((0, 0), (1, 1)))
         return (out, lse) if return_lse else out
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -136,6 +139,15 @@ def sdpa(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=k.shape[1] != q.shape[1]
     ).transpose(1, 2)
+
+
+def sdpa_of_each(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """Causal, of sequences that stand one after the other, each by itself."""
+    parts = []
+    for rows, keys in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True):
+        mask = visible(rows.stop - rows.start, keys.stop - keys.start, True, None, q.device)
+        parts.append(sdpa(q[None, rows], k[None, keys], v[None, keys], mask)[0])
+    return torch.cat(parts)
 
 
 def padded(inputs: Inputs, causal: bool) -> Inputs:

@@ -15,9 +15,9 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 class Draw:
     """Random inputs, the same numbers on every machine: drawn on the CPU, rounded, then moved."""
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, seed: int) -> None:
         self.device, self.dtype = device, dtype
-        self._generator = torch.Generator().manual_seed(1)
+        self._generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, fp32: bool = False) -> Tensor:
         """Standard normal, of the case's dtype or fp32."""
@@ -50,8 +50,10 @@ class Peer:
 class Case:
     """One thing that an operator can do, at one size.
 
-    inputs: makes the arguments; those that `gradients` names are differentiated.
+    inputs: makes the arguments; those that `gradients` names are differentiated; none: only forward is run.
     ours(**inputs, backend=name), plain(**inputs) -> outputs; plain computes in the dtype of its inputs, float64 too.
+    fused(**inputs): torch's own fused function, if it has one that returns the same. What PyTorch makes of a type is
+        the larger error of the two: steps apart and steps fused lose different digits.
     flops: (forward, backward) additions and multiplications that cannot be avoided; 0 for those that only move data.
     unread: inputs that backward has no need to read, for counting the bytes that must move.
     """
@@ -63,6 +65,7 @@ class Case:
     ours: Function
     plain: Function
     peer: Peer
+    fused: Function | None = None
     flops: tuple[float, float] = (0.0, 0.0)
     unread: tuple[str, ...] = ()
     quick: bool = False

@@ -119,14 +119,14 @@ def _rows(
     """One for each backend."""
     what = f"{op} on {device} in {name_of(dtype)}, {case.name}"
     try:
-        expected = check.expect(case, device, dtype)
+        draws = check.draws(case, device, dtype)
     except Exception as error:
         yield NotRun(what, f"plain PyTorch fails: {_sentence(error)}")
         return
     for backend in backends:
         row = Row(op, backend.name, device, name_of(dtype), case.name, case.shape, case.peer.name)
         try:
-            _fill(row, case, expected, limits)
+            _fill(row, case, draws, limits)
         except RefusalError as refusal:
             yield NotRun(f"{op} {backend.name} on {device}", refusal.reason)
             continue
@@ -134,58 +134,60 @@ def _rows(
             row.failure = _sentence(error)
         yield row
     if device == "cuda":
-        del expected
+        del draws
         torch.cuda.empty_cache()
 
 
-def _fill(row: Row, case: Case, expected: check.Expected, limits: Limits) -> None:
+def _fill(row: Row, case: Case, draws: list[check.Expected], limits: Limits) -> None:
     ours = functools.partial(case.ours, backend=row.backend)
-    first = check.results(case, ours, expected.inputs, expected.douts)
-    judgement = check.judge(first, expected)
+    results = [check.results(case, ours, draw.inputs, draw.douts) for draw in draws]
+    judgement = check.judge(results, draws)
     row.result, row.error, row.allowed = judgement.result, judgement.error, judgement.allowed
-    row.failure = judgement.failure or _repeats(row, first, case, ours, expected)
+    row.failure = judgement.failure or _repeats(row, results[0], case, ours, draws[0])
     if row.failure:
         return
     # The reference is written to be read: one look at its time is enough.
     budget_s = 0.0 if row.backend == "reference" else limits.options.budget_s
-    forward_s, row.forward_ratio, both_s, row.both_ratio = _times(case, ours, expected, row.device, budget_s)
-    least_forward_s, least_both_s, row.limit = _least_seconds(case, expected, row.device, limits)
-    row.forward_ms, row.both_ms = forward_s * 1e3, both_s * 1e3
-    row.forward_share, row.both_share = least_forward_s / forward_s, least_both_s / both_s
+    (forward, *both), peer = _times(case, ours, draws[0], row.device, budget_s)
+    least_forward_s, least_both_s, row.limit = _least_seconds(case, draws[0], row.device, limits)
+    row.forward_ms, row.forward_share = forward * 1e3, least_forward_s / forward
+    if both:
+        row.both_ms, row.both_share = both[0] * 1e3, least_both_s / both[0]
+    if peer:
+        row.forward_ratio = peer[0] / forward
+        row.both_ratio = peer[1] / both[0] if both else None
 
 
 def _times(
     case: Case, ours: Function, expected: check.Expected, device: str, budget_s: float
-) -> tuple[float, float | None, float, float | None]:
-    """Seconds of forward and the peer's by them; the same for forward and backward. None: the peer cannot."""
+) -> tuple[list[float], list[float]]:
+    """Seconds of ours and of the peer, forward, then forward and backward. The peer's are empty where it cannot."""
     turns = [{"ours": call} for call in contenders(case, ours, expected.inputs, expected.douts)]
     try:
         peers = contenders(case, case.peer.call, case.peer.prepare(expected.inputs))
-        peers[1]()
+        peers[-1]()
         for turn, peer in zip(turns, peers, strict=True):
             turn["peer"] = peer
     except RuntimeError:  # such as a function that this torch lacks for the device or dtype
         pass
-    forward, both = (measure.median_seconds(turn, device, budget_s=budget_s) for turn in turns)
-    forward_ratio, both_ratio = (s["peer"] / s["ours"] if "peer" in s else None for s in (forward, both))
-    return forward["ours"], forward_ratio, both["ours"], both_ratio
+    medians = [measure.median_seconds(turn, device, budget_s=budget_s) for turn in turns]
+    return [m["ours"] for m in medians], [m["peer"] for m in medians if "peer" in m]
 
 
 def contenders(
     case: Case, function: Function, inputs: Inputs, douts: list[torch.Tensor] | None = None
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Calls of forward, and of forward and backward. Without douts, they are drawn."""
-    names = [name for name in case.gradients if name in inputs]
-    differentiable = check.leaves(inputs, tuple(names))
-    wanted = [differentiable[name] for name in names]
+) -> list[Callable[[], object]]:
+    """Calls of forward, and, where the case has gradients, of forward and backward. Without douts, they are drawn."""
+    differentiable = check.leaves(inputs, case.gradients)
+    wanted = [x for x in differentiable.values() if x.requires_grad]
     if douts is None:
         douts = [torch.randn_like(out) for out in check.outputs(function, inputs)]
 
     def both() -> object:
-        out = function(**differentiable)
-        return torch.autograd.grad(out, wanted, douts)
+        return torch.autograd.grad(function(**differentiable), wanted, douts)
 
-    return lambda: check.outputs(function, inputs), both
+    calls: list[Callable[[], object]] = [lambda: check.outputs(function, inputs)]
+    return [*calls, both] if wanted else calls
 
 
 def _repeats(
@@ -218,7 +220,7 @@ def _least_seconds(
     moving = (read + written) / copy, (read + written + written + read_again + gradients) / copy
     if not case.flops[0]:
         return *moving, "copy"
-    matmul = limits.matmul_flops(device, expected.inputs[case.gradients[0]].dtype)
+    matmul = limits.matmul_flops(device, next(iter(expected.inputs.values())).dtype)
     computing = case.flops[0] / matmul, sum(case.flops) / matmul
     return (
         max(moving[0], computing[0]),

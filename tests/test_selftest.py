@@ -1,0 +1,236 @@
+"""`pypar selftest`: what it covers, what it finds, what it says."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pypar.selftest as selftest
+from pypar.ops import native
+from pypar.ops.backend import op_modules
+from pypar.selftest import attention_torch, check, measure, report, rows
+from pypar.selftest.case import Case, Peer
+
+attention_module = sys.modules["pypar.ops.attention"]
+OPS = [rows.op_name(module) for module in op_modules()]
+
+
+def run(tmp_path, capsys, **options):
+    """(exit code, what was printed, the JSON report) of a quick run."""
+    path = tmp_path / "report.json"
+    code = selftest.main(rows.Options(quick=True, **options), ["a machine"], path)
+    return code, capsys.readouterr().out, json.loads(path.read_text())
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    """Two small cases of attention in fp32, so that a test takes a second."""
+    cases = [case for case in rows.cases_of("attention", False) if case.name in ("large heads", "bias")]
+    monkeypatch.setattr(
+        rows, "cases_of", lambda op, large: [dataclasses.replace(c, quick=True) for c in cases]
+    )
+    monkeypatch.setattr(rows, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(check, "_DRAWS", {})
+    monkeypatch.setattr(measure, "_MATMUL_SIZES", {"cpu": (256, 256)})
+
+
+@pytest.fixture
+def plant(monkeypatch, few_cases):
+    """Replaces functions of attention's native backend."""
+
+    def put(**functions):
+        changed = dataclasses.replace(attention_module.BACKENDS[0], **functions)
+        assert changed.name == "native"
+        monkeypatch.setattr(attention_module, "BACKENDS", (changed, *attention_module.BACKENDS[1:]))
+        monkeypatch.setitem(attention_module._BY_NAME, "native", changed)
+        return attention_module.BACKENDS[0]
+
+    return put
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("large", [False, True])
+def test_every_operator_has_cases_of_which_some_are_quick(op, large):
+    cases = rows.cases_of(op, large)
+    assert any(case.quick for case in cases) and any(not case.quick for case in cases)
+    assert all(isinstance(case, Case) and isinstance(case.peer, Peer) for case in cases)
+    assert len({(case.name, case.shape) for case in cases}) == len(cases)
+
+
+def test_the_options_of_attention_are_covered():
+    names = " ".join(case.name for case in rows.cases_of("attention", False))
+    for word in ("causal", "grouped", "window", "several lengths", "softcap", "ALiBi", "bias", "sinks", "dropout",
+                 "one query", "value heads", "two parts", "odd", "together"):  # fmt: skip
+        assert word in names
+
+
+def test_a_quick_run_passes_and_writes_its_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "_MATMUL_SIZES", {"cpu": (256, 256)})
+    ops = ("rms_norm", "rope", "linear")
+    code, printed, written = run(tmp_path, capsys, ops=ops)
+    assert code == 0 and "\npassed: " in printed
+    assert {row["op"] for row in written["rows"]} == set(ops)
+    assert {row["dtype"] for row in written["rows"]} == {"float32", "bfloat16", "float16"}
+    assert {row["backend"] for row in written["rows"]} >= {"native", "reference", "torch"}
+    for row in written["rows"]:
+        assert row["failure"] is None and 0 <= row["error"] <= row["allowed"]
+        assert row["forward_ms"] > 0 and row["both_ms"] > 0 and row["forward_ratio"] > 0
+        assert row["forward_share"] > 0 and row["limit"] in ("matmul", "copy")
+    assert written["machine"] == ["a machine"] and written["copy_bytes_per_second"]["cpu"] > 1e8
+    assert written["matmul_flops_per_second"]["cpu float32"] > 1e8
+    if not torch.cuda.is_available():
+        assert "everything on a GPU: torch" in printed
+    assert "Not run:" in printed
+
+
+def test_what_a_backend_refuses_is_listed_not_failed(tmp_path, capsys):
+    code, printed, written = run(tmp_path, capsys, ops=("linear",), backends=("onednn",))
+    assert all(row["dtype"] == "float32" for row in written["rows"])
+    assert "linear onednn on cpu" in printed.split("Not run:")[1]
+    assert code == (0 if written["rows"] else 1)
+
+
+def test_a_wrong_result_fails(tmp_path, capsys, plant):
+    right = attention_module.BACKENDS[0].forward
+
+    def wrong(problem, carry):
+        out, lse = right(problem, carry)
+        out[..., -1] += 1e-4
+        return out, lse
+
+    plant(forward=wrong)
+    code, printed, written = run(tmp_path, capsys, ops=("attention",))
+    assert code == 1 and "FAILED: 2 of 4 rows" in printed and "FAILED: out is off by 0.0001" in printed
+    assert {row["backend"] for row in written["rows"] if row["failure"]} == {"native"}
+    assert written["verdict"] == "FAILED: 2 of 4 rows"
+
+
+def test_a_wrong_gradient_fails(tmp_path, capsys, plant):
+    right = attention_module.BACKENDS[0].backward
+    plant(backward=lambda *arguments: tuple(x * (1 + 1e-4) for x in right(*arguments)))
+    code, printed, _ = run(tmp_path, capsys, ops=("attention",), backends=("native",))
+    assert code == 1 and "FAILED: d" in printed and "FAILED: 2 of 2 rows" in printed
+
+
+def test_a_result_that_is_not_a_number_fails(tmp_path, capsys, plant):
+    right = attention_module.BACKENDS[0].backward
+    plant(backward=lambda *arguments: tuple(torch.full_like(x, torch.nan) for x in right(*arguments)))
+    code, printed, written = run(tmp_path, capsys, ops=("attention",), backends=("native",))
+    assert code == 1 and "is off by inf" in printed and written["rows"][0]["error"] == "inf"
+    assert check._error(torch.tensor([torch.inf]), torch.tensor([torch.inf]).double()) == 0
+
+
+def test_a_backend_that_raises_fails_its_row_and_the_others_go_on(tmp_path, capsys, plant):
+    def broken(problem, carry):
+        raise RuntimeError("the kernel fell over\nat some length")
+
+    plant(forward=broken)
+    code, printed, written = run(tmp_path, capsys, ops=("attention",))
+    assert code == 1 and "FAILED: RuntimeError: the kernel fell over\n" in printed
+    assert [row["failure"] is None for row in written["rows"]] == [False, True, False, True]
+
+
+def test_a_result_that_differs_from_run_to_run_fails(tmp_path, capsys, plant):
+    right, calls = attention_module.BACKENDS[0].forward, []
+
+    def unsteady(problem, carry):
+        out, lse = right(problem, carry)
+        calls.append(1)
+        if len(calls) == 1:
+            out[..., 0] = torch.nextafter(out[..., 0], out[..., 0] + 1)
+        return out, lse
+
+    plant(forward=unsteady)
+    code, printed, _ = run(tmp_path, capsys, ops=("attention",), backends=("native",))
+    assert code == 1 and "FAILED: another run gives another out" in printed and "1 of 2 rows" in printed
+
+
+def test_the_number_of_threads_must_not_matter(tmp_path, capsys, plant, monkeypatch):
+    right = attention_module.BACKENDS[0].forward
+
+    def threaded(problem, carry):
+        out, lse = right(problem, carry)
+        if native.num_threads() == 1:
+            out[..., 0] = torch.nextafter(out[..., 0], out[..., 0] + 1)
+        return out, lse
+
+    plant(forward=threaded)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        code, printed, _ = run(tmp_path, capsys, ops=("attention",), backends=("native",))
+    finally:
+        torch.set_num_threads(before)
+    assert code == 1 and "FAILED: one thread gives another out" in printed
+
+
+def test_an_operator_without_cases_is_named(monkeypatch):
+    def missing(op, large):
+        raise ModuleNotFoundError(op)
+
+    monkeypatch.setattr(rows, "cases_of", missing)
+    options = rows.Options(ops=("rope",))
+    (item,) = rows.run(options, rows.Limits(options))
+    assert item == rows.NotRun("rope", "it has no cases: pypar/selftest/rope.py is missing")
+
+
+def test_nothing_run_is_no_success():
+    assert report.verdict([]) == ("FAILED: no row was run", 1)
+
+
+@pytest.mark.parametrize(("T", "S"), [(7, 11), (11, 7), (5, 5), (1, 9), (0, 3)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, (3, None), (None, 2), (0, 0), (2, 4)])
+def test_visible_pairs_are_counted_right(T, S, causal, window):
+    sees = attention_torch.visible(T, S, causal, window, "cpu")
+    assert attention_torch.visible_pairs(T, S, causal, window) == int(sees.sum())
+
+
+def test_a_slow_contender_is_timed_once_and_a_fast_one_in_rounds():
+    import time
+
+    calls = {"slow": 0, "fast": 0}
+
+    def slow():
+        calls["slow"] += 1
+        time.sleep(0.03)
+
+    def fast():
+        calls["fast"] += 1
+        time.sleep(0.001)
+
+    found = measure.times({"slow": slow, "fast": fast}, rounds=5, budget_s=0.02)
+    assert calls["slow"] == len(found["slow"]) == 1
+    assert len(found["fast"]) >= 3 and 0.001 <= min(found["fast"]) < 0.02
+
+
+def test_the_command(tmp_path):
+    path = tmp_path / "report.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pypar.cli",
+        "selftest",
+        "--ops",
+        "rope",
+        "--backends",
+        "native",
+        "--quick",
+    ]
+    result = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (
+        f"{path} says it for a bug report" in result.stdout
+        and "instruction sets of this CPU" in result.stdout
+    )
+    assert {row["op"] for row in json.loads(path.read_text())["rows"]} == {"rope"}
+    for arguments, sentence in (
+        (["--ops", "atention"], "--ops: unknown operator 'atention', known are attention, "),
+        (["--backends", "cud"], "--backends: unknown backend 'cud', known are "),
+        (["--json", str(tmp_path / "no" / "folder" / "x.json")], "cannot be written"),
+    ):
+        result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
