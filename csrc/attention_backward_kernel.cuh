@@ -70,8 +70,9 @@ struct BackwardPlace {
   Sequence sequence;
   int b, head;  // of the rows
   int first_row;
-  int num_rows, num_columns;  // of the sequence
-  int first_column, num_tiles;
+  int num_rows, num_columns;    // of the sequence
+  int first_column, num_tiles;  // of columns, of one head
+  int num_steps;                // tiles of all heads
   int first_value;
   int low, high;  // column - row of what is seen
 };
@@ -96,6 +97,7 @@ __device__ __forceinline__ bool find_place(const BackwardArguments& a, unsigned 
   const int end = kKeys ? end_seeing(s, last_row) : end_seen(s, last_row);
   place.first_column = begin / Sizes::kColumns * Sizes::kColumns;
   place.num_tiles = begin < end ? (end - place.first_column + Sizes::kColumns - 1) / Sizes::kColumns : 0;
+  place.num_steps = place.num_tiles * (kKeys ? a.group : 1);
   return true;
 }
 
@@ -130,14 +132,14 @@ template <class Tag, bool kKeys>
 struct BackwardScores {
   const BackwardArguments& a;
   const BackwardPlace& place;
-  int n;  // the query head
+  int query_head;
 
   // Bit i: whether element i of a product is kept. Not unrolled whole: 32 times Philox is much code.
   template <int kRowTiles, int kColumnTiles>
   __device__ __forceinline__ uint32_t kept(int row, int column) const {
     const AttentionProblem& p = a.call.problem;
     static_assert(kRowTiles * kColumnTiles * 4 <= 32, "one bit an element");
-    const uint32_t stream = dropout_stream(p, place.b, n);
+    const uint32_t stream = dropout_stream(p, place.b, made_anew(query_head));
     uint32_t bits = 0;
 #pragma unroll 2
     for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i) {
@@ -183,6 +185,7 @@ struct BackwardScores {
                                            Product<kRowTiles, kColumnTiles>& dp, int first_row,
                                            int first_column, const Lse& lse, const Delta& delta) const {
     const AttentionProblem& p = a.call.problem;
+    const int n = made_anew(query_head);
     const bool dropout = p.dropout_p > 0.0f;
     const uint32_t bits = dropout ? kept<kRowTiles, kColumnTiles>(first_row, first_column) : ~0u;
     const float slope = alibi_slope(p, place.b, n) * kScoreUnit<Tag>;
@@ -264,23 +267,43 @@ __device__ __forceinline__ void start_rows(const BackwardArguments& a, const Bac
       static_cast<int>(size * bytes));
 }
 
-// Starts to copy tile number `tile` of the columns, of query head (or key head) `head`.
+// The i-th tile of columns that a block works on: the tiles of one query head, then those of the next of the
+// group.
+template <bool kKeys>
+struct BackwardTile {
+  int head;    // of the group
+  int column;  // its first
+  __device__ __forceinline__ BackwardTile(const BackwardPlace& place, int columns, int i)
+      : head(kKeys ? i / place.num_tiles : 0),
+        column(place.first_column + (i - head * place.num_tiles) * columns) {}
+};
+
+// Starts to copy the i-th tile.
 template <class Tag, int kSize, bool kKeys>
 __device__ __forceinline__ void start_columns(const BackwardArguments& a, const BackwardPlace& place,
-                                              const BackwardMemory<Tag, kSize>& memory, int stage, int head,
-                                              int tile) {
+                                              const BackwardMemory<Tag, kSize>& memory, int i) {
   constexpr int kColumns = BackwardSizes<Tag, kSize>::kColumns;
-  const int column = place.first_column + tile * kColumns;
+  const BackwardTile<kKeys> tile(place, kColumns, i);
+  const int stage = i % 2, head = kKeys ? place.head * a.group + tile.head : place.head / a.group;
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
-    start_rows<Tag, kSize, !kKeys, kColumns>(a, place, which, head, column, memory.streamed(stage, which));
+    start_rows<Tag, kSize, !kKeys, kColumns>(a, place, which, head, tile.column,
+                                             memory.streamed(stage, which));
   }
   const int piece = ptx::thread_index();
   if (kKeys && piece < kColumns / 2) {  // 16 bytes of lse, 16 bytes of delta
-    const int64_t from = values_index(a, place.b, head, place.first_value) + column;
-    const int which = piece / (kColumns / 4), i = piece % (kColumns / 4) * 4;
-    ptx::copy_async_16(memory.values(stage, which) + i, (which == 0 ? a.lse : a.delta) + from + i, true);
+    const int64_t from = values_index(a, place.b, head, place.first_value) + tile.column;
+    const int which = piece / (kColumns / 4), first = piece % (kColumns / 4) * 4;
+    ptx::copy_async_16(memory.values(stage, which) + first, (which == 0 ? a.lse : a.delta) + from + first,
+                       true);
   }
+}
+
+// The block's first row of which a thread has results.
+template <int kRowTiles>
+__device__ __forceinline__ int thread_row() {
+  const int thread = ptx::thread_index();
+  return thread / kWarp * 16 * kRowTiles + thread % kWarp / 4;
 }
 
 template <class Tag, int kSize, bool kKeys>
@@ -302,26 +325,21 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
   }
   __syncthreads();
   const BackwardPlace& place = *memory.place();
-  int head = kKeys ? place.head * a.group : place.head / a.group, tile = 0;  // of the columns
-  bool more = place.num_tiles > 0;
-  if (more) {
+  if (place.num_tiles > 0) {
     start_rows<Tag, kSize, kKeys, Sizes::kRows>(a, place, 0, place.head, place.first_row, memory.own(0));
     if (!values_only) {
       start_rows<Tag, kSize, kKeys, Sizes::kRows>(a, place, 1, place.head, place.first_row, memory.own(1));
     }
-    start_columns<Tag, kSize, kKeys>(a, place, memory, 0, head, tile);
+    start_columns<Tag, kSize, kKeys>(a, place, memory, 0);
   }
   ptx::copy_async_commit();
 
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarp * 16 * kRowTiles;  // in the block
-  const int first_row = place.first_row + warp_row;
   float row_lse[2 * kRowTiles], row_delta[2 * kRowTiles];  // queries' pass
   if (!kKeys) {
     const int64_t from = values_index(a, place.b, place.head, place.first_value);
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      const int row = first_row + 8 * i + lane / 4;
+      const int row = place.first_row + thread_row<kRowTiles>() + 8 * i;
       row_lse[i] = row < place.num_rows ? a.lse[from + row] : kNothingSeen;
       row_delta[i] = row < place.num_rows ? a.delta[from + row] : 0.0f;
     }
@@ -332,25 +350,20 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
   Product<kBoth ? kRowTiles : 1, kBoth ? kSize / 8 : 1> sum_values;  // dv
   set_zero(sum);
   set_zero(sum_values);
-  for (int stage = 0; more; stage = 1 - stage) {
-    const int first_column = place.first_column + tile * Sizes::kColumns;
-    const BackwardScores<Tag, kKeys> scores{a, place, kKeys ? head : place.head};
+  for (int i = 0; i < place.num_steps; ++i) {
     ptx::copy_async_wait<0>();
-    __syncthreads();                  // this tile is there for all, and nobody reads the one before any more
-    if (++tile == place.num_tiles) {  // on to the next head of the group
-      tile = 0, ++head;
-      more = kKeys && head < (place.head + 1) * a.group;
-    }
-    if (more) start_columns<Tag, kSize, kKeys>(a, place, memory, 1 - stage, head, tile);
+    __syncthreads();  // this tile is there for all, and nobody reads the one before any more
+    if (i + 1 < place.num_steps) start_columns<Tag, kSize, kKeys>(a, place, memory, i + 1);
     ptx::copy_async_commit();
-    const unsigned char* const tile0 = memory.streamed(stage, 0);
-    const unsigned char* const tile1 = memory.streamed(stage, 1);
 #pragma unroll 1
     for (int step = 0; step < Sizes::kColumns; step += Sizes::kStep) {
-      const int column = first_column + step;
-      const int least = column - first_row - (16 * kRowTiles - 1),
-                most = column - first_row + Sizes::kStep - 1;
+      const BackwardTile<kKeys> tile(place, Sizes::kColumns, made_anew(i));
+      const int stage = made_anew(i) % 2, warp_row = thread_row<kRowTiles>() / 16 * 16;
+      const int column = tile.column + step, apart = column - place.first_row - warp_row;
+      const int least = apart - (16 * kRowTiles - 1), most = apart + Sizes::kStep - 1;
       if (most < place.low || least > place.high) continue;  // the warp's rows see none of these columns
+      const unsigned char* const tile0 = memory.streamed(stage, 0);
+      const unsigned char* const tile1 = memory.streamed(stage, 1);
       Product<kRowTiles, kColumnTiles> s, dp;
       products.multiply(s, memory.own(0), warp_row, tile0, step, true);
       if (!values_only) {
@@ -358,8 +371,9 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
       } else {
         set_zero(dp);
       }
-      const float* const column_lse = memory.values(stage, 0) + step + lane % 4 * 2;
-      const float* const column_delta = memory.values(stage, 1) + step + lane % 4 * 2;
+      const int thread_column = ptx::thread_index() % 4 * 2;
+      const float* const column_lse = memory.values(stage, 0) + step + thread_column;
+      const float* const column_delta = memory.values(stage, 1) + step + thread_column;
       const auto lse = [&](int m, int j, int e) {
         return kKeys ? column_lse[8 * j + e % 2] : row_lse[2 * m + e / 2];
       };
@@ -368,10 +382,12 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
       };
       const bool all_seen =
           least >= place.low && most <= place.high && column + Sizes::kStep <= place.num_columns;
+      const BackwardScores<Tag, kKeys> scores{a, place,
+                                              kKeys ? place.head * a.group + tile.head : place.head};
       if (all_seen && !a.modified) {
         scores.plain(s, dp, lse, delta);
       } else {
-        scores.modified(s, dp, first_row + lane / 4, column + lane % 4 * 2, lse, delta);
+        scores.modified(s, dp, place.first_row + thread_row<kRowTiles>(), column + thread_column, lse, delta);
       }
       if constexpr (kBoth) products.add(sum_values, s, tile1, step);
       if constexpr (kSplit) {
@@ -388,7 +404,8 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
   const auto store = [&](const auto& from, const AttentionTensor& t, float factor, int64_t size) {
     const int64_t start =
         place.b * t.batch_stride + first_own * t.position_stride + place.head * t.head_stride;
-    store_sum<Tag>(from, factor, t, start, first_row + lane / 4, place.num_rows, size, a.call.accumulate);
+    store_sum<Tag>(from, factor, t, start, place.first_row + thread_row<kRowTiles>(), place.num_rows, size,
+                   a.call.accumulate);
   };
   if (!kKeys) {
     store(sum, a.call.dq, p.scale, p.H);
