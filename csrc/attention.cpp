@@ -396,7 +396,9 @@ struct Plan {
     splits[0] = index_bytes(p);
     for (int64_t i = 0; i < num_sequences; ++i) {
       const ForwardShape shape = forward_shape(p, sequence_of(p, i));
-      tasks[i + 1] = tasks[i] + p.G * tasks_per_split(shape) * shape.num_splits;
+      // Decoding takes all heads together.
+      const int64_t heads = shape.decode ? 1 : p.G;
+      tasks[i + 1] = tasks[i] + heads * tasks_per_split(shape) * shape.num_splits;
       splits[i + 1] = splits[i] + splits_bytes(p, shape);
     }
   }
@@ -423,7 +425,7 @@ void run_task(const Plan& plan, int64_t index) {
   const Parts parts = plan.parts_of(sequence, shape, head);
   const Parts* splits = shape.num_splits > 1 ? &parts : nullptr;
   if (shape.decode) {
-    decode(plan.a, s, shape, head, split, splits);
+    decode(plan.a, s, shape, split, plan.parts_of(sequence, shape, 0));
     return;
   }
   Task<Arithmetic> task(plan.a, s, shape, head);

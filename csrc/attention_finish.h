@@ -22,6 +22,11 @@ struct Parts {
   const float* row(int64_t part, int64_t row) const {
     return reinterpret_cast<const float*>(out + part * bytes) + row * stride;
   }
+  // The same of the head that is `head` further in the caller's memory.
+  Parts of_head(int64_t head) const {
+    const int64_t offset = head * count * bytes;
+    return {references + offset, sums + offset, out + offset, stride, count, bytes};
+  }
   // One part, its rows counted from `first`.
   Parts rows_from(int64_t first, int64_t part) const {
     return {references + part * bytes + first * 8,

@@ -16,7 +16,7 @@ constexpr int64_t kDecodeKeys = 2 * kBlock;
 // Few rows split the keys they see, so that all threads have work: at multiples of so many keys.
 constexpr int64_t kFewBlocks = 4;
 constexpr int64_t kKeysPerSplit = 8 * kBlock;
-constexpr int64_t kDecodeKeysPerSplit = 4 * kBlock;
+constexpr int64_t kDecodeKeysPerSplit = 2 * kBlock;
 // No distance of two indices is as large.
 constexpr int64_t kFar = int64_t{1} << 40;
 
