@@ -232,17 +232,21 @@ def row(kernel: Kernel, name: str, threads: int, shared: int) -> list[str]:
 def readable(part: str) -> str:
     """A kernel's name for people, of a part of its symbol."""
     size = re.search(r"Li(\d+)E", part)
-    dtype = "bf16" if "BFloat16" in part else "fp16" if "Float16" in part else "fp32" if size else ""
-    words = [
-        "forward" if "Shape" in part else re.sub(r"^\d*(attention_)?|_kernel$", "", part).replace("_", " "),
-        dtype,
-    ]
-    if size:
-        words.append(f"head {size[1]}")
+    if not size:
+        return re.sub(r"^\d*attention_|_kernel$", "", part).replace("_", " ")
+    dtype = "bf16" if "BFloat16" in part else "fp16" if "Float16" in part else "fp32"
     flags = re.findall(r"Lb([01])E", part)
-    if len(flags) == 2:
-        words.append("few rows" if flags[0] == "1" else "any scores" if flags[1] == "1" else "")
-    return " ".join(filter(None, words))
+    if "backward" in part:
+        words = ["backward", "dk dv" if flags == ["1"] else "dq", dtype, f"head {size[1]}"]
+    else:
+        few_rows, modified = (flag == "1" for flag in flags) if flags else (False, False)
+        words = [
+            "forward",
+            dtype,
+            f"head {size[1]}",
+            *(["few rows"] if few_rows else ["any scores"] if modified else []),
+        ]
+    return " ".join(words)
 
 
 def main() -> None:

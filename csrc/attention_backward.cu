@@ -7,9 +7,16 @@
 // Scores and dP are made twice, 7 products where 5 would do. In return no two blocks add to the same element:
 // no atomics, no order to wait for, no memory beyond kernel 1's, and the result is bitwise the same in every
 // run.
+#include <string>
+#include <tuple>
+#include <vector>
+
 #include "attention.h"
 
 namespace pypar::cuda {
+// Of every kernel: a part of its name in the machine code, threads and bytes of dynamic shared memory of a
+// block.
+std::vector<std::tuple<std::string, int, int>> attention_backward_kernels();
 int64_t attention_backward_memory(const AttentionProblem& problem);
 void attention_backward(const AttentionBackward& arguments);
 }  // namespace pypar::cuda
@@ -17,7 +24,7 @@ void attention_backward(const AttentionBackward& arguments);
 #ifndef PYPAR_BINDING
 
 #  include <stdexcept>
-#  include <string>
+#  include <typeinfo>
 
 #  include "attention_backward_kernel.cuh"
 
@@ -204,9 +211,38 @@ void attention_backward(const AttentionBackward& call) {
   }
 }
 
+template <class Tag, int kSize>
+static void describe(std::vector<std::tuple<std::string, int, int>>& kernels) {
+  const std::string sizes = typeid(BackwardSizes<Tag, kSize>).name();  // ...BackwardSizesI<Tag, kSize>EE
+  const size_t start = sizes.find("BackwardSizes") + 13;
+  const std::string name = "attention_backward_kernel" + sizes.substr(start, sizes.size() - start - 2);
+  for (const char* keys : {"Lb1E", "Lb0E"}) {
+    kernels.emplace_back(name + keys, BackwardSizes<Tag, kSize>::kThreads,
+                         BackwardMemory<Tag, kSize>::kBytes);
+  }
+}
+
+template <int kSize>
+static void describe_types(std::vector<std::tuple<std::string, int, int>>& kernels) {
+  describe<Float32Tag, kSize>(kernels);
+  describe<ptx::BFloat16Tag, kSize>(kernels);
+  describe<ptx::Float16Tag, kSize>(kernels);
+}
+
+std::vector<std::tuple<std::string, int, int>> attention_backward_kernels() {
+  std::vector<std::tuple<std::string, int, int>> kernels{
+      {"attention_backward_values_kernel", kValuesThreads, 0}};
+  describe_types<64>(kernels);
+  describe_types<128>(kernels);
+  describe_types<256>(kernels);
+  return kernels;
+}
+
 }  // namespace pypar::cuda
 
 #else  // PYPAR_BINDING
+
+#  include <pybind11/stl.h>
 
 #  include "attention_binding.h"
 
@@ -217,6 +253,7 @@ PYPAR_BIND(attention_backward) {
         py::gil_scoped_release unlocked;
         pypar::cuda::attention_backward(arguments);
       });
+  module.def("attention_backward_kernels", &pypar::cuda::attention_backward_kernels);
 }
 
 #endif
