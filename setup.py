@@ -38,9 +38,17 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 # Poorest first, which is also the order of linking: where two objects hold the same inline function of a
 # header, the linker keeps the first, and that one must run on every machine.
 ISA_FLAGS = {
-    "x86_64": {"baseline": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"},
+    "x86_64": {
+        "baseline": "",
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512_bf16": f"{AVX512} -mavx512bf16",
+        "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    },
     "aarch64": {"neon": ""},
 }
+# An instruction set that few sources use: those that contain this word. The others run with the next poorer one.
+ISA_WORD = {"amx": "__AMX_BF16__"}
 # Machine code for these, which their families share (80 runs on 86 and 89), and PTX of the first for all later ones.
 CUDA_ARCHS = ("80", "90a", "100a", "120")
 CUDA_MODULE = "pypar._cuda"
@@ -85,6 +93,12 @@ def find_arch(compiler: list[str]) -> str:
         f"{shlex.join(compiler)} builds for an architecture other than {' and '.join(ISA_FLAGS)};"
         " set CXX to a compiler for one of them"
     )
+
+
+def knows_flags(compiler: list[str], flags: str) -> bool:
+    """Whether `compiler` takes these flags: GCC 10 and clang 10 do not know AMX."""
+    probe = [*compiler, *shlex.split(flags), "-E", "-x", "c++", os.devnull]
+    return subprocess.run(probe, capture_output=True).returncode == 0
 
 
 def find_ninja() -> str:
@@ -197,8 +211,11 @@ def ninja_text(compiler: list[str], arch: str, output: str) -> str:
     for source in sources:
         compile_source(source, sysconfig.get_config_var("SOABI"), "$binding_flags")
     for isa, flags in ISA_FLAGS[arch].items():
+        word = ISA_WORD.get(isa, "")
+        if word and not knows_flags(compiler, flags):
+            continue
         for source in sources:
-            if source.name != "module.cpp":
+            if source.name != "module.cpp" and word in source.read_text():
                 compile_source(source, isa, f"-DPYPAR_ISA={isa} {flags}")
     lines.extend([f"build {output}: link {' '.join(objects)}", f"default {output}", ""])
     return "\n".join(lines)

@@ -14,6 +14,9 @@ PYPAR_KERNEL(attention_forward, AttentionForward)
 
 #  include "attention_decode.h"
 #  include "attention_finish.h"
+#  if defined(__AVX512BF16__)
+#    include "attention_bf16_forward.h"
+#  endif
 #  include "attention_fp32.h"
 #  include "attention_scores.h"
 #  include "parallel.h"
@@ -459,17 +462,22 @@ void run_forward(const AttentionForward& a) {
 
 }  // namespace
 
-void attention_forward(const AttentionForward& a) { run_forward<Fp32Arithmetic>(a); }
+void attention_forward(const AttentionForward& a) {
+#  if defined(__AVX512BF16__)
+  if (pypar::bf16::suits(a.problem)) return bf16::attention_forward(a);
+#  endif
+  run_forward<Fp32Arithmetic>(a);
+}
 
 }  // namespace pypar::PYPAR_ISA
 
 #else
 
+#  include "attention_bf16.h"
 #  include "attention_binding.h"
-#  include "attention_plan.h"
 
 PYPAR_BIND(attention_forward) {
-  pypar::bind_attention_forward(module, pypar::check_attention_lengths, pypar::attention_forward_bytes,
+  pypar::bind_attention_forward(module, pypar::check_attention_lengths, pypar::bf16::forward_bytes,
                                 pypar::launch<pypar::attention_forward_kernels, pypar::AttentionForward>);
 }
 

@@ -14,6 +14,9 @@ PYPAR_KERNEL(attention_backward, AttentionBackward)
 #ifndef PYPAR_BINDING
 
 #  include "attention_finish.h"
+#  if defined(__AVX512BF16__)
+#    include "attention_bf16_backward.h"
+#  endif
 #  include "attention_fp32.h"
 #  include "attention_scores.h"
 #  include "parallel.h"
@@ -438,17 +441,22 @@ void run_backward(const AttentionBackward& a) {
 
 }  // namespace
 
-void attention_backward(const AttentionBackward& a) { run_backward<Fp32Arithmetic>(a); }
+void attention_backward(const AttentionBackward& a) {
+#  if defined(__AVX512BF16__)
+  if (pypar::bf16::suits(a.problem) && !a.dbias) return bf16::attention_backward(a);
+#  endif
+  run_backward<Fp32Arithmetic>(a);
+}
 
 }  // namespace pypar::PYPAR_ISA
 
 #else
 
+#  include "attention_bf16.h"
 #  include "attention_binding.h"
-#  include "attention_plan.h"
 
 PYPAR_BIND(attention_backward) {
-  pypar::bind_attention_backward(module, pypar::check_attention_lengths, pypar::attention_backward_bytes,
+  pypar::bind_attention_backward(module, pypar::check_attention_lengths, pypar::bf16::backward_bytes,
                                  pypar::launch<pypar::attention_backward_kernels, pypar::AttentionBackward>);
 }
 

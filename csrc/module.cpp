@@ -1,4 +1,8 @@
 // The module pypar._native: which instruction set runs, which threads run it, and the bindings of every op.
+#if defined(__x86_64__)
+#  include <cpuid.h>
+#  include <sys/syscall.h>
+#endif
 #include <unistd.h>
 #include <condition_variable>
 #include <cstdlib>
@@ -21,7 +25,18 @@ namespace {
 
 Binding* first_binding = nullptr;
 
-const char* const kIsaNames[kNumIsas] = {"baseline", "neon", "avx2", "avx512", "avx512_bf16"};
+const char* const kIsaNames[kNumIsas] = {"baseline", "neon", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#if defined(__x86_64__)
+// Whether the CPU has tiles with bf16 products, and Linux lets this process use them, which it must be asked.
+bool ask_for_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTile = 1u << 24, kTileBf16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kTileBf16) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 bool cpu_has(int isa) {
 #if defined(__x86_64__)
@@ -39,6 +54,10 @@ bool cpu_has(int isa) {
       return avx512;
     case kAvx512Bf16:
       return avx512 && __builtin_cpu_supports("avx512bf16");
+    case kAmx: {
+      static const bool tiles = ask_for_tiles();
+      return avx512 && __builtin_cpu_supports("avx512bf16") && tiles;
+    }
     default:
       return false;
   }

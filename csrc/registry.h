@@ -9,6 +9,7 @@
 //            avx2          -mavx2 -mfma -mf16c -mbmi -mbmi2
 //            avx512        avx2's and -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
 //            avx512_bf16   avx512's and -mavx512bf16
+//            amx           avx512_bf16's and -mamx-tile -mamx-bf16; only sources that name __AMX_BF16__
 //   aarch64: neon          (no flags)
 //
 // An op has one struct of plain arguments and, per instruction set, `void kernel(const Arguments&)`:
@@ -44,7 +45,7 @@
 namespace pypar {
 
 // Poorest first. `isa_name` in module.cpp follows this order.
-enum Isa { kBaseline, kNeon, kAvx2, kAvx512, kAvx512Bf16, kNumIsas };
+enum Isa { kBaseline, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNumIsas };
 
 enum ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -84,6 +85,9 @@ void yield_thread();
   namespace avx512_bf16 {                      \
   PYPAR_WEAK void name(const Arguments&);      \
   }                                            \
+  namespace amx {                              \
+  PYPAR_WEAK void name(const Arguments&);      \
+  }                                            \
   struct name##_kernels {                      \
     using Kernel = void (*)(const Arguments&); \
     static Kernel of(int isa) {                \
@@ -98,6 +102,8 @@ void yield_thread();
           return &avx512::name;                \
         case kAvx512Bf16:                      \
           return &avx512_bf16::name;           \
+        case kAmx:                             \
+          return &amx::name;                   \
         default:                               \
           return nullptr;                      \
       }                                        \

@@ -1,0 +1,130 @@
+// Which attention runs with bf16 products, and the memory that it needs: the same for every instruction set.
+#pragma once
+
+#include "attention_plan.h"
+
+namespace pypar {
+namespace bf16 {
+
+// Whether a problem runs with bf16 products where the CPU has them. Not with what changes single scores, and
+// not with few rows, for which packing the keys costs more than it spares.
+static inline bool suits(const AttentionProblem& p) {
+  const bool plain = p.softcap == 0.0f && !p.bias.data && !p.alibi_slopes && p.dropout_p == 0.0f;
+  const int64_t sequences = p.cu_seqlens_q ? p.B : 1;
+  return p.q.dtype == kBFloat16 && plain && p.T * (p.N / p.G) > kDecodeRows * sequences;
+}
+
+// Rows of one part, in panels of 32.
+constexpr int64_t kForwardRows = 64;
+
+// Packed keys of one head come in blocks of 32, those of one sequence after those of another. A sequence
+// begins with a block of its own; with cumulative lengths, where its first key would be, one block further
+// for each sequence before.
+static inline int64_t total_key_blocks(const AttentionProblem& p) {
+  return p.cu_seqlens_k ? p.S / 32 + p.B + 1 : p.B * blocks_of(p.S, 32);
+}
+static inline int64_t first_key_block(const AttentionProblem& p, const Sequence& s) {
+  return p.cu_seqlens_k ? s.k_begin / 32 + s.batch : s.batch * blocks_of(p.S, 32);
+}
+
+struct ForwardMemory {
+  int64_t total_blocks;
+  int64_t* first_part;  // per sequence
+  void *k, *v;          // per head and block
+
+  ForwardMemory(const AttentionProblem& p, void* memory) : total_blocks(total_key_blocks(p)) {
+    auto* start = static_cast<char*>(memory);
+    first_part = reinterpret_cast<int64_t*>(start);
+    k = start + index_bytes(p);
+    v = static_cast<char*>(k) + p.G * total_blocks * 32 * blocks_of(p.H, 32) * 64;
+  }
+  static int64_t bytes(const AttentionProblem& p) {
+    return index_bytes(p) + p.G * total_key_blocks(p) * 32 * (blocks_of(p.H, 32) + blocks_of(p.Hv, 32)) * 64;
+  }
+  // The sequence whose region contains the block.
+  static int64_t sequence_of_block(const AttentionProblem& p, int64_t block) {
+    if (!p.cu_seqlens_k) return block / blocks_of(p.S, 32);
+    int64_t low = 0, high = p.B - 1;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (p.cu_seqlens_k[middle] / 32 + middle <= block) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+};
+
+// ---- backward
+
+// Rows and keys of one step.
+constexpr int64_t kBackwardRows = 64;
+constexpr int64_t kBackwardKeys = 128;
+
+// What one block of rows has in the caller's memory, in bytes from its begin.
+struct RowBlockLayout {
+  // q and dout as right operands, transposed and not; the reference and delta of each row; the sum of dq^T.
+  int64_t q_transposed, q, dout_transposed, dout, base, delta, dq, bytes;
+
+  explicit RowBlockLayout(const AttentionProblem& p) {
+    const int64_t h = blocks_of(p.H, 32) * 32 * kBackwardRows, hv = blocks_of(p.Hv, 32) * 32 * kBackwardRows;
+    q_transposed = 0;
+    q = q_transposed + h * 2;
+    dout_transposed = q + h * 2;
+    dout = dout_transposed + hv * 2;
+    base = dout + hv * 2;
+    delta = base + kBackwardRows * 4;
+    dq = delta + kBackwardRows * 4;
+    bytes = dq + h * 4;
+  }
+};
+
+static inline int64_t backward_row_blocks(const AttentionProblem& p, const Sequence& s) {
+  return blocks_of(s.T * (p.N / p.G), kBackwardRows);
+}
+
+// Per sequence and once more, where its blocks of rows and its parts begin; the blocks of rows; for each of
+// them which block of keys its dq takes next.
+struct BackwardMemory {
+  int64_t* first_row_block;
+  int64_t* first_part;
+  int64_t num_row_blocks, num_parts;
+  char* row_blocks;
+  int32_t* progress;
+
+  static int64_t count(const AttentionProblem& p) {
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < count_sequences(p); ++i)
+      blocks += backward_row_blocks(p, sequence_of(p, i)) * p.G;
+    return blocks;
+  }
+  static int64_t bytes(const AttentionProblem& p) {
+    return index_bytes(p) + count(p) * (RowBlockLayout(p).bytes + 4);
+  }
+  BackwardMemory(const AttentionProblem& p, void* memory) : num_row_blocks(0), num_parts(0) {
+    first_row_block = static_cast<int64_t*>(memory);
+    first_part = first_row_block + count_sequences(p) + 1;
+    for (int64_t i = 0; i < count_sequences(p); ++i) {
+      const Sequence s = sequence_of(p, i);
+      first_row_block[i] = num_row_blocks;
+      first_part[i] = num_parts;
+      num_row_blocks += backward_row_blocks(p, s) * p.G;
+      num_parts += blocks_of(s.S, kBackwardKeys) * p.G;
+    }
+    row_blocks = static_cast<char*>(memory) + index_bytes(p);
+    progress = reinterpret_cast<int32_t*>(row_blocks + num_row_blocks * RowBlockLayout(p).bytes);
+  }
+};
+
+// The memory of both ways, of which the instruction set takes one.
+static inline int64_t forward_bytes(const AttentionProblem& p) {
+  return most_of(attention_forward_bytes(p), suits(p) ? ForwardMemory::bytes(p) : 0);
+}
+static inline int64_t backward_bytes(const AttentionProblem& p) {
+  return most_of(attention_backward_bytes(p), suits(p) ? BackwardMemory::bytes(p) : 0);
+}
+
+}  // namespace bf16
+}  // namespace pypar

@@ -1,0 +1,393 @@
+// Attention's forward with bf16 products: online softmax over units of 32 rows and 64 keys.
+//
+// Scores are computed as [row][key], so that probabilities are a left operand as they are stored, and what
+// must be transposed is K, which is packed once for all rows. The steps of three consecutive units take turns
+// (scores of the next, exponentials of this one, output of the one before): tiles and vectors have separate
+// units in the core, and a piece of each, about 128 cycles at H = 64, fits its reorder window.
+#pragma once
+
+#include "attention_bf16.h"
+#include "attention_bf16_tile.h"
+#include "parallel.h"
+
+namespace pypar::PYPAR_ISA {
+namespace bf16 {
+using namespace pypar::bf16;
+
+constexpr int64_t kPanelRows = 32;
+constexpr int64_t kUnitKeys = 64;
+constexpr int64_t kPanels = kForwardRows / kPanelRows;
+constexpr float kLog2E = 1.44269504088896340736f;
+// A row's reference, subtracted from its scores (in powers of two), moves only when a score exceeds it by
+// more than kSlackBits; the fast path only looks whether a sum shows that.
+constexpr float kSlackBits = 8.0f;
+constexpr float kLargeSum = 4096.0f;
+
+struct ForwardSizes {
+  int64_t k_tiles;   // of 32 along H
+  int64_t hv_tiles;  // of 16 along Hv, even
+  explicit ForwardSizes(const AttentionProblem& p)
+      : k_tiles(round_up(p.H, 32) / 32), hv_tiles(round_up(p.Hv, 32) / 16) {}
+};
+
+struct Panel {
+  Bits* q;           // left operand [2][k_tiles]
+  float* out;        // [2][hv_tiles] tiles, not normalised
+  float* sums;       // [32][16], to be added up
+  float* reference;  // [32]
+  int32_t* low;      // [32], the first and the last key that a row sees
+  int32_t* high;
+  int64_t first, count;  // rows
+  int64_t row_tiles;
+  int64_t keys_begin, keys_end;  // that any row sees
+  int64_t most_low, least_high;
+  bool ready;  // every row has a reference
+};
+
+struct Unit {
+  Panel* panel;  // null: none
+  int64_t first_key;
+  int64_t blocks;  // of 32 keys
+  bool masked;
+  bool rescaled;
+  float* scores;  // [2][4] tiles
+  Bits* p;        // left operand [2][2]
+  float shrink[kPanelRows];
+};
+
+struct ForwardTask {
+  const AttentionForward* a;
+  const Sequence* sequence;
+  ForwardSizes sizes;
+  const Bits* k;  // packed, of the sequence and head
+  const Bits* v;
+  float factor;
+};
+
+PYPAR_INLINE void soften_fast_rows(const Unit& unit, float factor, int64_t tile, int64_t row, float* sums,
+                                   __m512* top) {
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < 8; ++i, ++row) {
+    const float* s = unit.scores + tile * 4 * kTileSums + row * 16;
+    Bits* p = unit.p + tile * 2 * kTileValues + row * 32;
+    const __m512 base = _mm512_set1_ps(unit.panel->reference[tile * 16 + row]);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t block = 0; block < unit.blocks; ++block) {
+      const __m512 a = exp2_rounding_up(_mm512_fmsub_ps(_mm512_load_ps(s), scale, base));
+      const __m512 b = exp2_rounding_up(_mm512_fmsub_ps(_mm512_load_ps(s + kTileSums), scale, base));
+      _mm512_store_si512(p, merge_pairs(a, b));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
+      s += 2 * kTileSums;
+      p += kTileValues;
+    }
+    _mm512_store_ps(sums + i * 16, sum);
+    *top = _mm512_max_ps(sum, *top);
+  }
+}
+
+// One row with a mask, or whose reference must move.
+static void soften_row(Unit& unit, float factor, int64_t tile, int64_t row) {
+  Panel& panel = *unit.panel;
+  const int64_t index = tile * 16 + row;
+  const float* s = unit.scores + tile * 4 * kTileSums + row * 16;
+  Bits* p = unit.p + tile * 2 * kTileValues + row * 32;
+  const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i low = _mm512_set1_epi32(panel.low[index] - static_cast<int32_t>(unit.first_key));
+  const __m512i high = _mm512_set1_epi32(panel.high[index] - static_cast<int32_t>(unit.first_key));
+  __m512 x[4], top = lowest;
+  for (int j = 0; j < 2 * unit.blocks; ++j) {
+    const __m512i key = _mm512_add_epi32(lanes, _mm512_set1_epi32(j * 16));
+    const __mmask16 seen = _mm512_cmple_epi32_mask(low, key) & _mm512_cmple_epi32_mask(key, high);
+    x[j] = _mm512_mask_mul_ps(lowest, seen, _mm512_load_ps(s + j * kTileSums), _mm512_set1_ps(factor));
+    top = _mm512_max_ps(top, x[j]);
+  }
+  const float most = _mm512_reduce_max_ps(top), old = panel.reference[index];
+  float* sums = panel.sums + index * 16;
+  __m512 sum = _mm512_load_ps(sums);
+  if (most > old + kSlackBits || old == -__builtin_inff()) {
+    panel.reference[index] = most;
+    if (old > -__builtin_inff()) {
+      // The exponential's own factor is taken out again.
+      const float shrink = _mm512_cvtss_f32(exp2_rounding_up(_mm512_set1_ps(old - most))) / (1.0f + kRoundUp);
+      sum = _mm512_mul_ps(sum, _mm512_set1_ps(shrink));
+      unit.shrink[index] = shrink;
+      unit.rescaled = true;
+    }
+  }
+  const float reference = panel.reference[index];
+  const __m512 base = _mm512_set1_ps(reference == -__builtin_inff() ? 0.0f : reference);
+  for (int j = 0; j < 2 * unit.blocks; ++j) {
+    x[j] = exp2_rounding_up(_mm512_sub_ps(x[j], base));
+    sum = _mm512_add_ps(sum, x[j]);
+  }
+  for (int block = 0; block < unit.blocks; ++block) {
+    _mm512_store_si512(p + block * kTileValues, merge_pairs(x[2 * block], x[2 * block + 1]));
+  }
+  _mm512_store_ps(sums, sum);
+}
+
+// Scores of 8 rows -> probabilities, and their sums.
+static void soften(const ForwardTask& task, Unit& unit, int64_t piece) {
+  Panel& panel = *unit.panel;
+  const int64_t tile = piece / 2, row = piece % 2 * 8;
+  if (tile >= panel.row_tiles) return;
+  if (!unit.masked && panel.ready) {
+    alignas(64) float sums[8 * 16];
+    __m512 top = _mm512_setzero_ps();
+    soften_fast_rows(unit, task.factor, tile, row, sums, &top);
+    if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(kLargeSum), _CMP_GT_OQ) == 0) {
+      float* total = panel.sums + (tile * 16 + row) * 16;
+      for (int i = 0; i < 8 * 16; i += 16) {
+        _mm512_store_ps(total + i, _mm512_add_ps(_mm512_load_ps(total + i), _mm512_load_ps(sums + i)));
+      }
+      return;
+    }
+  }
+  for (int64_t i = row; i < row + 8; ++i) soften_row(unit, task.factor, tile, i);
+}
+
+static void check_ready(Panel& panel) {
+  panel.ready = true;
+  for (int64_t i = 0; i < panel.row_tiles * 16; ++i) panel.ready &= panel.reference[i] > -__builtin_inff();
+}
+
+// Scores of the unit's 32 keys from 32 * block on.
+PYPAR_INLINE void score(const ForwardTask& task, const Unit& unit, int64_t block) {
+  const int64_t panel_step = task.sizes.k_tiles * kTileValues;
+  const Bits* k = task.k + (unit.first_key / 16 + 2 * block) * panel_step;
+  float* s = unit.scores + 2 * block * kTileSums;
+  if (unit.panel->row_tiles == 2) {
+    multiply_tiles<2, 2>(task.sizes.k_tiles, unit.panel->q, panel_step, kTileValues, k, panel_step,
+                         kTileValues, s, 4 * kTileSums, kTileSums, false);
+  } else {
+    multiply_tiles<1, 2>(task.sizes.k_tiles, unit.panel->q, panel_step, kTileValues, k, panel_step,
+                         kTileValues, s, 4 * kTileSums, kTileSums, false);
+  }
+}
+
+static void rescale(const ForwardTask& task, const Unit& unit) {
+  for (int64_t index = 0; index < unit.panel->row_tiles * 16; ++index) {
+    if (unit.shrink[index] == 1.0f) continue;
+    const __m512 shrink = _mm512_set1_ps(unit.shrink[index]);
+    float* out = unit.panel->out + index / 16 * task.sizes.hv_tiles * kTileSums + index % 16 * 16;
+    for (int64_t j = 0; j < task.sizes.hv_tiles; ++j, out += kTileSums) {
+      _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(out), shrink));
+    }
+  }
+}
+
+// Columns 16 * column to 16 * column + 32 of the output.
+PYPAR_INLINE void weigh(const ForwardTask& task, const Unit& unit, int64_t column) {
+  const int64_t hv_tiles = task.sizes.hv_tiles;
+  const Bits* v = task.v + (unit.first_key / 32 * hv_tiles + column) * kTileValues;
+  float* out = unit.panel->out + column * kTileSums;
+  if (unit.panel->row_tiles == 2) {
+    multiply_tiles<2, 2>(unit.blocks, unit.p, 2 * kTileValues, kTileValues, v, kTileValues,
+                         hv_tiles * kTileValues, out, hv_tiles * kTileSums, kTileSums, true);
+  } else {
+    multiply_tiles<1, 2>(unit.blocks, unit.p, 2 * kTileValues, kTileValues, v, kTileValues,
+                         hv_tiles * kTileValues, out, hv_tiles * kTileSums, kTileSums, true);
+  }
+}
+
+// Scores of `next`, probabilities of `now`, output of `last`.
+static void run_units(const ForwardTask& task, const Unit& next, Unit& now, const Unit& last) {
+  const int64_t columns = last.panel ? task.sizes.hv_tiles : 0;
+  if (last.panel && last.rescaled) rescale(task, last);
+  int64_t column = 0;
+  for (int64_t piece = 0; piece < 4; ++piece) {
+    if (piece < 2) {
+      if (next.panel && piece < next.blocks) score(task, next, piece);
+    }
+    const int64_t until = piece < 2 ? 0 : piece == 2 ? columns / 4 * 2 : columns;
+    for (; column < until; column += 2) weigh(task, last, column);
+    if (now.panel) soften(task, now, piece);
+  }
+  if (now.panel && !now.panel->ready) check_ready(*now.panel);
+}
+
+struct UnitList {
+  Panel* panels;
+  int64_t num_panels;
+  int64_t key, end;  // of the block of keys
+  int64_t panel;
+
+  // The next unit into `unit`; its panel is null if there is none.
+  void next(Unit& unit) {
+    unit.panel = nullptr;
+    for (; key < end; key += kUnitKeys, panel = 0) {
+      while (panel < num_panels) {
+        Panel& candidate = panels[panel++];
+        const int64_t begin = larger(key, candidate.keys_begin / 32 * 32);
+        const int64_t stop = smaller(key + kUnitKeys, candidate.keys_end);
+        if (begin >= stop) continue;
+        unit.panel = &candidate;
+        unit.first_key = begin;
+        unit.blocks = (stop - begin + 31) / 32;
+        unit.masked = candidate.most_low > begin || candidate.least_high < begin + unit.blocks * 32 - 1;
+        unit.rescaled = false;
+        for (int64_t i = 0; i < kPanelRows; i += 16) _mm512_storeu_ps(unit.shrink + i, _mm512_set1_ps(1.0f));
+        return;
+      }
+    }
+  }
+};
+
+static void begin_panel(const ForwardTask& task, int64_t head, int64_t first, int64_t rows, char* memory,
+                        Panel* panel) {
+  const AttentionProblem& p = task.a->problem;
+  const Sequence& s = *task.sequence;
+  const int64_t group = p.N / p.G;
+  panel->q = reinterpret_cast<Bits*>(memory);
+  panel->out = reinterpret_cast<float*>(panel->q + 2 * task.sizes.k_tiles * kTileValues);
+  panel->sums = panel->out + 2 * task.sizes.hv_tiles * kTileSums;
+  panel->reference = panel->sums + kPanelRows * 16;
+  panel->low = reinterpret_cast<int32_t*>(panel->reference + kPanelRows);
+  panel->high = panel->low + kPanelRows;
+  panel->first = first;
+  panel->count = smaller(kPanelRows, rows - first);
+  panel->row_tiles = (panel->count + 15) / 16;
+  panel->most_low = panel->keys_end = 0;
+  panel->least_high = panel->keys_begin = s.S;
+  panel->ready = false;
+  pack_left(rows_from(p.q, s.batch, s.q_begin, head, group), first, panel->count, panel->row_tiles, p.H,
+            panel->q);
+  for (float* x = panel->out; x < panel->reference; x += 16) _mm512_store_ps(x, _mm512_setzero_ps());
+  for (int64_t i = 0; i < kPanelRows; ++i) {
+    const int64_t row = first + smaller(i, panel->count - 1);
+    const int64_t position = position_of(row, group);
+    const Range keys = keys_seen(s, position, position);
+    panel->reference[i] = -__builtin_inff();
+    panel->low[i] = static_cast<int32_t>(keys.begin);
+    panel->high[i] = static_cast<int32_t>(keys.end - 1);
+    panel->most_low = larger(panel->most_low, keys.begin);
+    panel->least_high = smaller(panel->least_high, keys.end - 1);
+    if (keys.begin < keys.end) {
+      panel->keys_begin = smaller(panel->keys_begin, keys.begin);
+      panel->keys_end = larger(panel->keys_end, keys.end);
+    }
+    if (!task.a->carry || i >= panel->count) continue;
+    const float lse = task.a->lse[lse_index(p, s, head, row)];
+    if (lse == -__builtin_inff()) continue;
+    panel->reference[i] = lse * kLog2E;
+    panel->sums[i * 16] = 1.0f + kRoundUp;
+    const RowSource out = rows_from(task.a->out, s.batch, s.q_begin, head, group);
+    const float* from = out.row<float>(row);
+    float* to = panel->out + i / 16 * task.sizes.hv_tiles * kTileSums + i % 16 * 16;
+    for (int64_t j = 0; j < p.Hv; ++j) to[j / 16 * kTileSums + j % 16] = from[j * out.element_stride];
+  }
+}
+
+static void end_panel(const ForwardTask& task, int64_t head, const Panel& panel) {
+  const AttentionProblem& p = task.a->problem;
+  const Sequence& s = *task.sequence;
+  const int64_t group = p.N / p.G;
+  const RowSource target = rows_from(task.a->out, s.batch, s.q_begin, head, group);
+  for (int64_t i = 0; i < panel.count; ++i) {
+    const int64_t row = panel.first + i;
+    double reference = panel.reference[i];
+    double sum = _mm512_reduce_add_ps(_mm512_load_ps(panel.sums + i * 16)) / (1.0 + double{kRoundUp});
+    double weight = 1.0;  // of the output in the result
+    if (p.sinks) {
+      const double sink = static_cast<double>(p.sinks[head * group + row % group]) * 1.4426950408889634;
+      const double top = sink > reference ? sink : reference;
+      if (top > -__builtin_inf()) {
+        weight = __builtin_exp2(reference - top);
+        sum = sum * weight + __builtin_exp2(sink - top);
+        reference = top;
+      }
+    }
+    task.a->lse[lse_index(p, s, head, row)] =
+        sum == 0.0 ? -__builtin_inff()
+                   : static_cast<float>((reference + __builtin_log2(sum)) * 0.6931471805599453);
+    const __m512 factor = _mm512_set1_ps(sum == 0.0 ? 0.0f : static_cast<float>(weight / sum));
+    const float* from = panel.out + i / 16 * task.sizes.hv_tiles * kTileSums + i % 16 * 16;
+    for (int64_t column = 0; column < p.Hv; column += 16, from += kTileSums) {
+      store_values(target, row, column, p.Hv, _mm512_mul_ps(_mm512_load_ps(from), factor));
+    }
+  }
+}
+
+static int64_t panel_bytes(const ForwardSizes& sizes) {
+  return 2 * (sizes.k_tiles + sizes.hv_tiles) * 1024 + kPanelRows * (64 + 12);
+}
+
+// One block of kForwardRows rows of one head.
+static void attend(const ForwardTask& task, int64_t head, int64_t block) {
+  const AttentionProblem& p = task.a->problem;
+  const int64_t rows = task.sequence->T * (p.N / p.G);
+  auto* memory = static_cast<char*>(thread_scratch(2 * (8 + 4) * 1024 + kPanels * panel_bytes(task.sizes)));
+  Unit units[3];
+  Panel panels[kPanels];
+  char* panel_memory = memory + 2 * (8 + 4) * 1024;
+  UnitList list{panels, 0, task.sequence->S, 0, 0};
+  for (int64_t first = block * kForwardRows; first < smaller(rows, (block + 1) * kForwardRows);
+       first += kPanelRows, panel_memory += panel_bytes(task.sizes)) {
+    Panel& panel = panels[list.num_panels++];
+    begin_panel(task, head, first, rows, panel_memory, &panel);
+    list.key = smaller(list.key, panel.keys_begin / kUnitKeys * kUnitKeys);
+    list.end = larger(list.end, panel.keys_end);
+  }
+  const TileScope tiles;
+  for (Unit& unit : units) unit.panel = nullptr;
+  for (int64_t i = 0;; ++i) {
+    Unit& next = units[(i + 1) % 3];
+    next.scores = reinterpret_cast<float*>(memory + i % 2 * 8192);
+    next.p = reinterpret_cast<Bits*>(memory + 2 * 8192 + i % 2 * 4096);
+    list.next(next);
+    Unit &now = units[i % 3], &last = units[(i + 2) % 3];
+    if (!next.panel && !now.panel && !last.panel) break;
+    run_units(task, next, now, last);
+  }
+  for (int64_t i = 0; i < list.num_panels; ++i) end_panel(task, head, panels[i]);
+}
+
+static void attention_forward(const AttentionForward& a) {
+  const AttentionProblem& p = a.problem;
+  const ForwardSizes sizes(p);
+  const ForwardMemory memory(p, a.memory);
+  const int64_t group = p.N / p.G;
+  // Keys and values are packed once, in pieces of so many blocks of 32.
+  constexpr int64_t kPiece = 8;
+  parallel_for(memory.total_blocks * p.G, kPiece, p.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / memory.total_blocks, block = i % memory.total_blocks;
+      const int64_t index = memory.sequence_of_block(p, block);
+      const Sequence s = sequence_of(p, index);
+      const int64_t first = (block - first_key_block(p, s)) * 32;
+      if (first >= s.S) continue;
+      const int64_t count = smaller(32, s.S - first);
+      pack_right_transposed(rows_from(p.k, s.batch, s.k_begin, head, 1), first, count, 2, p.H,
+                            static_cast<Bits*>(memory.k) + i * 32 * sizes.k_tiles * 32);
+      pack_right(rows_from(p.v, s.batch, s.k_begin, head, 1), first, count, 1, p.Hv,
+                 static_cast<Bits*>(memory.v) + i * 32 * sizes.hv_tiles * 16);
+    }
+  });
+  const int64_t num_sequences = count_sequences(p);
+  int64_t num_parts = 0;
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    memory.first_part[i] = num_parts;
+    num_parts += blocks_of(sequence_of(p, i).T * group, kForwardRows) * p.G;
+  }
+  parallel_for(num_parts, 1, p.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t index = find_entry(memory.first_part, num_sequences, part);
+      const Sequence s = sequence_of(p, index);
+      const int64_t rest = part - memory.first_part[index];
+      const int64_t blocks = blocks_of(s.T * group, kForwardRows);
+      const int64_t head = rest % p.G, first = head * memory.total_blocks + first_key_block(p, s);
+      const ForwardTask task{&a,
+                             &s,
+                             sizes,
+                             static_cast<const Bits*>(memory.k) + first * 32 * sizes.k_tiles * 32,
+                             static_cast<const Bits*>(memory.v) + first * 32 * sizes.hv_tiles * 16,
+                             p.scale * kLog2E};
+      // The last rows see the most keys under a causal mask: they come first.
+      attend(task, head, blocks - 1 - rest / p.G);
+    }
+  });
+}
+
+}  // namespace bf16
+}  // namespace pypar::PYPAR_ISA

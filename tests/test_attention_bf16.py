@@ -1,0 +1,200 @@
+"""bf16 attention by the CPU's bf16 instructions: blocks of its own, masks, states that move, what is not finite."""
+
+import math
+
+import pytest
+import torch
+from accuracy import assert_accurate, assert_same_for_any_threads, check_operator, instruction_set
+
+from pypar.ops import attention_native, attention_reference, native
+from pypar.ops.attention import attention
+from pypar.ops.attention_arguments import Positions, attention_problem
+
+ISAS = [isa for isa in native.module().supported_isas() if isa in ("amx", "avx512_bf16")]
+pytestmark = pytest.mark.skipif(not ISAS, reason="this CPU has no bf16 instructions")
+
+
+def make(T, S, N=2, G=2, H=64, Hv=None, B=1, scale=1.0):  # noqa: PLR0913
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"q": (B, T, N, H), "k": (B, S, G, H), "v": (B, S, G, Hv or H)}
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    inputs["q"] *= scale
+    return {name: x.bfloat16().requires_grad_() for name, x in inputs.items()}
+
+
+def plain(q, k, v, *, low=None, high=None, sinks=None):
+    """(out, lse), every step in the inputs' dtype; query t sees keys t + low .. t + high."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    apart = torch.arange(scores.shape[-1]) - torch.arange(scores.shape[-2])[:, None]
+    seen = torch.ones_like(apart, dtype=torch.bool)
+    if low is not None:
+        seen &= apart >= low
+    if high is not None:
+        seen &= apart <= high
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), -1)
+    p = scores.softmax(-1)[..., : k.shape[2]].masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return (p @ v).transpose(1, 2), wide.logsumexp(-1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "sizes", [(17, 1, 64, 64), (33, 64, 32, 96), (64, 65, 16, 200), (129, 257, 111, 59)], ids=str
+)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
+def test_sizes(isa, sizes, heads):
+    T, S, H, Hv = sizes
+    with instruction_set(isa):
+        check_operator(
+            lambda **x: attention(**x, return_lse=True), plain, make(T, S, *heads, H=H, Hv=Hv, B=2)
+        )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("window", [(0, 0), (5, 40), (100, None), (None, 31), (130, 0)], ids=str)
+def test_windows(isa, window):
+    left, right = window
+    with instruction_set(isa):
+        check_operator(
+            lambda **x: attention(**x, window=window, return_lse=True),
+            lambda **x: plain(
+                **x, low=None if left is None else 40 - left, high=None if right is None else 40 + right
+            ),
+            make(300, 340, N=4),
+        )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sinks(isa):
+    with instruction_set(isa):
+        inputs = make(70, 133) | {"sinks": torch.tensor([2.0, -1.0], requires_grad=True)}
+        check_operator(
+            lambda **x: attention(**x, causal=True, return_lse=True), lambda **x: plain(**x, high=63), inputs
+        )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_sequences_of_several_lengths(isa, causal):
+    T, S = [70, 0, 1, 33, 129], [40, 31, 0, 33, 300]
+    inputs = {name: x.detach()[0].requires_grad_() for name, x in make(sum(T), sum(S), N=4).items()}
+    ends_q, ends_k = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (T, S))
+
+    def ours(q, k, v):
+        return attention(q, k, v, causal=causal, cu_seqlens_q=ends_q.int(), cu_seqlens_k=ends_k.int())
+
+    def each(q, k, v):
+        parts = [
+            plain(
+                q[None, ends_q[i] : ends_q[i + 1]],
+                *(x[None, ends_k[i] : ends_k[i + 1]] for x in (k, v)),
+                high=S[i] - T[i] if causal else None,
+            )[0][0]
+            for i in range(len(T))
+            if S[i]
+        ]
+        parts.insert(2, q.new_zeros(1, *q.shape[1:]))  # the third sequence has one query and no key
+        return torch.cat(parts)
+
+    with instruction_set(isa):
+        check_operator(ours, each, inputs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_scores_that_grow_along_the_keys(isa):
+    """Each block of keys moves every row's reference, also by more than the fast path may leave."""
+    inputs = {name: x.detach() for name, x in make(100, 1000).items()}
+    inputs["q"] = inputs["q"].abs()
+    inputs["k"] = (inputs["k"].abs() * torch.linspace(0, 12, 1000)[:, None, None]).bfloat16()
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    with instruction_set(isa):
+        check_operator(lambda **x: attention(**x, return_lse=True), plain, leaves)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scale", [30.0, -3.0])
+def test_large_scores(isa, scale):
+    with instruction_set(isa):
+        check_operator(
+            lambda **x: attention(**x, causal=True, return_lse=True),
+            lambda **x: plain(**x, high=40),
+            make(260, 300, scale=scale),
+        )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_scores_near_zero(isa):
+    """lse carries the exponential's relative error, 9e-5, which plain bf16's does not where scores vanish."""
+    inputs = make(260, 300, scale=1e-4)
+    with instruction_set(isa):
+        check_operator(lambda **x: attention(**x), lambda **x: plain(**x)[0], inputs)
+        lse = attention(**inputs, return_lse=True)[1]
+    exact = plain(**{name: x.detach().double() for name, x in inputs.items()})[1]
+    assert (lse - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows(isa, name, value):
+    inputs = {key: x.detach() for key, x in make(70, 300).items()}
+    inputs[name][0, 37 if name == "q" else 211, 1, 3] = value
+    with instruction_set(isa):
+        out = attention(**inputs)
+    finite = attention(**inputs, backend="reference").isfinite()
+    assert not finite.all() and torch.equal(out.isfinite(), finite)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_carried_over_blocks_of_keys(isa, causal):
+    """Keys in two parts with fp32 results between them: as accurate as all at once."""
+    inputs = make(150, 301, N=4)
+    q, k, v = (x.detach() for x in inputs.values())
+    whole = attention_problem(q, k, v, causal=causal)
+    wide = attention_problem(q.double(), k.double(), v.double(), causal=causal)
+    exact, exact_lse = attention_reference.forward(wide, None)
+    dout = torch.randn(exact.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    exact_gradients = attention_reference.backward(wide, dout.double(), exact, exact_lse, None, None, None)
+    rounded = [x.bfloat16() for x in inputs.values()]
+    out = torch.zeros(exact.shape)
+    lse = torch.full(exact_lse.shape, -math.inf)
+    gradients = [torch.zeros(x.shape) for x in (q, k, v)]
+    # With positions, a part of the keys is masked as in the whole.
+    parts = [
+        attention_problem(q, k[:, part], v[:, part], causal=causal, positions=positions)
+        for part, positions in split_in_two(whole)
+    ]
+    with instruction_set(isa):
+        for part in parts:
+            attention_native.forward(native.module(), part, (out, lse))
+        for part, keys in zip(parts, (slice(0, 170), slice(170, None)), strict=True):
+            into = (gradients[0], gradients[1][:, keys], gradients[2][:, keys])
+            attention_native.backward(native.module(), part, dout, out, lse, None, into, None)
+    leaves = [x.detach().requires_grad_() for x in rounded]
+    plain_out = plain(*leaves, high=151 if causal else None)[0]
+    plain_out.backward(dout)
+    assert_accurate("out", out.bfloat16(), plain_out.detach(), exact)
+    for name, x, leaf, expected in zip("qkv", gradients, leaves, exact_gradients, strict=True):
+        assert_accurate(f"d{name}", x.bfloat16(), leaf.grad, expected, gradient=True)
+
+
+def split_in_two(problem):
+    start = problem.k.shape[1] - problem.q.shape[1]
+    for keys in (slice(0, 170), slice(170, None)):
+        yield keys, Positions(q_start=start, k_start=keys.start)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (100, 20)}], ids=str)
+def test_same_for_any_threads(isa, options):
+    with instruction_set(isa):
+        assert_same_for_any_threads(
+            lambda **x: attention(**x, return_lse=True, **options), make(500, 500, N=4)
+        )
