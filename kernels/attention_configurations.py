@@ -12,31 +12,41 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+# By class of device, then by padded head size. Of the tiles that spill no register when compiled for the class (also
+# tests/test_attention_triton_aot.py), those with the most products for each byte loaded; no timing on a device went
+# into this. On sm_90 and sm_100 64 rows and 4 or 8 warps are what wgmma and tcgen05 take; the backward kernels hold
+# two accumulators, so that at head size 256 they get by with tiles that are too small for these (dkdv on sm_100).
+# Three stages keep two tiles of a loop in shared memory. "other" has 99 KiB of it for a block, the rest 163 or 227.
+# "fp32" multiplies without tensor cores, and each thread holds its share of both operands: small tiles.
 FORWARD = {
     "sm_80": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
     "sm_90": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-    "sm_100": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+    "sm_100": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(64, 64, 8, 2)},
     "other": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+    "fp32": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
+# At most 16 rows: what a block reads matters, not what it multiplies.
 DECODE = {
     "sm_80": {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
     "sm_90": {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
     "sm_100": {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
-    "other": {64: Tile(16, 64, 4, 3), 128: Tile(16, 32, 4, 3), 256: Tile(16, 32, 4, 2)},
+    "other": {64: Tile(16, 64, 4, 3), 128: Tile(16, 32, 4, 3), 256: Tile(16, 32, 4, 3)},
+    "fp32": {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
 }
 KEY_GRADIENTS = {
     "sm_80": {64: Tile(32, 128, 8, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 2)},
     "sm_90": {64: Tile(64, 128, 8, 3), 128: Tile(32, 128, 8, 3), 256: Tile(16, 64, 8, 2)},
     "sm_100": {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
     "other": {64: Tile(32, 128, 8, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 2)},
+    "fp32": {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 QUERY_GRADIENT = {
     "sm_80": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
     "sm_90": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
     "sm_100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    "other": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)},
+    "other": {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)},
+    "fp32": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
 }
-FP32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
 INTERPRETER = Tile(64, 64, 1, 1)
 
 
@@ -46,9 +56,9 @@ def architecture(capability: tuple[int, int]) -> str:
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(capability, "other")
 
 
-def tile(table: dict[str, dict[int, Tile]], arch: str, block_h: int, fp32: bool) -> Tile:
+def choose_tile(table: dict[str, dict[int, Tile]], arch: str, block_h: int, fp32: bool) -> Tile:
     """The entry for a padded head size; the smallest holds for all smaller ones too."""
     if arch == "interpreter":
         return INTERPRETER
-    sizes = FP32 if fp32 else table[arch]
+    sizes = table["fp32" if fp32 else arch]
     return sizes[max(block_h, min(sizes))]

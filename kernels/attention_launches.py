@@ -13,9 +13,17 @@ import torch
 import triton
 from torch import Tensor
 
-from . import attention_configurations as configurations
 from .attention_backward_keys import _attention_dkdv_kernel
 from .attention_backward_queries import _attention_delta_kernel, _attention_dq_kernel
+from .attention_configurations import (
+    DECODE,
+    FORWARD,
+    KEY_GRADIENTS,
+    QUERY_GRADIENT,
+    Tile,
+    architecture,
+    choose_tile,
+)
 from .attention_forward import _attention_combine_kernel, _attention_forward_kernel
 from .attention_operands import Sizes, is_plain, operands, options, padded, sizes, strides_of
 
@@ -37,7 +45,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Device:
-    """arch: a class of configurations.architecture. num_multiprocessors: how many programs fill the
+    """arch: a class of architecture. num_multiprocessors: how many programs fill the
     device."""
 
     arch: str
@@ -146,7 +154,7 @@ def backward_launches(
         "dscale": problem.scale,
         "ACCUMULATE": accumulate,
     }
-    tile = _tile(configurations.KEY_GRADIENTS, problem, device.arch)
+    tile = _tile(KEY_GRADIENTS, problem, device.arch)
     num_blocks = _num_blocks(problem.cu_seqlens_k, size.S, size.B, tile.BLOCK_S)
     arguments = {
         **shared,
@@ -159,7 +167,7 @@ def backward_launches(
     }
     num_programs = num_blocks * size.G * _grid_batch(size)
     launches.append(Launch(_attention_dkdv_kernel, num_programs, arguments, tile.num_warps, tile.num_stages))
-    tile = _tile(configurations.QUERY_GRADIENT, problem, device.arch)
+    tile = _tile(QUERY_GRADIENT, problem, device.arch)
     num_blocks = _num_blocks(problem.cu_seqlens_q, size.T, size.B, tile.BLOCK_T)
     arguments = {
         **shared,
@@ -174,22 +182,22 @@ def backward_launches(
     return launches
 
 
-def _tile(table: dict, problem: Any, arch: str) -> configurations.Tile:
+def _tile(table: dict, problem: Any, arch: str) -> Tile:
     size = sizes(problem)
     block_h = padded(max(size.H, size.Hv))
-    return configurations.tile(table, arch, block_h, problem.q.dtype == torch.float32)
+    return choose_tile(table, arch, block_h, problem.q.dtype == torch.float32)
 
 
-def _forward_tile(problem: Any, arch: str) -> tuple[configurations.Tile, int]:
+def _forward_tile(problem: Any, arch: str) -> tuple[Tile, int]:
     """(tile, how many heads of a group share its rows): all of them where one head's queries would not fill
     a tile."""
     size = sizes(problem)
     group = size.N // size.G
     T = size.T // max(size.B, 1) if size.varlen else size.T
-    tile = _tile(configurations.FORWARD, problem, arch)
+    tile = _tile(FORWARD, problem, arch)
     pack = group if T < tile.BLOCK_T else 1
     if T * pack <= 16:
-        tile = _tile(configurations.DECODE, problem, arch)
+        tile = _tile(DECODE, problem, arch)
     return tile, pack
 
 
@@ -202,9 +210,7 @@ def _grid_batch(size: Sizes) -> int:
     return 1 if size.varlen else size.B
 
 
-def _choose_splits(
-    problem: Any, size: Sizes, tile: configurations.Tile, num_programs: int, num_multiprocessors: int
-) -> int:
+def _choose_splits(problem: Any, size: Sizes, tile: Tile, num_programs: int, num_multiprocessors: int) -> int:
     """Splits fill the device while each keeps four blocks of keys: fewer do not pay for the combination."""
     keys = size.S // max(size.B, 1) if size.varlen else size.S
     if problem.left != -1 and problem.right != -1:
@@ -219,6 +225,4 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device("interpreter", 16)
     properties = torch.cuda.get_device_properties(device)
-    return Device(
-        configurations.architecture((properties.major, properties.minor)), properties.multi_processor_count
-    )
+    return Device(architecture((properties.major, properties.minor)), properties.multi_processor_count)

@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b|\bHMMA\b", 100: r"\bUTCHMMA\b|\bHMMA\b"}
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+NEWEST = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -60,12 +60,12 @@ class MachineCode:
     names: frozenset[str]  # of the tensor cores' instructions
 
 
-def machine_code(compiled: Any, folder: Path, capability: int) -> MachineCode:
+def machine_code(compiled: Any, folder: Path) -> MachineCode:
     path = folder / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     sass = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
-    found = re.findall(TENSOR_CORE[capability], sass)
+    found = re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)
     return MachineCode(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
