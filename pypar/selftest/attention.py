@@ -33,7 +33,7 @@ def cases(large: bool) -> list[Case]:
         dense("window on both sides", 2 * L + 1, 2 * L - 1, window=(bottom, 7)),
         lengths_causal("several lengths, causal", [L - 3, 1, 0, L // 2 + 5, 2 * L], N=N, G=N // 2),
         dense("softcap, lse", L, L, N=N, softcap=3.0, return_lse=True),
-        dense("ALiBi", L, L, N=N, causal=True, slopes=True),
+        dense("ALiBi", L, L, N=4 * N, G=N, B=2, causal=True, slopes=True),
         dense("bias", L, L + 16, N=N, bias=True),
         dense("sinks, lse", 217, 301, N=16, G=4, causal=True, window=(100, 0), sinks=True, return_lse=True),
         dense("dropout", L, L, N=N, B=B, dropout_p=0.17, dropout_seed=2**40 + 11, quick=True),
