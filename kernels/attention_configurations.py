@@ -12,12 +12,11 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By class of device, then by padded head size. Of the tiles that spill no register when compiled for the class (also
-# tests/test_attention_triton_aot.py), those with the most products for each byte loaded; no timing on a device went
-# into this. On sm_90 and sm_100 64 rows and 4 or 8 warps are what wgmma and tcgen05 take; the backward kernels hold
-# two accumulators, so that at head size 256 they get by with tiles that are too small for these (dkdv on sm_100).
-# Three stages keep two tiles of a loop in shared memory. "other" has 99 KiB of it for a block, the rest 163 or 227.
-# "fp32" multiplies without tensor cores, and each thread holds its share of both operands: small tiles.
+# By class of device, then by padded head size. Of the tiles tried that spill no register when compiled for the class
+# (tests/test_attention_triton_aot.py), mostly the largest; no timing on a device went into this. At head size 256 the
+# two accumulators of dkdv leave room only for tiles too small for tcgen05 on sm_100. Three stages keep two tiles of a
+# loop in shared memory. "other" has 99 KiB of it for a block, sm_80 163, sm_90 and sm_100 227. "fp32" multiplies
+# without tensor cores, and each thread holds its share of both operands: small tiles.
 FORWARD = {
     "sm_80": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
     "sm_90": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
