@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pypar.ops import attention_native, attention_reference, native
+from pypar.ops import attention_cuda, attention_native, attention_reference, attention_triton, native
 from pypar.ops.attention_arguments import AttentionProblem, attention_problem, check_results
 from pypar.ops.backend import Backend, choose
 from pypar.ops.register import define, register_gradient
@@ -197,6 +197,8 @@ def _reference_unsupported(problem: AttentionProblem) -> str | None:
 
 
 BACKENDS = (
+    Backend("cuda", attention_cuda.forward, attention_cuda.backward, attention_cuda.unsupported),
+    Backend("triton", attention_triton.forward, attention_triton.backward, attention_triton.unsupported),
     Backend("native", _native_forward, _native_backward, _native_unsupported),
     Backend("reference", attention_reference.forward, attention_reference.backward, _reference_unsupported),
 )

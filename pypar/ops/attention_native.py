@@ -12,7 +12,6 @@ from torch import Tensor
 from pypar.ops import native
 from pypar.ops.attention_arguments import AttentionProblem, Positions
 
-_LARGEST_GPU_HEAD = 256
 _GPU_ROW_BYTES = 16  # what one asynchronous copy moves
 
 
@@ -69,14 +68,6 @@ def backward(
     return dq, dk, dv
 
 
-def gpu_refusal(problem: AttentionProblem) -> str | None:
-    """Why the GPU kernels cannot take these sizes, or None."""
-    for name, size in (("head size", problem.q.shape[-1]), ("value head size", problem.v.shape[-1])):
-        if size % 8 or size > _LARGEST_GPU_HEAD:
-            return f"the {name} ({size}) is not a multiple of 8 up to {_LARGEST_GPU_HEAD}"
-    return None
-
-
 def with_aligned_rows(problem: AttentionProblem) -> AttentionProblem:
     """The same problem with q, k and v as the GPU kernels read them: rows contiguous, 16-byte aligned."""
     return replace(problem, q=aligned(problem.q), k=aligned(problem.k), v=aligned(problem.v))
@@ -85,11 +76,9 @@ def with_aligned_rows(problem: AttentionProblem) -> AttentionProblem:
 def aligned(x: Tensor) -> Tensor:
     """x, or a contiguous copy where its rows are not contiguous or do not begin at multiples of 16 bytes."""
     size = x.element_size()
-    strides = x.stride()[:-1]
-    whole = x.data_ptr() % _GPU_ROW_BYTES == 0 and all(
-        stride * size % _GPU_ROW_BYTES == 0 for stride in strides
-    )
-    return x if x.stride(-1) == 1 and whole else x.clone(memory_format=torch.contiguous_format)
+    starts = (x.data_ptr(), *(stride * size for stride in x.stride()[:-1]))
+    whole = x.stride(-1) == 1 and all(start % _GPU_ROW_BYTES == 0 for start in starts)
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def _problem(problem: AttentionProblem) -> dict:

@@ -84,6 +84,8 @@ def _missing(device: torch.device) -> str | None:
         return "it runs on a GPU, and a tensor is on the CPU (TRITON_INTERPRET=1 interprets it there, slowly)"
     if device.type != "cuda":
         return f"it runs on a GPU, and a tensor is on {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None

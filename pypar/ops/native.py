@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -46,6 +47,18 @@ def module() -> ModuleType:
     return native
 
 
+@functools.cache
+def cuda_module() -> ModuleType:
+    """The module of CUDA kernels. ImportError when it was not built. It loads on a machine without a driver."""
+    try:
+        return importlib.import_module("pypar._cuda")
+    except ImportError as error:
+        raise ImportError(
+            f"the CUDA module does not load ({error}); `pip install -e .` in the source folder builds it where "
+            "nvcc is on PATH"
+        ) from error
+
+
 def dtype_code(x: Tensor) -> int:
     """The native module's number for x's dtype."""
     return _DTYPE_CODES[x.dtype]
@@ -54,8 +67,18 @@ def dtype_code(x: Tensor) -> int:
 @functools.cache
 def missing() -> str | None:
     """Why there is no native module, or None."""
+    return _reason_of(module)
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Why there are no CUDA kernels, or None."""
+    return _reason_of(cuda_module)
+
+
+def _reason_of(load: Callable[[], ModuleType]) -> str | None:
     try:
-        module()
+        load()
     except ImportError as error:
         return str(error)
     return None
