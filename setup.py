@@ -1,13 +1,10 @@
-"""Builds `pypar._native` from csrc/*.cpp and `pypar._cuda` from csrc/*.cu with ninja: in parallel, incrementally,
-without torch.
+"""Builds `pypar._native` from csrc/*.cpp and `pypar._cuda` from csrc/*.cu with ninja: in parallel, incrementally.
 
-Every csrc/<op>.cpp is compiled once per instruction set, without pybind11, with PYPAR_ISA naming the
-namespace of its code, and once with PYPAR_BINDING, which holds the Python side; csrc/module.cpp is binding
-only. The best instruction set is chosen at import. Every csrc/<op>.cu is compiled once by nvcc for all GPU
-architectures and once by the C++ compiler with PYPAR_BINDING; csrc/module.cu is binding only. Objects stay in
-build/<platform>/, so that the next build, also one by `pip install`, compiles only what changed. CXX, CPPFLAGS,
-CXXFLAGS and LDFLAGS are honoured; nvcc itself reads NVCC_PREPEND_FLAGS (-ccbin names its host compiler).
-
+Every csrc/<op>.cpp is compiled once per instruction set, without pybind11, with PYPAR_ISA naming the namespace of its
+code, and once with PYPAR_BINDING, which holds the Python side; csrc/module.cpp is binding only. The best instruction
+set is chosen at import. Every csrc/<op>.cu is compiled once by nvcc for all GPU architectures and once by the C++
+compiler with PYPAR_BINDING; csrc/module.cu is binding only. Objects stay in build/<platform>/, so that the next build
+compiles only what changed. CXX, CPPFLAGS, CXXFLAGS and LDFLAGS are honoured; nvcc reads NVCC_PREPEND_FLAGS.
 PYPAR_CUDA=0 leaves pypar._cuda out, 1 insists on it; unset, it is built where nvcc is found (PATH, CUDA_HOME).
 PYPAR_CUDA_ARCHS="80 90a" builds for fewer GPUs than nvcc can.
 """
