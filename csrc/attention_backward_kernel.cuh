@@ -353,7 +353,8 @@ __global__ void __launch_bounds__(BackwardSizes<Tag, kSize>::kThreads, 1)
   for (int i = 0; i < place.num_steps; ++i) {
     ptx::copy_async_wait<0>();
     __syncthreads();  // this tile is there for all, and nobody reads the one before any more
-    if (i + 1 < place.num_steps) start_columns<Tag, kSize, kKeys>(a, place, memory, i + 1);
+    if (made_anew(i) + 1 < place.num_steps)
+      start_columns<Tag, kSize, kKeys>(a, place, memory, made_anew(i) + 1);
     ptx::copy_async_commit();
 #pragma unroll 1
     for (int step = 0; step < Sizes::kColumns; step += Sizes::kStep) {

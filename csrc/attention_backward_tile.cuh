@@ -62,8 +62,7 @@ template <>
 struct BackwardSizes<Float32Tag, 256> : BackwardSizesOf<2, 1, 8, 8, true> {};
 
 // Hides from the compiler that x is what it was. What is made of x in a loop is then made there, by an
-// instruction or two, and not kept in registers from before the loop: addresses of matrices would take up
-// to 50.
+// instruction or two, and not kept in registers from before the loop.
 __device__ __forceinline__ int made_anew(int x) {
 #ifndef PYPAR_SIMT
   asm volatile("" : "+r"(x));
@@ -112,14 +111,17 @@ template <class Tag, int kSize>
 struct BackwardProducts {
   using Rows = Tile<kSize>;
 
-  // What a lane of ldmatrix adds to a matrix's address. `inner` is for two right operands, 16 rows of 16
-  // columns that lie transposed; `outer` for a left operand, and for two right ones that lie straight. 16
-  // columns further is an exclusive or with 32, since a chunk's place is one with the row.
-  int outer, inner;
-  __device__ __forceinline__ BackwardProducts() {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    outer = Rows::offset(lane % 16, lane / 16);
-    inner = Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  // What a lane of ldmatrix adds to a matrix's address: `outer` for a left operand, and for two right ones
+  // that lie straight; `inner` for two right operands, 16 rows of 16 columns that lie transposed. 16 columns
+  // further is an exclusive or with 32, since a chunk's place is one with the row. Made anew by each product:
+  // kept, they and what is made of them would take up to 50 registers.
+  static __device__ __forceinline__ int outer() {
+    const int lane = ptx::thread_index() % kWarp;
+    return Rows::offset(lane % 16, lane / 16);
+  }
+  static __device__ __forceinline__ int inner() {
+    const int lane = ptx::thread_index() % kWarp;
+    return Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
 
   // product = rows of `own` from first_row on, times rows of `streamed` from first_column on, over the head
@@ -129,7 +131,7 @@ struct BackwardProducts {
                                            const unsigned char* own, int first_row,
                                            const unsigned char* streamed, int first_column,
                                            bool /*scores*/) const {
-    const int left = made_anew(outer), right = made_anew(inner);
+    const int left = outer(), right = inner();
     set_zero(product);
 #pragma unroll
     for (int k = 0; k < kSize / 16; ++k) {
@@ -152,7 +154,7 @@ struct BackwardProducts {
   __device__ __forceinline__ void add(Product<kRowTiles, kSize / 8>& sum,
                                       const Product<kRowTiles, kColumnTiles>& weights,
                                       const unsigned char* streamed, int first_column) const {
-    const int right = made_anew(outer);
+    const int right = outer();
 #pragma unroll
     for (int k = 0; k < kColumnTiles / 2; ++k) {
       uint32_t a[kRowTiles][4];
