@@ -32,8 +32,7 @@ CXX_FLAGS = (
 )
 AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-# Poorest first, which is also the order of linking: where two objects hold the same inline function of a
-# header, the linker keeps the first, and that one must run on every machine.
+# Poorest first, as the linker keeps the first of equal inline functions, and that one must run on every machine.
 ISA_FLAGS = {
     "x86_64": {
         "baseline": "",
