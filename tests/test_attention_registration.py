@@ -82,7 +82,61 @@ BAD = {
     "q's number of heads (0)": {"q": torch.zeros(1, 63, 0, 64)},
     "scale (inf) must be finite": {"scale": math.inf},
     "scale (nan) must be finite": {"scale": math.nan},
+    "scale (-inf) must be finite": {"scale": -math.inf},
     "unknown backend 'nativ'": {"backend": "nativ"},
+    "window's left (-2) must be a whole number of keys, at least 0; None (or -1)": {"window": (-2, 0)},
+    "window's right (-7)": {"window": (None, -7)},
+    "window's left (1.5)": {"window": (1.5, 0)},
+    "window (3) must be a pair (left, right)": {"window": 3},
+    "window ((1, 2, 3)) must be a pair": {"window": (1, 2, 3)},
+    "softcap (-1.0) must be finite and not negative; 0 switches it off": {"softcap": -1.0},
+    "softcap (nan)": {"softcap": math.nan},
+    "softcap (inf)": {"softcap": math.inf},
+    "dropout_p (1.0) must be at least 0 and below 1": {"dropout_p": 1.0},
+    "dropout_p (-0.1)": {"dropout_p": -0.1},
+    "dropout_p (nan)": {"dropout_p": math.nan},
+    "dropout_seed (-1) must be at least 0": {"dropout_p": 0.1, "dropout_seed": -1},
+    "dropout_seed (2,) torch.int64": {"dropout_p": 0.1, "dropout_seed": torch.zeros(2, dtype=torch.int64)},
+    "dropout_seed (1,) torch.int32": {"dropout_p": 0.1, "dropout_seed": torch.zeros(1, dtype=torch.int32)},
+    "sinks (3,) must have one number per query head: (2,)": {"sinks": torch.zeros(3)},
+    "sinks torch.int64 on cpu must be floating point": {"sinks": torch.zeros(2, dtype=torch.int64)},
+    "sinks torch.float32 on meta": {"sinks": torch.zeros(2, device="meta")},
+    "alibi_slopes (3,) must be (2,) or (1, 2)": {"alibi_slopes": torch.zeros(3)},
+    "alibi_slopes (2, 2) must be": {"alibi_slopes": torch.zeros(2, 2)},
+    "alibi_slopes torch.float32 on meta": {"alibi_slopes": torch.zeros(2, device="meta")},
+    "bias (62, 111) must broadcast to [B, N, T, S] = (1, 2, 63, 111)": {"bias": torch.zeros(62, 111)},
+    "bias (1, 1, 1, 1, 111) must broadcast": {"bias": torch.zeros(1, 1, 1, 1, 111)},
+    "bias (2, 1, 63, 111) must broadcast": {"bias": torch.zeros(2, 1, 63, 111)},
+    "bias is torch.float16; it must be q's torch.float32": {"bias": torch.zeros(111, dtype=torch.float16)},
+    "bias torch.bool on cpu must be floating point": {"bias": torch.zeros(63, 111, dtype=torch.bool)},
+    "bias torch.float32 on meta": {"bias": torch.zeros(63, 111, device="meta")},
+}
+
+
+def ends(*values, dtype=torch.int32, **options):
+    return torch.tensor(values, dtype=dtype, **options)
+
+
+# Of sequences with 63 queries and 111 keys in all.
+BAD_LENGTHS = {
+    "cu_seqlens_k is missing": {"cu_seqlens_k": None},
+    "cu_seqlens_q is missing": {"cu_seqlens_q": None},
+    "cu_seqlens_q (4,) torch.int64 must be int32": {"cu_seqlens_q": ends(0, 9, 20, 63, dtype=torch.int64)},
+    "cu_seqlens_k (2, 2) torch.int32": {"cu_seqlens_k": ends(0, 9, 20, 111).reshape(2, 2)},
+    "cu_seqlens_k (0,) torch.int32": {"cu_seqlens_k": ends()},
+    "cu_seqlens_q is on meta and q is on cpu": {"cu_seqlens_q": ends(0, 9, 20, 63, device="meta")},
+    "cu_seqlens_q[2] (8) is below cu_seqlens_q[1] (9); it must not decrease": {
+        "cu_seqlens_q": ends(0, 9, 8, 63)
+    },
+    "cu_seqlens_k[2] (5) is below": {"cu_seqlens_k": ends(0, 112, 5, 111)},
+    "cu_seqlens_q goes from 0 to 64; it must start at 0 and end at q": {"cu_seqlens_q": ends(0, 9, 20, 64)},
+    "cu_seqlens_q goes from 0 to 62": {"cu_seqlens_q": ends(0, 9, 20, 62)},
+    "cu_seqlens_k goes from 1 to 111": {"cu_seqlens_k": ends(1, 9, 20, 111)},
+    "cu_seqlens_q describes 2 sequences and cu_seqlens_k 3": {"cu_seqlens_q": ends(0, 9, 63)},
+    "bias does not combine with cu_seqlens_q": {"bias": torch.zeros(63, 111)},
+    "alibi_slopes (2, 3) must be (2,)": {"alibi_slopes": torch.zeros(2, 3)},
+    "alibi_slopes (4, 2) must be (2,) or (3, 2)": {"alibi_slopes": torch.zeros(4, 2)},
+    "q (1, 63, 2, 64) must be [positions of all sequences": {"q": torch.zeros(1, 63, 2, 64)},
 }
 
 
@@ -91,6 +145,15 @@ def test_bad_input(sentence):
     arguments = {**{name: x.detach() for name, x in make().items()}, **BAD[sentence]}
     with pytest.raises(ValueError, match=re.escape(sentence)):
         attention(**arguments)
+
+
+@pytest.mark.parametrize("sentence", BAD_LENGTHS)
+def test_bad_sequences(sentence):
+    arguments = {name: x.detach()[0] for name, x in make().items()}
+    arguments |= {"cu_seqlens_q": ends(0, 9, 20, 63), "cu_seqlens_k": ends(0, 0, 50, 111)}
+    attention(**arguments)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        attention(**{**arguments, **BAD_LENGTHS[sentence]})
 
 
 def test_bad_results_for_the_raw_backward():

@@ -99,7 +99,8 @@ def attention_problem(
     """The arguments of `pypar.attention` and `positions`, checked and put into their final form."""
     check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
     left, right = check_window(window, causal)
-    check_scores(q, k, sinks, alibi_slopes, bias, varlen=cu_seqlens_q is not None)
+    num_sequences = None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    check_scores(q, k, sinks, alibi_slopes, bias, num_sequences)
     if not (math.isfinite(softcap) and softcap >= 0):
         raise ValueError(f"softcap ({softcap}) must be finite and not negative; 0 switches it off")
     if not 0.0 <= dropout_p < 1.0:
@@ -224,7 +225,7 @@ def check_scores(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
-    varlen: bool,
+    num_sequences: int | None,
 ) -> None:
     N = q.shape[-2]
     for name, x in (("sinks", sinks), ("alibi_slopes", alibi_slopes), ("bias", bias)):
@@ -233,16 +234,12 @@ def check_scores(
     if sinks is not None and sinks.shape != (N,):
         raise ValueError(f"sinks {tuple(sinks.shape)} must have one number per query head: ({N},)")
     if alibi_slopes is not None and alibi_slopes.shape != (N,):
-        batch = "sequences" if varlen else q.shape[0]
-        if (
-            alibi_slopes.dim() != 2
-            or alibi_slopes.shape[1] != N
-            or (not varlen and alibi_slopes.shape[0] != q.shape[0])
-        ):
+        batch = q.shape[0] if num_sequences is None else num_sequences
+        if alibi_slopes.shape != (batch, N):
             raise ValueError(f"alibi_slopes {tuple(alibi_slopes.shape)} must be ({N},) or ({batch}, {N})")
     if bias is None:
         return
-    if varlen:
+    if num_sequences is not None:
         raise ValueError("bias does not combine with cu_seqlens_q; pad the sequences to one length for it")
     scores = (q.shape[0], N, q.shape[1], k.shape[1])
     fits = bias.dim() <= 4 and all(
