@@ -134,7 +134,7 @@ def print_row(size: int, what: str, dtype: str, num_bytes: int, periods: list[fl
 
 def main() -> None:
     arguments = parse_arguments()
-    print(f"torch {torch.__version__}, backend {pypar.comm.process_group.NAME} against its gloo", flush=True)
+    print(f"torch {torch.__version__}, backend {pypar.comm.cpu_group.NAME} against its gloo", flush=True)
     for size in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(run, (size, str(Path(folder) / "store"), arguments), nprocs=size)

@@ -2,8 +2,8 @@
 // asked.
 //
 // Two lanes: collectives run one after another in the order of the calls, messages all at once. In each lane
-// work is done by whoever holds its lock: a thread of its own, for work that was started in the background,
-// or the caller that waits, which saves two changes of thread.
+// work is done by a thread of its own, if it was started in the background, or by the caller that waits, which
+// saves two changes of thread.
 #include "shm_reduce.h"
 
 #ifdef PYPAR_BINDING
@@ -29,6 +29,7 @@ struct Work {
 };
 
 using Deadline = Clock::time_point;
+constexpr double kLongest = 1e9;  // seconds that a clock can add
 
 class Group {
  public:
@@ -37,7 +38,10 @@ class Group {
         collectives_(segment_, name, stop_),
         streams_(segment_, name) {}
 
-  ~Group() {
+  ~Group() { shut_down(); }
+
+  // Ends the threads; what they had not finished fails. Memory of tensors is left alone from then on.
+  void shut_down() {
     stop_ = true;
     RankLine& line = segment_.line(segment_.rank());
     line.bell.fetch_add(1);
@@ -46,17 +50,28 @@ class Group {
       std::lock_guard<std::mutex> lock(queue_mutex_);
     }
     wake_.notify_all();
+    ended_.notify_all();
+    std::lock_guard<std::mutex> joining(join_mutex_);
     for (std::thread* thread : {&lane_thread_, &stream_thread_}) {
       if (thread->joinable()) thread->join();
     }
+    std::unique_lock<std::mutex> lock(queue_mutex_);
+    ended_.wait(lock, [this] { return !is_lane_busy_; });  // a caller may be running one
+    for (auto& work : queue_) {
+      work->error = "the group was shut down before the collective was done";
+      work->run = nullptr;
+      work->done.store(true, std::memory_order_release);
+    }
+    queue_.clear();
   }
 
-  void set_timeout(double seconds) { timeout_s_ = seconds; }
+  void set_timeout(double seconds) { timeout_s_ = std::min(seconds, kLongest); }
 
   std::shared_ptr<Work> submit(std::function<void()> run, bool in_background) {
     auto work = std::make_shared<Work>();
     work->run = std::move(run);
     std::lock_guard<std::mutex> lock(queue_mutex_);
+    if (stop_) throw std::runtime_error("the group was shut down");
     queue_.push_back(work);
     if (in_background) {
       if (!lane_thread_.joinable()) lane_thread_ = std::thread([this] { run_lane(); });
@@ -75,6 +90,7 @@ class Group {
     work->transfer->tag = tag;
     {
       std::lock_guard<std::mutex> lock(streams_mutex_);
+      if (stop_) throw std::runtime_error("the group was shut down");
       is_send ? streams_.send(work->transfer) : streams_.receive(work->transfer);
       streams_.progress();
       if (!stream_thread_.joinable() && !streams_.idle())
@@ -89,21 +105,26 @@ class Group {
   bool is_done(Work& work) {
     if (!work.transfer) return work.done.load(std::memory_order_acquire);
     std::lock_guard<std::mutex> lock(streams_mutex_);
-    streams_.progress();
-    return work.transfer->done;
+    if (!stop_) streams_.progress();
+    return work.transfer->done || stop_;
   }
 
   // Returns when the work is done; throws what it threw.
   void wait(Work& work, double seconds) {
     if (work.transfer) return wait_message(work, seconds);
+    const auto deadline = in_seconds(seconds > 0 ? seconds : kLongest);
+    std::unique_lock<std::mutex> lock(queue_mutex_);
     while (!work.done.load(std::memory_order_acquire)) {
-      std::unique_lock<std::mutex> lane(lane_mutex_, std::try_to_lock);
-      if (lane.owns_lock()) {
-        run_next(seconds);
-      } else {
-        std::unique_lock<std::mutex> lock(queue_mutex_);
-        if (!work.done.load()) ended_.wait_for(lock, std::chrono::milliseconds(50));
+      if (!is_lane_busy_ && !queue_.empty()) {
+        run_next(lock, seconds, check_signals);
+        continue;
       }
+      if (ended_.wait_for(lock, kNap) == std::cv_status::no_timeout) continue;
+      lock.unlock();
+      check_signals();
+      if (Clock::now() >= deadline)
+        collectives_.give_up("Timed out after " + std::to_string(seconds) + " s, which wait() allowed");
+      lock.lock();
     }
     if (!work.error.empty()) throw std::runtime_error(work.error);
   }
@@ -112,49 +133,60 @@ class Group {
   const Segment& segment() const { return segment_; }
 
  private:
-  // Runs the first work of the queue, if there is any. The caller holds lane_mutex_.
-  void run_next(double seconds) {
-    std::shared_ptr<Work> work;
-    {
-      std::lock_guard<std::mutex> lock(queue_mutex_);
-      if (queue_.empty()) return;
-      work = queue_.front();
-      queue_.pop_front();
-    }
-    collectives_.set_timeout(seconds > 0 ? seconds : timeout_s_);
+  static Deadline in_seconds(double seconds) {
+    const std::chrono::duration<double> most(std::min(seconds, kLongest));
+    return Clock::now() + std::chrono::duration_cast<Clock::duration>(most);
+  }
+
+  // Throws Python's exception, if there is one: Ctrl-C, or what a signal's handler raised.
+  static void check_signals() {
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+
+  // Runs the first work of the queue. The caller holds queue_mutex_ through `lock`, and the lane is free.
+  void run_next(std::unique_lock<std::mutex>& lock, double seconds, void (*poll)()) {
+    is_lane_busy_ = true;
+    const std::shared_ptr<Work> work = queue_.front();
+    queue_.pop_front();
+    lock.unlock();
+    collectives_.set_timeout(seconds > 0 ? std::min(seconds, kLongest) : timeout_s_);
+    collectives_.set_poll(poll);
+    std::exception_ptr interrupt;
     try {
       if (!failed_.empty()) throw std::runtime_error("the group cannot be used any more: " + failed_);
       work->run();
+    } catch (const py::error_already_set&) {
+      interrupt = std::current_exception();
+      work->error = collectives_.abandon("interrupted");
     } catch (const std::exception& error) {
       work->error = error.what();
-      if (failed_.empty()) failed_ = error.what();
     }
+    if (failed_.empty()) failed_ = work->error;
     work->run = nullptr;
-    {
-      std::lock_guard<std::mutex> lock(queue_mutex_);
-      work->done.store(true, std::memory_order_release);
-    }
+    lock.lock();
+    is_lane_busy_ = false;
+    work->done.store(true, std::memory_order_release);
     ended_.notify_all();
+    if (background_ > 0) wake_.notify_all();
+    if (interrupt) std::rethrow_exception(interrupt);
   }
 
   void run_lane() {
+    std::unique_lock<std::mutex> lock(queue_mutex_);
     for (;;) {
-      {
-        std::unique_lock<std::mutex> lock(queue_mutex_);
-        wake_.wait(lock, [this] { return stop_.load() || (background_ > 0 && !queue_.empty()); });
-        if (stop_) return;
-      }
-      std::lock_guard<std::mutex> lane(lane_mutex_);
-      run_next(0);
-      std::lock_guard<std::mutex> lock(queue_mutex_);
+      wake_.wait(lock, [this] {
+        return stop_.load() || (background_ > 0 && !is_lane_busy_ && !queue_.empty());
+      });
+      if (stop_) return;
+      run_next(lock, 0, nullptr);
       if (queue_.empty()) background_ = 0;
     }
   }
 
   void wait_message(Work& work, double seconds) {
     const double most = seconds > 0 ? seconds : timeout_s_;
-    const auto deadline =
-        Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(most));
+    const auto deadline = in_seconds(most);
     auto spin_until = Clock::now() + kSpin;
     for (;;) {
       const uint32_t bell = segment_.line(segment_.rank()).bell.load(std::memory_order_acquire);
@@ -167,13 +199,14 @@ class Group {
         if (Clock::now() >= deadline) {
           streams_.cancel(work.transfer.get());
           streams_.give_up(*work.transfer, "message with", work.transfer->peer,
-                           "timed out after " + std::to_string(most) + " s");
+                           "Timed out after " + std::to_string(most) + " s");
           break;
         }
       }
       if (Clock::now() < spin_until) {
         for (int i = 0; i < 32; ++i) relax();
       } else if (!nap(bell)) {
+        check_signals();
         std::lock_guard<std::mutex> lock(streams_mutex_);
         streams_.look_after();
       }
@@ -211,13 +244,14 @@ class Group {
   Collectives collectives_;
   Streams streams_;
   double timeout_s_ = 1800;
-  std::mutex lane_mutex_;   // held by who runs collectives
-  std::mutex queue_mutex_;  // guards queue_, background_
+  std::mutex queue_mutex_;  // guards queue_, background_, is_lane_busy_
   std::condition_variable wake_, ended_;
+  bool is_lane_busy_ = false;  // somebody runs a collective
   std::deque<std::shared_ptr<Work>> queue_;
   int64_t background_ = 0;
   std::string failed_;
   std::mutex streams_mutex_;
+  std::mutex join_mutex_;
   std::thread lane_thread_, stream_thread_;
 };
 
@@ -269,6 +303,7 @@ PYPAR_BIND(shm) {
   group.def("set_timeout", &Group::set_timeout);
   group.def("wait", &Group::wait, py::arg("work"), py::arg("seconds") = 0.0,
             py::call_guard<py::gil_scoped_release>());
+  group.def("shut_down", &Group::shut_down, py::call_guard<py::gil_scoped_release>());
   group.def("is_done", &Group::is_done, py::call_guard<py::gil_scoped_release>());
   group.def("all_reduce", [](Group& g, uintptr_t data, int64_t count, int type, int op, bool background) {
     check_reduction(count, type, op);

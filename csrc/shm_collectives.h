@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <mutex>
 #include <vector>
 
 #include "shm_reduce.h"
@@ -45,7 +46,16 @@ class Collectives {
         rank_(segment.rank()),
         size_(segment.num_ranks()) {}
 
+  // What to call now and then while waiting; may throw.
+  void set_poll(void (*poll)()) { poll_ = poll; }
   void set_timeout(double seconds) { timeout_s_ = seconds; }
+
+  // From any thread: whoever waits in a collective gives it up, for this reason.
+  void give_up(const std::string& why) {
+    std::lock_guard<std::mutex> lock(reason_mutex_);
+    if (reason_.empty()) reason_ = why;
+    gives_up_.store(true, std::memory_order_release);
+  }
 
   // data: in and out.
   void all_reduce(char* data, int64_t count, int type, int op) {
@@ -174,10 +184,13 @@ class Collectives {
   }
 
   // Throws a sentence that says where it happened; the other ranks give up too.
-  [[noreturn]] void fail(const std::string& what) {
+  [[noreturn]] void fail(const std::string& what) { throw std::runtime_error(abandon(what)); }
+
+  // Makes the other ranks give up. The sentence for this one.
+  std::string abandon(const std::string& why) {
     uint32_t none = 0;
     segment_.header().failed.compare_exchange_strong(none, static_cast<uint32_t>(rank_) + 1);
-    throw std::runtime_error(where() + ": " + what);
+    return where() + ": " + why;
   }
 
   std::string where() const {
@@ -239,6 +252,11 @@ class Collectives {
   void look_after(uint32_t step) {
     if (stop_.load(std::memory_order_relaxed))
       throw std::runtime_error(where() + ": the group was shut down");
+    if (poll_ != nullptr) poll_();
+    if (gives_up_.load(std::memory_order_acquire)) {
+      std::lock_guard<std::mutex> lock(reason_mutex_);
+      fail(reason_);
+    }
     const uint32_t failed = segment_.header().failed.load();
     if (failed != 0) {
       throw std::runtime_error(where() + ": rank " + std::to_string(failed - 1) +
@@ -253,7 +271,7 @@ class Collectives {
     }
     if (!ended.empty()) fail("the process of rank " + ended + " has ended");
     if (Clock::now() < deadline_ || missing.empty()) return;
-    fail("timed out after " + std::to_string(timeout_s_) + " s; these ranks did not come: " + missing);
+    fail("Timed out after " + std::to_string(timeout_s_) + " s; these ranks did not come: " + missing);
   }
 
   void check_same(int rank, const Description& other) {
@@ -368,6 +386,10 @@ class Collectives {
   Segment& segment_;
   std::string group_;
   const std::atomic<bool>& stop_;
+  std::atomic<bool> gives_up_{false};
+  std::mutex reason_mutex_;
+  std::string reason_;
+  void (*poll_)() = nullptr;
   int rank_, size_;
   double timeout_s_ = 1800;
   uint32_t step_ = 0;

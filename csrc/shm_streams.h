@@ -22,6 +22,7 @@ struct Transfer {
   int tag;
   bool done = false;
   int64_t moved = 0;  // sends: of header and data
+  std::vector<char> owned;  // what is left to send of a message that its sender gave up
   std::string error;
 };
 
@@ -60,6 +61,10 @@ class Streams {
       const std::string why = "the process of rank " + std::to_string(r) + " has ended";
       for (auto& transfer : sends_[static_cast<size_t>(r)]) give_up(*transfer, "send to", r, why);
       sends_[static_cast<size_t>(r)].clear();
+      Arriving& a = arriving_[static_cast<size_t>(r)];
+      if (a.target) give_up(*a.target, "receive from", r, why + " in the middle of the message");
+      a.target.reset();
+      a.has_ended = true;
       receives_.remove_if([&](auto& transfer) {
         if (transfer->peer != r) return false;
         give_up(*transfer, "receive from", r, why);
@@ -68,8 +73,28 @@ class Streams {
     }
   }
 
+  // Leaves the memory of a transfer alone from now on. What has begun is brought to its end elsewhere.
   void cancel(const Transfer* transfer) {
     receives_.remove_if([&](auto& one) { return one.get() == transfer; });
+    for (Arriving& a : arriving_) {
+      if (a.target.get() != transfer) continue;
+      a.target.reset();
+      a.aside.reset(new Kept{a.envelope, std::vector<char>(static_cast<size_t>(a.envelope.bytes))});
+      a.is_cancelled = true;
+    }
+    for (auto& queue : sends_) {
+      for (auto it = queue.begin(); it != queue.end(); ++it) {
+        Transfer& one = **it;
+        if (&one != transfer) continue;
+        if (one.moved == 0) {
+          queue.erase(it);
+        } else {
+          one.owned.assign(one.data, one.data + one.bytes);
+          one.data = one.owned.data();
+        }
+        break;
+      }
+    }
   }
 
   void give_up(Transfer& transfer, const char* what, int rank, const std::string& why) const {
@@ -96,6 +121,8 @@ class Streams {
     int64_t data_read = 0;
     std::shared_ptr<Transfer> target;  // or, if none, `aside`
     std::unique_ptr<Kept> aside;
+    bool has_ended = false;  // nothing more will come
+    bool is_cancelled = false;  // `aside` is nobody's
     std::deque<std::unique_ptr<Kept>> kept;
   };
 
@@ -162,6 +189,7 @@ class Streams {
 
   bool pull(int from) {
     Arriving& a = arriving_[static_cast<size_t>(from)];
+    if (a.has_ended) return false;
     bool moved = false;
     for (;;) {
       if (a.header_read < int64_t{sizeof(Envelope)}) {
@@ -191,6 +219,9 @@ class Streams {
         a.target->peer = from;
         a.target->done = true;
         a.target.reset();
+      } else if (a.is_cancelled) {
+        a.aside.reset();
+        a.is_cancelled = false;
       } else {
         a.kept.push_back(std::move(a.aside));
         match_kept();

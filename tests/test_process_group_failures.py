@@ -62,10 +62,10 @@ def _late_pair():
 
 def test_a_time_out_names_who_did_not_come(ranks):
     error, message_error = ranks(2, _late_pair)[0]
-    assert re.search(r"all_reduce number 1 of group .*\(rank 0 of 2\): timed out after 0\.5", error), error
+    assert re.search(r"all_reduce number 1 of group .*\(rank 0 of 2\): Timed out after 0\.5", error), error
     assert error.endswith("these ranks did not come: 1")
     assert "receive" in message_error or "message with rank 1" in message_error
-    assert "timed out after 0.5" in message_error
+    assert "Timed out after 0.5" in message_error
 
 
 def _survive(rank, size, store_path, results):

@@ -7,7 +7,8 @@ from typing import Any
 import torch.distributed as dist
 
 from pypar.comm.between_hosts import ProcessGroupBetweenHosts
-from pypar.comm.process_group import NAME, ProcessGroup
+from pypar.comm.cpu_group import NAME
+from pypar.comm.process_group import ProcessGroup
 from pypar.comm.shared_memory import host_identity
 
 

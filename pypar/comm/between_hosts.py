@@ -18,19 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from pypar.comm.process_group import NAME, ProcessGroup
+from pypar.comm.cpu_group import CpuProcessGroup
+from pypar.comm.process_group import ProcessGroup
 from pypar.comm.work import ThreadWork
 
 Options = Any
 
 
-class ProcessGroupBetweenHosts(dist.ProcessGroup):
+class ProcessGroupBetweenHosts(CpuProcessGroup):
     """torch.distributed's process group for ranks of which `hosts[rank]` says where they are."""
 
     def __init__(self, store: dist.Store, rank: int, hosts: list[str], timeout: timedelta, name: str) -> None:
         size = len(hosts)
-        super().__init__(rank, size)  # type: ignore[call-arg]
-        self._rank, self._size, self._name = rank, size, name
+        super().__init__(rank, size, name)
         names = list(dict.fromkeys(hosts))
         self._members = [[r for r in range(size) if hosts[r] == host] for host in names]
         self._host = names.index(hosts[rank])
@@ -45,25 +45,6 @@ class ProcessGroupBetweenHosts(dist.ProcessGroup):
             self._between = _gloo(dist.PrefixStore("between", store), self._host, len(names), timeout)
         # One thread: collectives run in the order in which they were started.
         self._thread = ThreadPoolExecutor(1, "pypar collectives")
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def getBackendName(self) -> str:  # noqa: N802
-        return NAME
-
-    name = getBackendName
-
-    @property
-    def group_name(self) -> str:
-        return c10d._world.pg_names.get(self, self._name)
-
-    @property
-    def supports_splitting(self) -> bool:
-        return False
 
     def shutdown(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

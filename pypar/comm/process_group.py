@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,47 +22,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
+from pypar.comm.cpu_group import CpuProcessGroup
 from pypar.comm.operands import dense, equal_parts, in_background, part, reduction, row_parts, type_code
 from pypar.comm.shared_memory import open_group
 from pypar.comm.work import Work, complete
 
-NAME = "pypar"
-
 Options = Any  # torch's per-collective option structs
 
 
-class ProcessGroup(dist.ProcessGroup):
+class ProcessGroup(CpuProcessGroup):
     """torch.distributed's process group over shared memory; all ranks on one host."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, name: str) -> None:
-        super().__init__(rank, size)  # type: ignore[call-arg]
-        self._rank, self._size, self._name, self._timeout = rank, size, name, timeout
+        super().__init__(rank, size, name)
+        self._timeout = timeout
         self.native = open_group(store, list(range(size)), rank, timeout, name)
         self._started: deque[Work] = deque()  # keeps tensors alive while they are in use
-        self._to_complete: queue.SimpleQueue[Work] | None = None
-
-    # ---- what torch asks of a group
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def getBackendName(self) -> str:  # noqa: N802
-        return NAME
-
-    name = getBackendName
-
-    @property
-    def group_name(self) -> str:
-        return c10d._world.pg_names.get(self, self._name)
-
-    @property
-    def supports_splitting(self) -> bool:
-        return False
+        self._sweep_at = 64
+        self._to_complete: queue.SimpleQueue[Work | None] | None = None
+        # When the group is forgotten, and before the interpreter ends: no thread may outlive that.
+        weakref.finalize(self, self.native.shut_down)
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout
@@ -73,7 +54,12 @@ class ProcessGroup(dist.ProcessGroup):
         self.shutdown()
 
     def shutdown(self) -> None:
+        """Ends the threads. Started work that is not done fails, and its tensors are released."""
+        self.native.shut_down()
         self._started.clear()
+        if self._to_complete is not None:
+            self._to_complete.put(None)
+            self._to_complete = None
 
     # ---- collectives
 
@@ -254,6 +240,9 @@ class ProcessGroup(dist.ProcessGroup):
         while self._started and self._started[0].is_completed():
             self._started.popleft()
         self._started.append(work)
+        if len(self._started) > self._sweep_at:  # the first one takes long
+            self._started = deque(work for work in self._started if not work.is_completed())
+            self._sweep_at = 2 * len(self._started) + 64
         return work
 
     def complete_later(self, work: Work) -> None:

@@ -116,8 +116,8 @@ class ThreadWork(dist._Work):  # type: ignore[name-defined, misc]
 
 
 def complete(works: queue.SimpleQueue) -> None:
-    while True:
-        work = works.get()
+    """Sets the futures of works, in their order, up to None."""
+    while (work := works.get()) is not None:
         try:
             work.wait()
         except Exception as error:
