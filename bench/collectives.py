@@ -126,8 +126,9 @@ def print_row(size: int, what: str, dtype: str, num_bytes: int, periods: list[fl
         aim = next((v for k, v in TARGETS[size].items() if num_bytes <= k), 0.0)
         target = f"  target {aim:.1f}x" if aim else ""
     print(
-        f"{size} ranks  {what:14}  {dtype}  {num_bytes:>9} B  pypar {ours * 1e6:9.1f} us  {num_bytes / ours / 1e9:6.2f} GB/s  "
-        f"gloo {gloo * 1e6:9.1f} us  {gloo / ours:6.2f}x  copy {copy_seconds(num_bytes) * 1e6:8.1f} us{target}",
+        f"{size} ranks  {what:14}  {dtype}  {num_bytes:>9} B  pypar {ours * 1e6:9.1f} us  "
+        f"{num_bytes / ours / 1e9:6.2f} GB/s  gloo {gloo * 1e6:9.1f} us  {gloo / ours:6.2f}x  "
+        f"copy {copy_seconds(num_bytes) * 1e6:8.1f} us{target}",
         flush=True,
     )
 

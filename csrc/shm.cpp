@@ -2,8 +2,8 @@
 // asked.
 //
 // Two lanes: collectives run one after another in the order of the calls, messages all at once. In each lane
-// work is done by a thread of its own, if it was started in the background, or by the caller that waits, which
-// saves two changes of thread.
+// work is done by a thread of its own, if it was started in the background, or by the caller that waits,
+// which saves two changes of thread.
 #include "shm_reduce.h"
 
 #ifdef PYPAR_BINDING
@@ -175,9 +175,8 @@ class Group {
   void run_lane() {
     std::unique_lock<std::mutex> lock(queue_mutex_);
     for (;;) {
-      wake_.wait(lock, [this] {
-        return stop_.load() || (background_ > 0 && !is_lane_busy_ && !queue_.empty());
-      });
+      wake_.wait(lock,
+                 [this] { return stop_.load() || (background_ > 0 && !is_lane_busy_ && !queue_.empty()); });
       if (stop_) return;
       run_next(lock, 0, nullptr);
       if (queue_.empty()) background_ = 0;

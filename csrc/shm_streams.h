@@ -21,7 +21,7 @@ struct Transfer {
   int peer;  // -1: receive from anyone
   int tag;
   bool done = false;
-  int64_t moved = 0;  // sends: of header and data
+  int64_t moved = 0;        // sends: of header and data
   std::vector<char> owned;  // what is left to send of a message that its sender gave up
   std::string error;
 };
@@ -121,7 +121,7 @@ class Streams {
     int64_t data_read = 0;
     std::shared_ptr<Transfer> target;  // or, if none, `aside`
     std::unique_ptr<Kept> aside;
-    bool has_ended = false;  // nothing more will come
+    bool has_ended = false;     // nothing more will come
     bool is_cancelled = false;  // `aside` is nobody's
     std::deque<std::unique_ptr<Kept>> kept;
   };

@@ -47,7 +47,9 @@ def _ddp(find_unused, as_views, compressed):
     for _ in range(2):  # buckets are rebuilt after the first step
         model.zero_grad()
         for name, grad in _gradients(model, mine).items():
-            assert relative(grad, expected[name.removeprefix("module.")]) < (2e-2 if compressed else TOLERANCE)
+            assert relative(grad, expected[name.removeprefix("module.")]) < (
+                2e-2 if compressed else TOLERANCE
+            )
 
 
 @pytest.mark.parametrize(
@@ -98,9 +100,9 @@ def _dtensor():
     # Uneven rows, from one dimension to the other (all_to_all), and a sum that is scattered.
     uneven = distribute_tensor(draw(7, 5, seed=4), mesh, [Shard(0)]).redistribute(mesh, [Shard(1)])
     assert torch.equal(uneven.full_tensor(), draw(7, 5, seed=4))
-    partial = (
-        distribute_tensor(a, mesh, [Shard(1)]) @ distribute_tensor(b, mesh, [Shard(0)])
-    ).redistribute(mesh, [Shard(0)])
+    partial = (distribute_tensor(a, mesh, [Shard(1)]) @ distribute_tensor(b, mesh, [Shard(0)])).redistribute(
+        mesh, [Shard(0)]
+    )
     assert partial.to_local().shape == (8 // RANKS, 10)
     assert Partial() not in partial.placements
 
