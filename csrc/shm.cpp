@@ -67,18 +67,25 @@ class Group {
 
   void set_timeout(double seconds) { timeout_s_ = std::min(seconds, kLongest); }
 
+  // In the background: returns at once, for wait(). Otherwise runs it, after what was started before, throws
+  // what it throws, and returns nothing.
   std::shared_ptr<Work> submit(std::function<void()> run, bool in_background) {
     auto work = std::make_shared<Work>();
     work->run = std::move(run);
-    std::lock_guard<std::mutex> lock(queue_mutex_);
-    if (stop_) throw std::runtime_error("the group was shut down");
-    queue_.push_back(work);
-    if (in_background) {
-      if (!lane_thread_.joinable()) lane_thread_ = std::thread([this] { run_lane(); });
-      ++background_;
-      wake_.notify_all();
+    {
+      std::lock_guard<std::mutex> lock(queue_mutex_);
+      if (stop_) throw std::runtime_error("the group was shut down");
+      queue_.push_back(work);
+      if (in_background) {
+        if (!lane_thread_.joinable()) lane_thread_ = std::thread([this] { run_lane(); });
+        ++background_;
+        wake_.notify_all();
+        return work;
+      }
     }
-    return work;
+    py::gil_scoped_release release;
+    wait(*work, 0);
+    return nullptr;
   }
 
   std::shared_ptr<Work> message(bool is_send, char* data, int64_t bytes, int peer, int tag) {

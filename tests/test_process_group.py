@@ -189,6 +189,10 @@ def _strided():
     out = torch.zeros(4, 10)[:, ::2]
     dist.all_gather_into_tensor(out, torch.full((5, 2), float(rank)).T, group=group)
     assert torch.equal(out, torch.tensor([[0.0], [0.0], [1.0], [1.0]]).expand(4, 5))
+    # What memory holds is not what this one says.
+    negative = torch.full((3,), 1 + 2j).conj().imag
+    dist.all_reduce(negative, group=group)
+    assert torch.equal(negative.resolve_neg(), torch.full((3,), -4.0))
 
 
 def test_tensors_of_any_strides(ranks):

@@ -37,7 +37,7 @@ NOT_APPLICABLE = {
 LEFT_OUT_BY_TORCH = {
     r"CUDA|cuda|[Mm]ulti-?gpu": "a GPU",
     r"N[Cc][Cc][Ll]|nccl": "NCCL's own",
-    r"Only MPI|MPI": "MPI's in this run; all_to_all, which is among it, runs in the run as mpi",
+    r"Only MPI|mpi backend": "MPI's alone, or not MPI's: the other runs have it, all_to_all is in the run as mpi",
     r"small world size|world size of 4": "another number of ranks, in another run",
     r"github.com/pytorch|flak|failing": "known to fail or to be unreliable in torch itself",
     r"torchvision": "a package that is not needed otherwise",

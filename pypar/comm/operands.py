@@ -22,7 +22,10 @@ _TYPES = {
     torch.bool: 9,
 }
 _BYTES = 10
-_AVERAGE, _NUM_BIT_FREE_OPS, _NUM_OPS = 1, 5, 8  # numbers of torch's ReduceOp, which are ShmOp's too
+_LAST_FLOAT = 3
+# Numbers of torch's ReduceOp, which are ShmOp's too: no bits of floats, no AVG of integers.
+_FLOAT_OPS = frozenset(range(5))
+_INTEGER_OPS = frozenset(range(8)) - {1}
 _OP_NAMES = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM")
 
 Parts = list[tuple[int, int]]
@@ -30,20 +33,24 @@ Parts = list[tuple[int, int]]
 
 def dense(tensor: Tensor, copies: list, reads: bool, writes: bool = True) -> Tensor:
     """The tensor's elements one after the other: itself, or a copy that is noted in `copies` (target, copy, writes)."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if not tensor.is_cpu or tensor.layout is not torch.strided:
         raise ValueError(
             f'the backend "pypar" is for dense CPU tensors, this one is {tensor.layout} on {tensor.device}; '
             "use nccl for GPUs, gloo for sparse tensors"
         )
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.is_contiguous():
+    is_plain = not (tensor.is_neg() or tensor.is_conj())  # what memory holds is what the tensor says
+    if is_plain and tensor.is_complex():
+        tensor = torch.view_as_real(tensor.detach())
+    if is_plain and tensor.is_contiguous():
         copies.append((tensor, tensor, False))  # keeps it alive
         return tensor
-    copy = tensor.contiguous() if reads else torch.empty(tensor.shape, dtype=tensor.dtype)
+    tensor = tensor.detach()
+    if reads:
+        copy = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    else:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
     copies.append((tensor, copy, writes))
-    return copy
+    return torch.view_as_real(copy) if copy.is_complex() else copy
 
 
 def part(x: Tensor) -> tuple[int, int]:
@@ -62,13 +69,7 @@ def reduction(x: Tensor, reduce_op: Any) -> tuple[int, int]:
     """(type, operation) as the native code numbers them."""
     op = int(getattr(reduce_op, "op", reduce_op))
     code = type_code(x)
-    wide = x.dtype.is_floating_point
-    if (
-        op >= _NUM_OPS
-        or code == _BYTES
-        or (wide and op >= _NUM_BIT_FREE_OPS)
-        or (not wide and op == _AVERAGE)
-    ):
+    if op not in (_FLOAT_OPS if code <= _LAST_FLOAT else _INTEGER_OPS) or code == _BYTES:
         name = _OP_NAMES[op] if op < len(_OP_NAMES) else str(op)
         raise ValueError(
             f'the backend "pypar" cannot reduce {x.dtype} with {name}; floating point takes SUM, AVG, PRODUCT, '

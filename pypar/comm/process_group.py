@@ -26,7 +26,7 @@ from torch import Tensor
 from pypar.comm.cpu_group import CpuProcessGroup
 from pypar.comm.operands import dense, equal_parts, in_background, part, reduction, row_parts, type_code
 from pypar.comm.shared_memory import open_group
-from pypar.comm.work import Work, complete
+from pypar.comm.work import FinishedWork, Work, complete
 
 Options = Any  # torch's per-collective option structs
 
@@ -63,14 +63,14 @@ class ProcessGroup(CpuProcessGroup):
 
     # ---- collectives
 
-    def allreduce(self, tensors: list[Tensor], opts: Options = None) -> Work:
+    def allreduce(self, tensors: list[Tensor], opts: Options = None) -> Any:
         opts = opts or dist.AllreduceOptions()
         return self._reduce_all(tensors, opts)
 
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Options = None) -> Work:
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Options = None) -> Any:
         return self._reduce_all(tensors, opts or dist.AllreduceCoalescedOptions())
 
-    def _reduce_all(self, tensors: list[Tensor], opts: Options) -> Work:
+    def _reduce_all(self, tensors: list[Tensor], opts: Options) -> Any:
         copies: list = []
         works = []
         for tensor in tensors:
@@ -79,21 +79,21 @@ class ProcessGroup(CpuProcessGroup):
             works.append(self.native.all_reduce(flat.data_ptr(), flat.numel(), code, op, opts.asyncOp))
         return self._work(works, tensors, copies)
 
-    def reduce(self, tensors: list[Tensor], opts: Options) -> Work:
+    def reduce(self, tensors: list[Tensor], opts: Options) -> Any:
         copies: list = []
         flat = dense(tensors[0], copies, reads=True)
         code, op = reduction(flat, opts.reduceOp)
         arguments = flat.data_ptr(), flat.numel(), code, op, opts.rootRank, opts.asyncOp
         return self._work([self.native.reduce(*arguments)], tensors, copies)
 
-    def broadcast(self, tensors: list[Tensor], opts: Options = None) -> Work:
+    def broadcast(self, tensors: list[Tensor], opts: Options = None) -> Any:
         opts = opts or dist.BroadcastOptions()
         copies: list = []
         flat = dense(tensors[0], copies, reads=True)
         arguments = part(flat), type_code(flat), opts.rootRank, opts.asyncOp
         return self._work([self.native.broadcast(*arguments)], tensors, copies)
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Options = None) -> Work:
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Options = None) -> Any:
         copies: list = []
         works = []
         for outs, source in zip(outputs, inputs, strict=True):
@@ -104,16 +104,16 @@ class ProcessGroup(CpuProcessGroup):
 
     def allgather_coalesced(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Options = None
-    ) -> Work:
+    ) -> Any:
         """outputs[r][i] receives rank r's inputs[i]."""
         return self.allgather([list(outs) for outs in zip(*outputs, strict=True)], inputs, opts)
 
-    def all_gather_single(self, output: Tensor, source: Tensor, opts: Options = None) -> Work:
+    def all_gather_single(self, output: Tensor, source: Tensor, opts: Options = None) -> Any:
         return self.all_gather_single_coalesced([output], [source], opts)
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Options = None
-    ) -> Work:
+    ) -> Any:
         copies: list = []
         works = []
         for output, source in zip(outputs, inputs, strict=True):
@@ -124,7 +124,7 @@ class ProcessGroup(CpuProcessGroup):
             works.append(self.native.all_gather(part(flat), parts, type_code(flat), in_background(opts)))
         return self._work(works, outputs, copies, inputs)
 
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Options = None) -> Work:
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Options = None) -> Any:
         opts = opts or dist.ReduceScatterOptions()
         copies: list = []
         works = []
@@ -140,12 +140,12 @@ class ProcessGroup(CpuProcessGroup):
             works.append(self.native.reduce_scatter(parts, out.data_ptr(), code, op, opts.asyncOp))
         return self._work(works, outputs, copies, inputs)
 
-    def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Options = None) -> Work:
+    def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Options = None) -> Any:
         return self.reduce_scatter_single_coalesced([output], [source], opts)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Options = None
-    ) -> Work:
+    ) -> Any:
         opts = opts or dist.ReduceScatterOptions()
         copies: list = []
         works = []
@@ -157,7 +157,7 @@ class ProcessGroup(CpuProcessGroup):
             works.append(self.native.reduce_scatter(parts, out.data_ptr(), code, op, opts.asyncOp))
         return self._work(works, outputs, copies, inputs)
 
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Options = None) -> Work:
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Options = None) -> Any:
         copies: list = []
         ins = [dense(x, copies, reads=True, writes=False) for x in inputs]
         outs = [part(dense(x, copies, reads=False)) for x in outputs]
@@ -171,7 +171,7 @@ class ProcessGroup(CpuProcessGroup):
         output_splits: Sequence[int] | None,
         input_splits: Sequence[int] | None,
         opts: Options = None,
-    ) -> Work:
+    ) -> Any:
         copies: list = []
         flat = dense(source, copies, reads=True, writes=False)
         out = dense(output, copies, reads=False)
@@ -184,7 +184,7 @@ class ProcessGroup(CpuProcessGroup):
             [source],
         )
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Options) -> Work:
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Options) -> Any:
         copies: list = []
         flat = dense(inputs[0], copies, reads=True, writes=False)
         outs = outputs[0] if opts.rootRank == self._rank else []
@@ -192,7 +192,7 @@ class ProcessGroup(CpuProcessGroup):
         work = self.native.gather(part(flat), parts, type_code(flat), opts.rootRank, in_background(opts))
         return self._work([work], outs, copies, inputs)
 
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Options) -> Work:
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Options) -> Any:
         copies: list = []
         ins = inputs[0] if opts.rootRank == self._rank else []
         parts = [part(dense(x, copies, reads=True, writes=False)) for x in ins]
@@ -200,22 +200,22 @@ class ProcessGroup(CpuProcessGroup):
         work = self.native.scatter(parts, part(out), type_code(out), opts.rootRank, in_background(opts))
         return self._work([work], outputs, copies, inputs)
 
-    def barrier(self, opts: Options = None) -> Work:
+    def barrier(self, opts: Options = None) -> Any:
         return self._work([self.native.barrier(in_background(opts))], [], [])
 
     # ---- messages
 
-    def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Work:
+    def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Any:
         copies: list = []
         flat = dense(tensors[0], copies, reads=True, writes=False)
         return self._work([self.native.send(part(flat), peer, tag)], tensors, copies)
 
-    def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Work:
+    def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Any:
         copies: list = []
         flat = dense(tensors[0], copies, reads=False)
         return self._work([self.native.receive(part(flat), peer, tag)], tensors, copies)
 
-    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Any:
         return self.recv(tensors, -1, tag)
 
     # ---- torch <= 2.12 calls the same by other names
@@ -228,14 +228,19 @@ class ProcessGroup(CpuProcessGroup):
 
     # ----
 
-    def _work(self, works: list, result: list[Tensor], copies: list, *alive: Any) -> Work:
+    def _work(self, works: list, result: list[Tensor], copies: list, *alive: Any) -> Any:
+        """What a call returns. Collectives that were not started in the background have run: their `works` are None."""
         targets = [(target, source) for target, source, writes in copies if writes]
 
         def finish() -> None:
             with torch.no_grad():
                 for target, source in targets:
-                    target.copy_(source.view(target.dtype).view(target.shape))
+                    target.copy_(source)
 
+        if not works or works[-1] is None:
+            if targets:
+                finish()
+            return FinishedWork(result)
         work = Work(self, works, result, finish if targets else None, (copies, alive))
         while self._started and self._started[0].is_completed():
             self._started.popleft()

@@ -75,6 +75,33 @@ class Work(dist._Work):  # type: ignore[name-defined, misc]
         return self._future
 
 
+class FinishedWork(dist._Work):  # type: ignore[name-defined, misc]
+    """A collective that ran before its call returned."""
+
+    def __init__(self, result: list[Tensor]) -> None:
+        super().__init__()
+        self._result = result
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        return True
+
+    is_completed = is_success = wait
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> list[Tensor]:
+        return self._result
+
+    def synchronize(self) -> None:
+        pass
+
+    def get_future(self) -> torch.futures.Future:
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result(self._result)
+        return future
+
+
 class ThreadWork(dist._Work):  # type: ignore[name-defined, misc]
     """A collective that the group's own thread runs."""
 
