@@ -210,8 +210,8 @@ class Group {
         }
       }
       if (Clock::now() < spin_until) {
-        for (int i = 0; i < 32; ++i) relax();
-        if (segment_.is_crowded()) sched_yield();
+        for (int i = 0; i < 16; ++i) relax();
+        sched_yield();
       } else if (!nap(bell)) {
         check_signals();
         std::lock_guard<std::mutex> lock(streams_mutex_);

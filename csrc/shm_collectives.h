@@ -245,8 +245,8 @@ class Collectives {
     if (rank == rank_) return;
     RankLine& line = segment_.line(rank);
     await(
-        line.step, line.sleepers, segment_.is_crowded(),
-        [step](uint32_t flag) { return reached(flag, step); }, [&] { look_after(step); });
+        line.step, line.sleepers, [step](uint32_t flag) { return reached(flag, step); },
+        [&] { look_after(step); });
   }
 
   void look_after(uint32_t step) {

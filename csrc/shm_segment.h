@@ -101,8 +101,6 @@ class Segment {
   Segment& operator=(const Segment&) = delete;
 
   int rank() const { return rank_; }
-  // More ranks than cores: the core that one spins on may be what the one it waits for lacks.
-  bool is_crowded() const { return is_crowded_; }
   int num_ranks() const { return sizes_.num_ranks; }
   const Sizes& sizes() const { return sizes_; }
   Header& header() const { return *reinterpret_cast<Header*>(memory_); }
@@ -124,10 +122,6 @@ class Segment {
   }
 
  private:
-  static int num_cores() {
-    cpu_set_t cores;
-    return sched_getaffinity(0, sizeof(cores), &cores) == 0 ? CPU_COUNT(&cores) : INT_MAX;
-  }
   static struct flock byte_of(int rank, short type) {
     struct flock lock{};
     lock.l_type = type;
@@ -139,7 +133,6 @@ class Segment {
 
   Sizes sizes_;
   int rank_, fd_;
-  bool is_crowded_ = sizes_.num_ranks > num_cores();
   char* memory_;
 };
 
@@ -171,27 +164,24 @@ inline void relax() {
 #endif
 }
 
-// Pure spinning costs a scheduler quantum where ranks outnumber cores, and sleeping at once costs a wake-up
-// of tens of microseconds where they do not: spin briefly, then sleep, and look after the others from time to
-// time.
-constexpr auto kSpin = std::chrono::microseconds(30);
-// Where ranks outnumber cores, instead: give the core away again and again, which costs less than a wake-up.
-// On 4 ranks and 2 cores an all_reduce of 1 KiB takes 110 us this way, 220 us with the spin above.
-constexpr auto kYield = std::chrono::microseconds(100);
+// Pure spinning costs a scheduler quantum where ranks share a core, and sleeping at once costs a wake-up of
+// tens of microseconds: look, and give the core away again and again, for a while; then sleep, and look after
+// the others from time to time. An all_reduce of 1 KiB took 33 us this way for 2 ranks on one core and 110 us
+// for 4 ranks on 2 cores; 53 and 220 us where the core was kept for 30 us before the sleep.
+constexpr auto kSpin = std::chrono::microseconds(100);
 constexpr auto kNap = std::chrono::milliseconds(100);
 
-// Waits until ready(word's value) is true; `yields` where ranks outnumber cores. After every nap calls
-// look(), which throws to give up.
+// Waits until ready(word's value) is true. After every nap calls look(), which throws to give up.
 template <class Ready, class Look>
-void await(Word& word, Word& sleepers, bool yields, const Ready& ready, const Look& look) {
+void await(Word& word, Word& sleepers, const Ready& ready, const Look& look) {
   if (ready(word.load(std::memory_order_acquire))) return;
-  const auto until = Clock::now() + (yields ? kYield : kSpin);
+  const auto until = Clock::now() + kSpin;
   do {
-    for (int i = 0; i < (yields ? 4 : 32); ++i) {
+    for (int i = 0; i < 16; ++i) {
       if (ready(word.load(std::memory_order_acquire))) return;
       relax();
     }
-    if (yields) sched_yield();
+    sched_yield();
   } while (Clock::now() < until);
   for (;;) {
     sleepers.fetch_add(1, std::memory_order_relaxed);

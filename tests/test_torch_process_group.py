@@ -41,7 +41,7 @@ LEFT_OUT_BY_TORCH = {
     r"small world size|world size of 4": "another number of ranks, in another run",
     r"github.com/pytorch|flak|failing": "known to fail or to be unreliable in torch itself",
     r"torchvision": "a package that is not needed otherwise",
-    r"gloo": "gloo's own, in the run as mpi",
+    r"[Gg]loo|GLOO|mpi does not": "gloo's own, in the run as mpi",
 }
 
 
