@@ -63,7 +63,7 @@ struct AttentionForward {
   AttentionTensor out;
   float* lse;    // contiguous: [B, N, T], with cumulative lengths [N, T]
   bool carry;    // out (then fp32) and lse hold attention over earlier keys, which this one continues
-  void* memory;  // as many bytes as attention_forward_memory says, of any content
+  void* memory;  // as many bytes as attention_forward_memory says, 64-byte aligned, of any content
 };
 
 struct AttentionBackward {
@@ -73,7 +73,7 @@ struct AttentionBackward {
   const float* dlse;  // the same, or null
   bool accumulate;    // dq, dk, dv (then fp32) are added to, not overwritten
   float* dbias;       // [B, N, T, S] contiguous, zero before the call, or null
-  void* memory;       // as many bytes as attention_backward_memory says, of any content
+  void* memory;       // as many bytes as attention_backward_memory says, 64-byte aligned, of any content
 };
 
 }  // namespace pypar

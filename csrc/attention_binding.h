@@ -246,6 +246,10 @@ inline AttentionBackward attention_backward_arguments(const AttentionProblem& pr
   return a;
 }
 
+inline bool attention_memory_fits(const void* memory, int64_t bytes) {
+  return bytes == 0 || (memory != nullptr && reinterpret_cast<uintptr_t>(memory) % 64 == 0);
+}
+
 // The four functions of a module. `forward_memory` and `backward_memory` return bytes; `check` throws what
 // the kernels refuse.
 template <class Check, class Memory, class Forward>
@@ -260,8 +264,9 @@ void bind_attention_forward(py::module_& module, Check check, Memory memory_byte
     const AttentionProblem p = attention_problem(problem);
     check(p);
     const AttentionForward a = attention_forward_arguments(p, out, lse, carry, memory);
-    if (a.memory == nullptr && memory_bytes(p) > 0) {
-      throw py::value_error("attention_forward needs the memory of attention_forward_memory");
+    if (!attention_memory_fits(a.memory, memory_bytes(p))) {
+      throw py::value_error(
+          "attention_forward needs the memory of attention_forward_memory, 64-byte aligned");
     }
     forward(a);
   });
@@ -282,8 +287,9 @@ void bind_attention_backward(py::module_& module, Check check, Memory memory_byt
     check(p);
     const AttentionBackward a = attention_backward_arguments(
         p, py::make_tuple(dout, out, dq, dk, dv), py::make_tuple(lse, dlse, dbias, memory), accumulate);
-    if (a.memory == nullptr && memory_bytes(p) > 0) {
-      throw py::value_error("attention_backward needs the memory of attention_backward_memory");
+    if (!attention_memory_fits(a.memory, memory_bytes(p))) {
+      throw py::value_error(
+          "attention_backward needs the memory of attention_backward_memory, 64-byte aligned");
     }
     backward(a);
   });
