@@ -35,7 +35,7 @@ NOT_APPLICABLE = {
 }
 # What torch's suite itself leaves out here: reasons as it prints them.
 LEFT_OUT_BY_TORCH = {
-    r"CUDA|cuda|[Mm]ulti-?gpu": "a GPU",
+    r"CUDA|cuda|GPU|[Mm]ulti-?gpu": "a GPU",
     r"N[Cc][Cc][Ll]|nccl": "NCCL's own",
     r"Only MPI|mpi backend": "MPI's alone, or not MPI's: the other runs have it, all_to_all is in the run as mpi",
     r"small world size|world size of 4": "another number of ranks, in another run",
