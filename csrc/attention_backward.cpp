@@ -129,9 +129,15 @@ void prepare_row_block(const Plan& plan, const Sequence& s, int64_t head, int64_
   transpose(packed, padded, rows.count, padded, out, kBlock);
   const RowValues row = row_values(values);
   for (int64_t i = 0; i < rows.count; i += kWidth) {
-    Float sum = zero();
-    for (int64_t j = 0; j < p.Hv; ++j) sum += load(dout + j * kBlock + i) * load(out + j * kBlock + i);
-    store(row.delta + i, sum);
+    Float total = zero();
+    for (int64_t begin = 0; begin < p.Hv; begin += kChunk) {
+      Float sum = zero();
+      for (int64_t j = begin; j < smaller(p.Hv, begin + kChunk); ++j) {
+        sum += load(dout + j * kBlock + i) * load(out + j * kBlock + i);
+      }
+      total += sum;
+    }
+    store(row.delta + i, total);
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t index = lse_index(p, s, head, rows.first + i);

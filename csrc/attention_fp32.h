@@ -39,7 +39,7 @@ struct Fp32Arithmetic {
   void scores(const void* queries, int64_t count, const void* keys, int64_t num_keys, const Range* seen,
               float* result) const {
     multiply<false, false>(num_keys, (count + kWidth - 1) / kWidth, H, floats(keys), padded_h,
-                           floats(queries), kBlock, result, kBlock, seen, nullptr);
+                           floats(queries), kBlock, result, kBlock, seen, nullptr, kChunk);
   }
 
   void clear_out(void* out) const { clear(floats(out), kBlock * padded_hv); }
@@ -91,9 +91,10 @@ struct Fp32Arithmetic {
     const int64_t vecs = (num_keys + kWidth - 1) / kWidth;
     const float* q = floats(row_operands);
     const float* k_transposed = floats(key_operands) + kBlock * padded_h;
-    multiply<false, false>(count, vecs, H, q, padded_h, k_transposed, kBlock, s, kBlock, seen, nullptr);
+    multiply<false, false>(count, vecs, H, q, padded_h, k_transposed, kBlock, s, kBlock, seen, nullptr,
+                           kChunk);
     multiply<false, false>(count, vecs, Hv, q + kBlock * padded_h, padded_hv,
-                           k_transposed + kBlock * padded_h, kBlock, dp, kBlock, seen, nullptr);
+                           k_transposed + kBlock * padded_h, kBlock, dp, kBlock, seen, nullptr, kChunk);
   }
 
   void clear_sums(void* dk, void* dv) const {

@@ -52,6 +52,9 @@ namespace pypar::PYPAR_ISA {
 constexpr int kRows = 6;
 constexpr int kVecs = kNumRegisters == 32 ? 4 : 2;
 constexpr int64_t kGroups = kBlock / kRows;
+// So many products are summed before they are added to what was summed before: scores and dp, which are not
+// averaged over anything afterwards, in shorter pieces than the sums over rows or keys.
+constexpr int64_t kChunk = 16, kLongChunk = 32;
 constexpr float kLog2e = 1.44269504088896340736f;
 
 static_assert(kBlock % kRows == 0 && kBlock % kWidth == 0, "blocks are made of whole tiles");
@@ -60,36 +63,42 @@ static_assert(kBlock % kRows == 0 && kBlock % kWidth == 0, "blocks are made of w
 // or, if kTransposedA, with the values of one k adjacent. The products are summed before they are added to c:
 // over many blocks that loses far less than one long sum would.
 template <int kUsed, bool kTransposedA, bool kAccumulate>
-static __attribute__((noinline)) void multiply_tile(int64_t k, const float* a, int64_t a_stride,
-                                                    const float* b, int64_t b_stride, float* c,
-                                                    int64_t c_stride) {
-  Float sum[kRows][kUsed];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kUsed; ++j) sum[i][j] = zero();
-  }
-  for (int64_t p = 0; p < k; ++p) {
-    Float right[kUsed];
-#pragma GCC unroll 8
-    for (int j = 0; j < kUsed; ++j) right[j] = load(b + j * kWidth);
+static __attribute__((noinline)) void multiply_tile(int64_t k, int64_t chunk, const float* a,
+                                                    int64_t a_stride, const float* b, int64_t b_stride,
+                                                    float* c, int64_t c_stride) {
+  bool add = kAccumulate;
+  do {
+    Float sum[kRows][kUsed];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Float left = broadcast(kTransposedA ? a[i] : a[i * a_stride]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kUsed; ++j) sum[i][j] += left * right[j];
+      for (int j = 0; j < kUsed; ++j) sum[i][j] = zero();
     }
-    a += kTransposedA ? a_stride : 1;
-    b += b_stride;
-  }
+    const int64_t steps = smaller(k, chunk);
+    for (int64_t p = 0; p < steps; ++p) {
+      Float right[kUsed];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kUsed; ++j) right[j] = load(b + j * kWidth);
 #pragma GCC unroll 8
-    for (int j = 0; j < kUsed; ++j) {
-      float* result = c + i * c_stride + j * kWidth;
-      store(result, kAccumulate ? load(result) + sum[i][j] : sum[i][j]);
+      for (int i = 0; i < kRows; ++i) {
+        const Float left = broadcast(kTransposedA ? a[i] : a[i * a_stride]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kUsed; ++j) sum[i][j] += left * right[j];
+      }
+      a += kTransposedA ? a_stride : 1;
+      b += b_stride;
     }
-  }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kUsed; ++j) {
+        float* result = c + i * c_stride + j * kWidth;
+        store(result, add ? load(result) + sum[i][j] : sum[i][j]);
+      }
+    }
+    add = true;
+    k -= steps;
+  } while (k > 0);
 }
 
 // c[num_rows][num_vecs] (+)= a * b over k in [0, k_size), num_rows rounded up to whole tiles. Where given,
@@ -98,7 +107,7 @@ static __attribute__((noinline)) void multiply_tile(int64_t k, const float* a, i
 template <bool kTransposedA, bool kAccumulate>
 static void multiply(int64_t num_rows, int64_t num_vecs, int64_t k_size, const float* a, int64_t a_stride,
                      const float* b, int64_t b_stride, float* c, int64_t c_stride, const Range* columns,
-                     const Range* depth) {
+                     const Range* depth, int64_t chunk = kLongChunk) {
   const int64_t num_panels = (num_vecs + kVecs - 1) / kVecs;
   const int64_t panel = (num_vecs + num_panels - 1) / num_panels;  // equal ones: 3 + 3 is faster than 4 + 2
   for (int64_t first = 0; first < num_vecs; first += panel) {
@@ -113,17 +122,21 @@ static void multiply(int64_t num_rows, int64_t num_vecs, int64_t k_size, const f
       float* result = c + row * c_stride + begin * kWidth;
       switch (end - begin) {
         case 1:
-          multiply_tile<1, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride);
+          multiply_tile<1, kTransposedA, kAccumulate>(k, chunk, left, a_stride, right, b_stride, result,
+                                                      c_stride);
           break;
         case 2:
-          multiply_tile<2, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride);
+          multiply_tile<2, kTransposedA, kAccumulate>(k, chunk, left, a_stride, right, b_stride, result,
+                                                      c_stride);
           break;
 #if defined(__AVX512F__) || defined(__aarch64__)
         case 3:
-          multiply_tile<3, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride);
+          multiply_tile<3, kTransposedA, kAccumulate>(k, chunk, left, a_stride, right, b_stride, result,
+                                                      c_stride);
           break;
         case 4:
-          multiply_tile<4, kTransposedA, kAccumulate>(k, left, a_stride, right, b_stride, result, c_stride);
+          multiply_tile<4, kTransposedA, kAccumulate>(k, chunk, left, a_stride, right, b_stride, result,
+                                                      c_stride);
           break;
 #endif
         default:
