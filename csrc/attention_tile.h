@@ -60,8 +60,8 @@ constexpr float kLog2e = 1.44269504088896340736f;
 static_assert(kBlock % kRows == 0 && kBlock % kWidth == 0, "blocks are made of whole tiles");
 
 // c[kRows][kUsed vectors] (+)= a[kRows][k] * b[k][kUsed vectors]. a is stored with its rows adjacent along k,
-// or, if kTransposedA, with the values of one k adjacent. The products are summed before they are added to c:
-// over many blocks that loses far less than one long sum would.
+// or, if kTransposedA, with the values of one k adjacent. `chunk` products at a time are summed before they
+// are added to c: that loses far less than one long sum would.
 template <int kUsed, bool kTransposedA, bool kAccumulate>
 static __attribute__((noinline)) void multiply_tile(int64_t k, int64_t chunk, const float* a,
                                                     int64_t a_stride, const float* b, int64_t b_stride,

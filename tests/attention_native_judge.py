@@ -121,8 +121,7 @@ def make_douts(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     return dout, torch.randn(problem.lse_shape, generator=generator)
 
 
-def check(problem: AttentionProblem, results: tuple[str, ...] | None = None) -> None:
-    """results: the names of those that are compared, None for all."""
+def check(problem: AttentionProblem) -> None:
     douts = make_douts(problem)
     actual = run_native(problem, douts)
     expected = run_plain(problem, douts, problem.q.dtype)
@@ -132,8 +131,6 @@ def check(problem: AttentionProblem, results: tuple[str, ...] | None = None) -> 
     for found in (actual, expected, exact):
         found["lse"] = found["lse"].masked_fill(hidden, 0.0)
     for name, x in actual.items():
-        if results is not None and name not in results:
-            continue
         like = expected[name].to(x.dtype)
         assert_accurate(name, x, like, exact[name], gradient=name.startswith("d"))
 
@@ -212,4 +209,4 @@ def varlen(name: str, **options) -> AttentionProblem:
         "cu_seqlens_q": torch.tensor(lengths_q, dtype=torch.int32),
         "cu_seqlens_k": torch.tensor(lengths_k, dtype=torch.int32),
     }
-    return make(lengths_q[-1], lengths_k[-1], H=64, **cu_seqlens, **options)
+    return make(lengths_q[-1], lengths_k[-1], H=40, **cu_seqlens, **options)
