@@ -10,7 +10,7 @@ from pypar.ops import native
 
 
 def assert_accurate(
-    name: str, actual: Tensor, plain: Tensor, exact: Tensor, *, gradient: bool = False
+    name: str, actual: Tensor, plain: Tensor, exact: Tensor, *, gradient: bool = False, times: float = 2
 ) -> None:
     """`plain` is PyTorch's result in actual's dtype, `exact` the float64 result for the same inputs.
 
@@ -32,7 +32,7 @@ def assert_accurate(
         return
     error = (actual.double() - exact).abs().max().item()
     plain_error = (plain.double() - exact).abs().max().item()
-    allowed = 2 * plain_error
+    allowed = times * plain_error
     if gradient:
         rounded = exact.to(actual.dtype)
         allowed += 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().item()

@@ -20,17 +20,25 @@ from pypar.ops.attention_arguments import attention_problem
 SAMPLE = sample()
 SHORT = sample({**AXES, "lengths": tuple(SHORT_LENGTHS), "H": (64, 40, 59)}, seed=1)
 BY_NAME = {backend.name: backend for backend in BACKENDS}
-# The native fp32 backward is still at up to 3.5 times plain attention's error.
-OPEN = pytest.mark.xfail(strict=False, raises=AssertionError, reason="native fp32 gradients exceed the rule")
+# A known shortfall: in a part of the cases fp32 gradients have more than twice plain attention's error. They may not
+# have more than this many times; a case between the two is reported as an expected failure.
+FP32_TIMES = 5
 
 
-def marked(name, case):
-    return pytest.param(name, case, marks=OPEN if case.dtype == "fp32" and name not in ("reference",) else ())
+def judge(judged, fp32):
+    """judged(times=...) by the rule; in fp32, gradients beyond it by FP32_TIMES."""
+    try:
+        judged(times=2)
+    except AssertionError as error:
+        if not fp32:
+            raise
+        judged(times=FP32_TIMES)
+        pytest.xfail(f"beyond twice plain attention's error, within {FP32_TIMES} times: {error}")
 
 
 # Backends that calculate slowly take the short cases.
-SAMPLED = [marked(name, case) for name in BY_NAME for case in (SAMPLE if name == "native" else SHORT)]
-ISAS = [marked(isa, case) for isa in native.module().supported_isas()[1:] for case in SHORT]
+SAMPLED = [(name, case) for name in BY_NAME for case in (SAMPLE if name == "native" else SHORT)]
+ISAS = [(isa, case) for isa in native.module().supported_isas()[1:] for case in SHORT]
 
 
 @functools.cache
@@ -54,7 +62,7 @@ def check(name, case):
         }
         if reason := BY_NAME[name].unsupported(attention_problem(**there)):
             pytest.skip(f"{name} refuses: {reason}")
-    run(name, case, device)
+    judge(functools.partial(run, name, case, device), case.dtype == "fp32" and name != "reference")
 
 
 @pytest.mark.parametrize(("name", "case"), SAMPLED, ids=str)
@@ -65,7 +73,7 @@ def test_sample(name, case):
 @pytest.mark.parametrize(("isa", "case"), ISAS, ids=str)
 def test_sample_on_poorer_instruction_sets(isa, case):
     with instruction_set(isa):
-        run("native", case)
+        judge(functools.partial(run, "native", case), case.dtype == "fp32")
 
 
 @pytest.mark.slow
@@ -77,13 +85,15 @@ def test_whole_matrix(name, dtype, H):
     for case in (case for case in whole() if case.H == H and case.dtype == dtype):
         try:
             check(name, case)
+        except pytest.xfail.Exception:
+            continue  # fp32, within FP32_TIMES
         except AssertionError as error:
             failures.append(f"{case}: {error}")
     assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=OPEN), "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("lengths", [(1, 239), (128, 217), (217, 128)], ids=str)
 def test_sinks_of_many_heads(name, dtype, lengths):
     """Enough numbers for the largest error of dsinks to be no matter of luck."""
@@ -96,7 +106,10 @@ def test_sinks_of_many_heads(name, dtype, lengths):
     tensors = {
         n: x.to(torch.float32 if n == "sinks" else DTYPES[dtype]).requires_grad_() for n, x in tensors.items()
     }
-    compare(name, tensors, {"causal": True}, device_of(name), sinks_by_the_rule=True)
+    judged = functools.partial(
+        compare, name, tensors, {"causal": True}, device_of(name), sinks_by_the_rule=True
+    )
+    judge(judged, dtype == "fp32" and name != "reference")
 
 
 def test_the_sample_holds_every_value_and_every_pair_of_features():
