@@ -42,11 +42,11 @@ def plant(monkeypatch, few_cases):
     """Replaces functions of attention's native backend."""
 
     def put(**functions):
-        changed = dataclasses.replace(attention_module.BACKENDS[0], **functions)
-        assert changed.name == "native"
-        monkeypatch.setattr(attention_module, "BACKENDS", (changed, *attention_module.BACKENDS[1:]))
+        changed = dataclasses.replace(attention_module._BY_NAME["native"], **functions)
+        backends = tuple(changed if b.name == "native" else b for b in attention_module.BACKENDS)
+        monkeypatch.setattr(attention_module, "BACKENDS", backends)
         monkeypatch.setitem(attention_module._BY_NAME, "native", changed)
-        return attention_module.BACKENDS[0]
+        return changed
 
     return put
 
@@ -94,7 +94,7 @@ def test_what_a_backend_refuses_is_listed_not_failed(tmp_path, capsys):
 
 
 def test_a_wrong_result_fails(tmp_path, capsys, plant):
-    right = attention_module.BACKENDS[0].forward
+    right = attention_module._BY_NAME["native"].forward
 
     def wrong(problem, carry):
         out, lse = right(problem, carry)
@@ -109,14 +109,14 @@ def test_a_wrong_result_fails(tmp_path, capsys, plant):
 
 
 def test_a_wrong_gradient_fails(tmp_path, capsys, plant):
-    right = attention_module.BACKENDS[0].backward
+    right = attention_module._BY_NAME["native"].backward
     plant(backward=lambda *arguments: tuple(x * (1 + 1e-4) for x in right(*arguments)))
     code, printed, _ = run(tmp_path, capsys, ops=("attention",), backends=("native",))
     assert code == 1 and "FAILED: d" in printed and "FAILED: 2 of 2 rows" in printed
 
 
 def test_a_result_that_is_not_a_number_fails(tmp_path, capsys, plant):
-    right = attention_module.BACKENDS[0].backward
+    right = attention_module._BY_NAME["native"].backward
     plant(backward=lambda *arguments: tuple(torch.full_like(x, torch.nan) for x in right(*arguments)))
     code, printed, written = run(tmp_path, capsys, ops=("attention",), backends=("native",))
     assert code == 1 and "is off by inf" in printed and written["rows"][0]["error"] == "inf"
@@ -134,7 +134,7 @@ def test_a_backend_that_raises_fails_its_row_and_the_others_go_on(tmp_path, caps
 
 
 def test_a_result_that_differs_from_run_to_run_fails(tmp_path, capsys, plant):
-    right, calls = attention_module.BACKENDS[0].forward, []
+    right, calls = attention_module._BY_NAME["native"].forward, []
 
     def unsteady(problem, carry):
         out, lse = right(problem, carry)
@@ -149,7 +149,7 @@ def test_a_result_that_differs_from_run_to_run_fails(tmp_path, capsys, plant):
 
 
 def test_the_number_of_threads_must_not_matter(tmp_path, capsys, plant, monkeypatch):
-    right = attention_module.BACKENDS[0].forward
+    right = attention_module._BY_NAME["native"].forward
 
     def threaded(problem, carry):
         out, lse = right(problem, carry)
