@@ -101,7 +101,8 @@ def test_local_function_is_refused(ranks):
 
 
 _SESSION = """
-import pathlib, sys
+import pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {tests!r})
 import test_ranks
 from ranks import RankPools
