@@ -7,11 +7,9 @@ from torch import Tensor
 
 from pypar.ops import attention_native, native
 from pypar.ops.attention_arguments import AttentionProblem
+from pypar.ops.attention_gpu import device_refusal, refusal
 from pypar.ops.attention_native import aligned, with_aligned_rows
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_HEAD = 256
-_OLDEST_CAPABILITY = (8, 0)  # asynchronous copies, bf16 products
 _MISSING = native.cuda_missing()  # looked up once, since torch.compile cannot trace it
 
 
@@ -49,17 +47,10 @@ def unsupported(problem: AttentionProblem) -> str | None:
     q = problem.q
     if q.device.type != "cuda":
         return f"it runs on an NVIDIA GPU, and a tensor is on {q.device}"
-    if q.dtype not in _DTYPES:
-        return f"{str(q.dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16"
-    for name, size in (("head size", q.shape[-1]), ("value head size", problem.v.shape[-1])):
-        if size % 8 or size > _LARGEST_HEAD:
-            return f"the {name} ({size}) is not a multiple of 8 up to {_LARGEST_HEAD}"
+    if reason := refusal(problem):
+        return reason
     if _MISSING is not None:
         return _MISSING
     if torch.version.cuda is None:
         return "this torch is not built for CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    if torch.cuda.get_device_capability(q.device) < _OLDEST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(q.device)} is older than compute capability 8.0"
-    return None
+    return device_refusal(q.device)

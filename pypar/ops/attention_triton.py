@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from pypar.ops.attention_arguments import AttentionProblem
+from pypar.ops.attention_gpu import device_refusal, refusal
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_HEAD = 256
 _LARGEST_POSITION = 2**30  # sums of two positions are int32 in the kernels
-_OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 
 
 def _triton_missing() -> str | None:
@@ -45,9 +43,7 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor] | None,
     dbias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), in the inputs' dtypes; or, given fp32 tensors to add `into`, these. dbias [B, N, T, S],
-    fp32,
-    zero, receives the gradient of the bias."""
+    """(dq, dk, dv), or, given fp32 tensors to add `into`, these. dbias: as in attention_reference.backward."""
     from pypar.kernels.attention import attention_backward
 
     return attention_backward(problem, dout, out, lse, dlse, into, dbias)
@@ -55,15 +51,11 @@ def backward(
 
 def unsupported(problem: AttentionProblem) -> str | None:
     """Why these kernels cannot run the problem, or None. Looks at metadata only."""
-    q = problem.q
-    if q.dtype not in _DTYPES:
-        return f"{str(q.dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16"
-    for name, size in (("head size", q.shape[-1]), ("value head size", problem.v.shape[-1])):
-        if size % 8 != 0 or size > _LARGEST_HEAD:
-            return f"the {name} ({size}) is not a multiple of 8 up to {_LARGEST_HEAD}"
+    if reason := refusal(problem):
+        return reason
     if not _positions_fit(problem):
         return f"a position is beyond {_LARGEST_POSITION}"
-    return _missing(q.device)
+    return _missing(problem.q.device)
 
 
 def _positions_fit(problem: AttentionProblem) -> bool:
@@ -84,8 +76,4 @@ def _missing(device: torch.device) -> str | None:
         return "it runs on a GPU, and a tensor is on the CPU (TRITON_INTERPRET=1 interprets it there, slowly)"
     if device.type != "cuda":
         return f"it runs on a GPU, and a tensor is on {device}"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
+    return device_refusal(device)
