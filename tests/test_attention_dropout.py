@@ -193,3 +193,10 @@ def test_the_seed_decides_and_torch_draws_it_when_none_is_given():
     first, second = attention(q, q, q, **ask), attention(q, q, q, **ask)
     torch.manual_seed(5)
     assert torch.equal(attention(q, q, q, **ask), first) and not torch.equal(first, second)
+
+
+def test_a_negative_seed_is_the_number_of_its_bits():
+    q = draw(1, 40, 2, 16)
+    ask = {"dropout_p": 0.5, "dropout_seed": torch.tensor([-(2**40) - 5])}
+    native, reference = (attention(q, q, q, **ask, backend=name) for name in ("native", "reference"))
+    torch.testing.assert_close(native, reference)

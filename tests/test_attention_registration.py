@@ -64,6 +64,26 @@ def test_compiles_whole(return_lse):
     assert all(torch.equal(a, x.grad) for a, x in zip(gradients, inputs.values(), strict=True))
 
 
+def test_compiles_whole_with_numbers_that_change():
+    """torch.compile traces a float argument instead of taking its value."""
+
+    def function(q, scale, softcap, dropout_p):
+        return attention(q, q, q, scale=scale, softcap=softcap, dropout_p=dropout_p, dropout_seed=3)
+
+    q = make(33, 33)["q"]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for numbers in ((0.5, 2.0, 0.1), (0.7, 3.0, 0.2)):
+        assert torch.equal(compiled(q, *numbers), function(q, *numbers))
+
+
+def test_second_derivatives_are_refused():
+    """They would be zeros."""
+    q = make(5, 5)["q"]
+    (dq,) = torch.autograd.grad(attention(q, q, q).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiate once"):
+        dq.sum().backward()
+
+
 def test_only_lse_is_used():
     inputs = make(20, 30)
     attention(**inputs, return_lse=True, backend="native")[1].sum().backward()
@@ -71,6 +91,19 @@ def test_only_lse_is_used():
 
 
 BAD = {
+    "q is a list and must be a torch.Tensor": {"q": [0.0]},
+    "q is torch.int64; it must be float32": {n: torch.zeros(1, 3, 2, 8, dtype=torch.int64) for n in "qkv"},
+    "q is torch.complex64": {n: torch.zeros(1, 3, 2, 8, dtype=torch.complex64) for n in "qkv"},
+    "q is torch.sparse_coo and must be dense": {"q": torch.zeros(1, 63, 2, 64).to_sparse()},
+    "sinks is a list": {"sinks": [0.0, 0.0]},
+    "scale ('wide') must be a number": {"scale": "wide"},
+    "scale (1e+300) must be finite, at most 1e+30": {"scale": 1e300},
+    "softcap (None) must be a number": {"softcap": None},
+    "softcap (1e-60)": {"softcap": 1e-60},
+    "dropout_p (0.9999999999) must be at least 0 and below 1": {"dropout_p": 1 - 1e-10},
+    "window's right (True)": {"window": (0, True)},
+    "window's left (1180591620717411303424)": {"window": (2**70, 0)},
+    "dropout_seed is a float": {"dropout_p": 0.1, "dropout_seed": 1.5},
     "q (63, 2, 64) must be [batch": {"q": torch.zeros(63, 2, 64)},
     "k is torch.bfloat16 and q is torch.float32": {"k": torch.zeros(1, 111, 2, 64, dtype=torch.bfloat16)},
     "v is on meta": {"v": torch.zeros(1, 111, 2, 64, device="meta")},
@@ -119,6 +152,7 @@ def ends(*values, dtype=torch.int32, **options):
 
 # Of sequences with 63 queries and 111 keys in all.
 BAD_LENGTHS = {
+    "cu_seqlens_k is a list": {"cu_seqlens_k": [0, 0, 50, 111]},
     "cu_seqlens_k is missing": {"cu_seqlens_k": None},
     "cu_seqlens_q is missing": {"cu_seqlens_q": None},
     "cu_seqlens_q (4,) torch.int64 must be int32": {"cu_seqlens_q": ends(0, 9, 20, 63, dtype=torch.int64)},

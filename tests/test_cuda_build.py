@@ -162,6 +162,14 @@ def test_a_call_without_a_gpu_says_so(cuda):
         attention_native.forward(cuda, attention_problem(q, q, q), None)
 
 
+def test_it_is_not_loaded_for_the_cpu(cuda):
+    code = (
+        "import sys, torch, pypar; x = torch.zeros(1, 4, 1, 8); pypar.attention(x, x, x)\n"
+        "assert 'pypar._native' in sys.modules and 'pypar._cuda' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_cuda_runtime_stays_inside(cuda):
     """torch brings a CUDA runtime of its own, maybe another version: neither must see the other's functions."""
     names = subprocess.run(

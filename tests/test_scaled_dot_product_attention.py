@@ -21,6 +21,7 @@ CASES = {
     "3-d": ((4, 9, 8), (4, 5, 8), {"is_causal": True}),
     "5-d": ((2, 3, 4, 9, 8), (2, 3, 4, 5, 8), {}),
     "one batch of keys": ((2, 4, 9, 8), (1, 4, 5, 8), {}),
+    "one head of keys": ((2, 4, 9, 8), (2, 1, 5, 8), {}),
 }
 
 
@@ -44,6 +45,14 @@ def test_same_as_torch(name):
     check(make(q_shape, k_shape), **options)
 
 
+def test_one_head_of_queries_for_all_heads_of_keys():
+    inputs = make((2, 1, 9, 8), (2, 4, 5, 8))
+    out = pypar.scaled_dot_product_attention(**inputs)
+    inputs["query"] = inputs["query"].expand(-1, 4, -1, -1)
+    assert out.shape == F.scaled_dot_product_attention(**inputs).shape
+    assert torch.equal(out, pypar.scaled_dot_product_attention(**inputs))
+
+
 @pytest.mark.parametrize(
     "shape", [(7, 9), (1, 9), (2, 1, 7, 9), (3, 7, 9), (2, 3, 7, 9), (2, 1, 1, 9)], ids=str
 )
@@ -56,8 +65,9 @@ def test_masks(shape, kind):
     check(make((2, 3, 7, 16), (2, 3, 9, 16)), attn_mask=mask)
 
 
-def test_mask_of_more_dimensions():
-    mask = torch.randn(3, 2, 1, 7, 9, generator=torch.Generator().manual_seed(2)) > 0
+@pytest.mark.parametrize("shape", [(3, 2, 1, 7, 9), (2, 1, 7, 9), (2, 4, 1, 9), (4, 7, 1)], ids=str)
+def test_mask_of_queries_of_more_dimensions(shape):
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(2)) > 0
     mask[..., 0] = True
     check(make((3, 2, 4, 7, 16), (3, 2, 4, 9, 16)), attn_mask=mask)
 
@@ -111,16 +121,60 @@ def test_the_arguments_are_torchs():
     assert ours == theirs
 
 
-def test_refusals():
-    inputs = make((2, 4, 7, 16), (2, 2, 9, 16))
-    with pytest.raises(ValueError, match="query has 4 heads and key 2; pass enable_gqa=True"):
-        pypar.scaled_dot_product_attention(**inputs)
-    with pytest.raises(ValueError, match="exclude each other"):
-        pypar.scaled_dot_product_attention(
-            **inputs, attn_mask=torch.ones(7, 9, dtype=torch.bool), is_causal=True
-        )
-    with pytest.raises(ValueError, match=r"query \(16,\) must be"):
-        pypar.scaled_dot_product_attention(torch.zeros(16), inputs["key"], inputs["value"])
+def zeros(*shape, **options):
+    return torch.zeros(shape, **options)
+
+
+REFUSED = {
+    "query has 4 heads and key 2; pass enable_gqa=True": {
+        "key": zeros(2, 2, 9, 16),
+        "value": zeros(2, 2, 9, 16),
+    },
+    "query has 4 heads and key 3; query's number must be": {
+        "key": zeros(2, 3, 9, 16),
+        "value": zeros(2, 3, 9, 16),
+        "enable_gqa": True,
+    },
+    "value has 2 heads and key 4": {"value": zeros(2, 2, 9, 16)},
+    "value has 8 positions and key 9": {"value": zeros(2, 4, 8, 16), "is_causal": True},
+    "key has head size 8 and query 16": {"key": zeros(2, 4, 9, 8)},
+    "exclude each other": {"attn_mask": zeros(7, 9) == 0, "is_causal": True},
+    "query (16,) must be": {"query": zeros(16)},
+    "query is a list": {"query": [0.0]},
+    "query (3, 4, 7, 16), key (2, 4, 9, 16) and value (2, 4, 9, 16) must have batch": {
+        "query": zeros(3, 4, 7, 16)
+    },
+    "attn_mask is torch.int64; it must be torch.bool": {"attn_mask": zeros(7, 9, dtype=torch.int64)},
+    "attn_mask is torch.float64": {"attn_mask": zeros(7, 9, dtype=torch.float64)},
+    "attn_mask (7, 8) on cpu must broadcast to [..., N, T, S] = (2, 4, 7, 9)": {"attn_mask": zeros(7, 8)},
+    "attn_mask (1, 1, 1, 7, 9) on cpu": {"attn_mask": zeros(1, 1, 1, 7, 9)},
+    "attn_mask (7, 9) on meta": {"attn_mask": zeros(7, 9, device="meta")},
+    "dropout_p (1.5)": {"dropout_p": 1.5},
+    "scale (nan)": {"scale": float("nan")},
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_refusals(sentence):
+    arguments = make((2, 4, 7, 16), (2, 4, 9, 16)) | REFUSED[sentence]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        pypar.scaled_dot_product_attention(**arguments)
+
+
+def test_autocast():
+    """Without it v in bf16 beside q and k in fp32, as after a rotary embedding, would be refused."""
+    inputs = make((2, 3, 7, 16), (2, 3, 9, 16))
+    inputs["value"] = inputs["value"].detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = F.scaled_dot_product_attention(**inputs)
+        ours = pypar.scaled_dot_product_attention(**inputs)
+        compiled = torch.compile(pypar.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**inputs), ours)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    ours.float().sum().backward()
+    assert inputs["query"].grad.dtype == torch.float32
+    narrow = pypar.scaled_dot_product_attention(**{name: x.bfloat16() for name, x in inputs.items()})
+    assert torch.equal(ours, narrow)
 
 
 def test_compiles_whole():

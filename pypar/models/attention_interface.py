@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pypar.ops.attention import Window, attention
+from pypar.ops.scaled_dot_product_attention import under_autocast
 
 NAME = "pypar"
 # On a mask that is nothing but a window of positions; attention then skips what lies outside. An attribute, so that
@@ -62,6 +63,7 @@ def attention_forward(  # noqa: PLR0913 - transformers' signature
         raise ValueError(
             f'attn_implementation="{NAME}" has no paged cache; use "sdpa" for continuous batching'
         )
+    query, key, value = under_autocast(query, key, value)
     causal, window, bias = False, None, None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

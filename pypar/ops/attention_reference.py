@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pypar.ops.attention_arguments import UNBOUNDED, AttentionProblem, Positions
+from pypar.ops.attention_arguments import AttentionProblem, Positions
+from pypar.ops.attention_checks import UNBOUNDED
 from pypar.ops.rows import accumulate_dtype
 
 _ROUNDS, _MULTIPLIER, _KEY_STEP, _LOW = 10, 0xD256D193, 0x9E3779B9, 0xFFFFFFFF
@@ -38,9 +39,10 @@ def dropout_keep(
 ) -> Tensor:
     """True where the element (batch, head, query position, key position) of the probabilities is kept.
 
-    The four are int64 tensors that broadcast against each other. An element's fate depends on nothing else.
+    The four are int64 tensors that broadcast against each other. An element's fate depends on nothing else. A
+    negative seed counts as the uint64 of the same bits.
     """
-    low, high = torch.tensor(seed & _LOW), torch.tensor(seed >> 32)
+    low, high = torch.tensor(seed & _LOW), torch.tensor(seed >> 32 & _LOW)
     batch, head, q_position, k_position = (x & _LOW for x in (batch, head, q_position, k_position))
     stream, _ = philox(*philox(batch, head, low.to(batch.device)), high.to(batch.device))
     random, _ = philox(k_position, q_position, stream)

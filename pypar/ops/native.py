@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +22,8 @@ ISA_VARIABLE = "PYPAR_ISA"
 
 # ElementType in csrc/registry.h.
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_BUILD_CUDA = "`pip install -e .` in the source folder builds it where nvcc is on PATH"
 
 num_threads = torch.get_num_threads
 
@@ -53,10 +55,7 @@ def cuda_module() -> ModuleType:
     try:
         return importlib.import_module("pypar._cuda")
     except ImportError as error:
-        raise ImportError(
-            f"the CUDA module does not load ({error}); `pip install -e .` in the source folder builds it where "
-            "nvcc is on PATH"
-        ) from error
+        raise ImportError(f"the CUDA module does not load ({error}); {_BUILD_CUDA}") from error
 
 
 def dtype_code(x: Tensor) -> int:
@@ -67,21 +66,18 @@ def dtype_code(x: Tensor) -> int:
 @functools.cache
 def missing() -> str | None:
     """Why there is no native module, or None."""
-    return _reason_of(module)
-
-
-@functools.cache
-def cuda_missing() -> str | None:
-    """Why there are no CUDA kernels, or None."""
-    return _reason_of(cuda_module)
-
-
-def _reason_of(load: Callable[[], ModuleType]) -> str | None:
     try:
-        load()
+        module()
     except ImportError as error:
         return str(error)
     return None
+
+
+def cuda_missing() -> str | None:
+    """Why there are no CUDA kernels, or None. Looks for their module without loading it: it is large."""
+    if importlib.util.find_spec("pypar._cuda") is not None:
+        return None
+    return f"the CUDA module is not built; {_BUILD_CUDA}"
 
 
 def _torch_parallel_entry() -> int:

@@ -33,11 +33,22 @@ def register(
 
 
 def define(name: str, signature: str, run: Callable, fake: Callable) -> Callable:
-    """Define pypar::<name> with `signature`; `run` and `fake` take its arguments."""
+    """Define pypar::<name> with `signature`; `run` and `fake` take its arguments.
+
+    A derivative, by its name, refuses to be differentiated: autograd would go on with zeros.
+    """
     _library.define(name + signature)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pypar::{name}", fake, lib=_library)
+    if name.endswith("_backward"):
+        torch.library.register_autograd(f"pypar::{name}", _refuse_second, lib=_library)
     return getattr(torch.ops.pypar, name).default
+
+
+def _refuse_second(ctx: object, *_: object) -> None:
+    raise NotImplementedError(
+        "pypar's operators differentiate once; write this one in plain PyTorch for second derivatives"
+    )
 
 
 def register_gradient(op: str, gradient: Callable, save: Callable) -> None:
