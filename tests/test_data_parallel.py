@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from pypar.comm import wire_bytes
-from pypar.data_parallel import GradientBuckets, buckets
+from pypar.data_parallel import GradientBuckets, reduction
 from pypar.mesh import Axis, Mesh
 
 WORLDS = [1, 2, 4]
@@ -125,7 +125,7 @@ def test_sums_of_whole_numbers_are_exact(ranks, world_size, bucket_bytes):
 def run_traffic(world_size):
     axis = Mesh(dp=world_size).data
     model = make_model()
-    made = GradientBuckets(model.parameters(), axis, bucket_bytes=200)
+    made = GradientBuckets(model.parameters(), axis, bucket_bytes=200, rebuild=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     axis.traffic.reset()
     with made.accumulate():
@@ -157,15 +157,15 @@ def run_overlap():
     events = []
     for i, layer in enumerate(layers):
         layer.register_full_backward_pre_hook(lambda *_, i=i: events.append(f"backward {i}"))
-    start = buckets.all_reduce_start
+    start = reduction.all_reduce_start
 
-    def recorded(flat, axis):
+    def recorded(flat, axis, *op):
         events.append(f"start {flat.numel() // 64}")
-        return start(flat, axis)
+        return start(flat, axis, *op)
 
     made = GradientBuckets(layers.parameters(), axis, bucket_bytes=2 * 256, first_bucket_bytes=256)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "all_reduce_start", recorded)
+        patch.setattr(reduction, "all_reduce_start", recorded)
         layers(torch.ones(1, 8, requires_grad=True)).sum().backward()
         events.append("finish")
         made.finish()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pypar.comm.cpu_group import CpuProcessGroup
 from pypar.comm.traffic import Traffic, wire_bytes
 
 if TYPE_CHECKING:
@@ -105,35 +106,49 @@ def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
     )
 
 
-def reduce_scatter_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
-    """Sum x [.., R*n, ..] over the axis, keep this rank's n rows of dim: `wait()` gives a new [.., n, ..].
+def reduce_scatter_start(
+    x: Tensor,
+    axis: Axis,
+    dim: int = 0,
+    *,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    out: Tensor | None = None,
+) -> Handle:
+    """Sum x [.., R*n, ..] over the axis, keep this rank's n rows of dim: `wait()` gives a new [.., n, ..], or out.
 
-    x is not written. Where a dimension before dim is larger than 1, one copy is made, from dim-major to
-    rank-major order. On the CPU the parts are added in rank order, in fp32 where x has 16 bits.
+    op is SUM or AVG. x is not written, but for out, which is contiguous and may be this rank's part of x. Where a
+    dimension before dim is larger than 1, one copy is made, from dim-major to rank-major order. On the CPU the
+    parts are added in rank order (host by host), in fp32 where x has 16 bits.
     """
     dim = _checked_dim(x, dim, "reduce_scatter")
     if axis.size == 1:
         return Handle(x)
     source = _split_by_rank(x.detach(), axis, dim).contiguous()
     axis.traffic.record("reduce_scatter", wire_bytes("reduce_scatter", source.nbytes, axis.size))
-    if x.is_cpu:
+    if x.is_cpu and not isinstance(axis.group, CpuProcessGroup):
         # gloo's reduce_scatter takes 1.5 to 2 times as long (2 and 4 ranks on one host, 1 to 8 MiB), and adds
         # in the tensor's 16 bits.
         parts = torch.empty_like(source)
+        divisor = axis.size if op == dist.ReduceOp.AVG else 1
+
+        def finish(received: Tensor) -> Tensor:
+            total = _sum_in_order(received, divisor)
+            return total if out is None else out.copy_(total)
+
         work = dist.all_to_all_single(parts.view(-1), source.view(-1), group=axis.group, async_op=True)
-        return Handle(parts, (work,), traffic=axis.traffic, finish=_sum_in_order, keep=(source,))
-    part = source.new_empty(source.shape[1:])
-    work = _reduce_scatter(part.view(-1), source.view(-1), group=axis.group, async_op=True)
+        return Handle(parts, (work,), traffic=axis.traffic, finish=finish, keep=(source,))
+    part = source.new_empty(source.shape[1:]) if out is None else out
+    work = _reduce_scatter(part.view(-1), source.view(-1), op=op, group=axis.group, async_op=True)
     return Handle(part, (work,), traffic=axis.traffic, keep=(source,))
 
 
-def _sum_in_order(parts: Tensor) -> Tensor:
-    """The sum of parts [R, ...] over R > 1 ranks, first to last, in fp32 where they have 16 bits."""
+def _sum_in_order(parts: Tensor, divisor: int) -> Tensor:
+    """The sum of parts [R, ...] over R > 1 ranks / divisor, first to last, in fp32 where they have 16 bits."""
     wide = parts.dtype in (torch.bfloat16, torch.float16)
     total = parts[0].float() + parts[1] if wide else parts[0] + parts[1]
     for part in parts[2:]:
         total += part
-    return total.to(parts.dtype)
+    return (total if divisor == 1 else total / divisor).to(parts.dtype)
 
 
 def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:

@@ -1,25 +1,34 @@
 """Gradients in flat buckets, summed over the data axis while backward still computes the rest.
 
 Backward finishes the last layers' gradients first. As soon as every gradient of a bucket is there its
-all-reduce starts, and runs beside the backward of the layers before (Li et al., "PyTorch Distributed", VLDB
+reduction starts, and runs beside the backward of the layers before (Li et al., "PyTorch Distributed", VLDB
 2020). Buckets start in one order on all ranks, whatever the order in which gradients become ready: a rank
 never waits for a collective that another one starts later.
+
+What is plugged in, by the interfaces of reduction.py: a compressor reduces a bucket
+(`compressor.reduce_start(bucket, axis)`, whose `wait()` leaves the result in `bucket.flat`); streams are told
+`wrote(bucket)` for every gradient that arrived, `before_communication(bucket)` right before reduce_start and
+`after(bucket)` right after wait(). An axis of one rank has neither.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pypar.comm import all_reduce_start
-from pypar.comm.identical import first_difference
-from pypar.data_parallel.flat import Bucket, Slot, fill_buckets, take_in
+from pypar.data_parallel.arguments import check_sizes, trainable
+from pypar.data_parallel.arrivals import Hook, accept, settle
+from pypar.data_parallel.flat import Slot, fill_buckets, make_slots, shard_of, take_in
+from pypar.data_parallel.ready_order import agree_on_order
+from pypar.data_parallel.reduction import Compressor, FlatReduction, wait_for
+from pypar.data_parallel.streams import streams_for
 from pypar.mesh import Axis, as_axis
+
+Shard = tuple[Tensor, list[tuple[nn.Parameter, slice, slice]]]
 
 
 class GradientBuckets:
@@ -35,20 +44,29 @@ class GradientBuckets:
             buckets.finish()                        # param.grad is the sum over the ranks, or the mean
             optimizer.step()
 
-    Gradients are views of flat buffers of about ``bucket_bytes`` each, by dtype and device, in reverse order
-    of ``params``; the first one is small, so that communication starts early. A gradient that was set to None
-    or replaced by the user is copied back. Parameters that took no part in backward count as zero; a
-    parameter listed twice counts once.
+    Gradients lie in flat buffers of about ``bucket_bytes`` each, by dtype and device; the first one is small, so
+    that communication starts early. Their order is at first the reverse of ``params``; with ``rebuild`` the
+    first `finish()` fills them anew, everywhere in the order in which the first rank's gradients became ready. A
+    gradient that was set to None or replaced by the user is copied back. Parameters that took no part in
+    backward, frozen ones too, count as zero; a parameter listed twice counts once.
 
-    ``gradient_dtype`` keeps all gradients in another dtype than the parameters' (fp32 for bf16 parameters):
-    they are added up and reduced in it, are read with `gradient(param)`, and param.grad stays None.
+    average         the mean instead of the sum
+    gradient_dtype  keeps all gradients in another dtype than the parameters' (fp32 for bf16 parameters): they are
+                    added up in it, are read with `gradient(param)`, and param.grad stays None
+    comm_dtype      what travels is rounded to it (torch.bfloat16); costs a buffer of that dtype
+    reduce_scatter  each rank gets the sum of its own part of each bucket, see `shards()`; the rest of the gradients is
+                    undefined after `finish()`. Buckets are not rebuilt: an optimizer's state belongs to shards
+    power_sgd_rank  compresses matrices to this rank (arXiv 1905.13727); 0: exact
+
+    On the backend "pypar" the result is the same bits for any bucket size and any order of arrival, and equal to an
+    all_reduce of each gradient.
 
     Raises ValueError when ranks hold different parameters, and RuntimeError, always before the step's result
     could be wrong, for backward twice outside of `accumulate()`, backward after `finish()` without `zero()`,
     `finish()` without backward.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument an option
         self,
         params: Iterable[nn.Parameter],
         axis: Axis | dist.ProcessGroup,
@@ -57,49 +75,71 @@ class GradientBuckets:
         first_bucket_bytes: int = 1 << 20,
         average: bool = False,
         gradient_dtype: torch.dtype | None = None,
+        comm_dtype: torch.dtype | None = None,
+        reduce_scatter: bool = False,
+        power_sgd_rank: int = 0,
+        rebuild: bool = True,
     ) -> None:
-        if bucket_bytes < 1 or first_bucket_bytes < 1:
-            raise ValueError(
-                f"bucket_bytes ({bucket_bytes}) and first_bucket_bytes ({first_bucket_bytes}) must be "
-                "positive; 1 << 20 is one MiB"
-            )
-        self.axis, self.average = as_axis(axis), average
-        named = [(f"parameter {i}", p) for i, p in enumerate(dict.fromkeys(params)) if p.requires_grad]
-        if not named:
-            raise ValueError(
-                "there is no parameter that requires a gradient; pass model.parameters() of a trainable model"
-            )
-        difference = first_difference(named, self.axis)
-        if difference is not None:
-            raise ValueError(
-                f"the parameters are not the same on all {self.axis.size} ranks of axis {self.axis.name!r}: "
-                f"{difference}; start every rank from one seed or one checkpoint"
-            )
+        check_sizes(bucket_bytes, first_bucket_bytes)
+        self.axis, self.average, self.reduce_scatter = as_axis(axis), average, reduce_scatter
+        self._compressor = self._make_compressor(comm_dtype, power_sgd_rank)
+        named = trainable(params, self.axis)
         self._accumulating = False
+        self._on_reduction: Callable[[], None] | None = None  # called when a step's first gradient is final
         self._num_backward = 0  # gradients that arrived since zero()
+        self._num_steps = 0
         self._next = 0  # the bucket that starts next
-        self._buckets = fill_buckets(named, bucket_bytes, first_bucket_bytes, gradient_dtype)
-        self._slots = {slot.parameter: slot for bucket in self._buckets for slot in bucket.slots}
-        hook = _weak_hook(self)
+        self._sizes = bucket_bytes, first_bucket_bytes, self.axis.size
+        self._slots = {slot.parameter: slot for slot in make_slots(named, gradient_dtype)}
+        self._ready: list[Slot] = []  # in the order in which they became final
+        self._is_rebuilt = not rebuild or reduce_scatter or self.axis.size == 1
+        self._fill(list(reversed(self._slots.values())))
         for slot in self._slots.values():
             take_in(slot)
-        self._hooks = [p.register_post_accumulate_grad_hook(hook) for _, p in named]
+        self._mark(is_stale=False)
+        hook = Hook(self._reached)
+        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._slots]
+
+    def _make_compressor(self, comm_dtype: torch.dtype | None, power_sgd_rank: int) -> Compressor:
+        flat = FlatReduction(average=self.average, comm_dtype=comm_dtype, scatter=self.reduce_scatter)
+        if not power_sgd_rank:
+            return flat
+        raise ValueError("power_sgd_rank is not there yet; use 0")
+
+    def _fill(self, slots: list[Slot]) -> None:
+        self._buckets = fill_buckets(slots, *self._sizes)
+        self._streams = streams_for(self._buckets)
 
     @property
     def num_buckets(self) -> int:
         return len(self._buckets)
 
+    @property
+    def padding_bytes(self) -> int:
+        """Of all buckets together, so that every rank's part of each is the same number of whole cache lines."""
+        return sum(bucket.padding_bytes for bucket in self._buckets)
+
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's gradient, a view that stays the same tensor; meaningful between `finish()` and
-        `zero()`.
-        """
-        slot = self._slots.get(parameter)
-        if slot is None:
+        """The parameter's gradient, a tensor that stays the same one; meaningful between `finish()` and `zero()`."""
+        if self.reduce_scatter:
             raise ValueError(
-                f"a tensor of shape {tuple(parameter.shape)} is not among the parameters that these buckets "
-                "were made of; pass it when they are made, with requires_grad=True"
+                "with reduce_scatter=True no rank has a whole gradient after finish(); read this rank's parts "
+                "with shards(), or make the buckets with reduce_scatter=False"
             )
-        return slot.gradient
+        return self._slot(parameter).gradient
+
+    def shards(self) -> list[Shard]:
+        """What this rank answers for after a reduce-scatter: for each bucket (flat part, pieces).
+
+        Pieces are (parameter, slice of its flat elements, slice of the flat part). The parts of all ranks together
+        hold every element once, and padding that is zero. They stay where they are.
+        """
+        if not self.reduce_scatter:
+            raise ValueError(
+                "shards() is for buckets made with reduce_scatter=True; here every rank has all of each gradient, "
+                "see gradient(param)"
+            )
+        return [shard_of(bucket, self.axis.rank, self.axis.size) for bucket in self._buckets]
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -113,28 +153,45 @@ class GradientBuckets:
             self._accumulating = before
 
     @torch.no_grad()
+    def arrived(self, *parameters: nn.Parameter) -> None:
+        """Say that gradients were added to param.grad without a backward that reached the parameters.
+
+        A backward in two parts (torch.autograd.grad for inputs first, weights later) runs no hooks. Under
+        `accumulate()` there is more to come; outside it the gradients are final and may be sent. Those that nobody
+        announced are sent by `finish()`.
+        """
+        for parameter in parameters:
+            slot = self._slot(parameter)
+            if parameter.grad is None and slot.is_shown:
+                slot.gradient.zero_()
+            self._arrive(slot)
+
+    @torch.no_grad()
     def finish(self) -> None:
         """Start what is left, wait for all: every gradient is now the sum over the axis (the mean with
         ``average``).
         """
-        if not self._num_backward:
+        if not self._num_backward and not any(slot.is_written for slot in self._slots.values()):
             raise RuntimeError(
                 "finish() was called, but no backward reached the parameters since the last step; call "
                 "loss.backward() first"
             )
         for slot in self._slots.values():
             if not slot.is_ready:
-                self._settle(slot)
+                settle(slot)
         while self._next < len(self._buckets):
             self._start_next()
         for bucket in self._buckets:
-            assert bucket.handle is not None
-            bucket.handle.wait()
-            if self.average and self.axis.size > 1:
-                bucket.flat.div_(self.axis.size)
+            if bucket.handle is not None:
+                wait_for(bucket, self.axis, self._num_steps)
+                self._streams.after(bucket)
+        self._num_steps += 1
+        seen = self._ready
         self._forget_step()
-        for slot in self._slots.values():
-            slot.is_stale = True
+        if not self._is_rebuilt:
+            self._is_rebuilt = True
+            self._fill(agree_on_order(list(self._slots.values()), seen, self.axis))
+        self._mark(is_stale=True)
 
     @torch.no_grad()
     def zero(self) -> None:
@@ -143,90 +200,88 @@ class GradientBuckets:
         for bucket in self._buckets:
             bucket.flat.zero_()
         for slot in self._slots.values():
-            slot.is_stale = False
             slot.parameter.grad = slot.gradient if slot.is_shown else None
         self._forget_step()
+        self._mark(is_stale=False)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply all gradients, in place (clipping)."""
         self._refuse_in_flight("scale()")
         for bucket in self._buckets:
-            bucket.flat.mul_(factor)
+            bucket.gradients.mul_(factor)
+
+    def carry_over(self) -> None:
+        """After `finish()`: let the next backward add to the means that it left, in place of `zero()`.
+
+        The mean over ranks of what is the same on all of them is that itself. A sum would be summed again.
+        """
+        if not self.average:
+            raise ValueError("carry_over() needs average=True: a sum would be summed again; call zero()")
+        self._refuse_in_flight("carry_over()")
+        self._mark(is_stale=False)
 
     def close(self) -> None:
         """Take the hooks off the parameters, which may then have other buckets."""
         for hook in self._hooks:
             hook.remove()
 
-    def _arrived(self, parameter: nn.Parameter) -> None:
-        """A backward has added to parameter.grad."""
-        slot = self._slots[parameter]
-        if slot.is_ready:
-            raise RuntimeError(
-                f"backward reached {slot.name} {tuple(parameter.shape)} again after its gradient was handed "
-                "to communication; put all but the step's last backward under `with buckets.accumulate():` "
-                "and call finish() after the last (reentrant activation checkpointing also does this: "
-                "use_reentrant=False does not)"
+    def _slot(self, parameter: nn.Parameter) -> Slot:
+        slot = self._slots.get(parameter)
+        if slot is None:
+            raise ValueError(
+                f"a tensor of shape {tuple(parameter.shape)} is not among the parameters that these buckets "
+                "were made of; pass it when they are made, with requires_grad=True"
             )
-        if slot.is_stale and (parameter.grad is slot.gradient or not slot.is_shown):
-            raise RuntimeError(
-                f"backward added to the sum that finish() left in the gradient of {slot.name} "
-                f"{tuple(parameter.shape)}; call buckets.zero() before each step's first backward"
-            )
+        return slot
+
+    @torch.no_grad()
+    def _reached(self, parameter: nn.Parameter) -> None:
+        """The hook: a backward has added to parameter.grad."""
+        self._arrive(self._slots[parameter])
+
+    def _arrive(self, slot: Slot) -> None:
+        accept(slot)
         self._num_backward += 1
-        slot.is_stale = False
-        if parameter.grad is not slot.gradient:
-            take_in(slot)
+        self._streams.wrote(slot.bucket)
         if self._accumulating:
             return
+        if not self._ready:
+            self._begin_reduction()
+        self._ready.append(slot)
         slot.is_ready = True
         slot.bucket.num_ready += 1
-        while self._next < len(self._buckets) and self._is_full(self._buckets[self._next]):
+        slot.bucket.num_frozen -= slot.is_frozen
+        while self._next < len(self._buckets) and self._buckets[self._next].is_full:
             self._start_next()
 
-    def _settle(self, slot: Slot) -> None:
-        """A gradient that no backward outside of accumulate() has reached: what it holds is what this rank
-        contributes.
-        """
-        if slot.is_stale and (slot.parameter.grad is slot.gradient or not slot.is_shown):
-            raise RuntimeError(
-                f"the gradient of {slot.name} {tuple(slot.parameter.shape)} still holds the sum of the last "
-                "finish(); call buckets.zero() before each step's first backward"
-            )
-        if slot.is_shown and slot.parameter.grad is not slot.gradient:
-            if slot.parameter.grad is None:
-                slot.gradient.zero_()
-            take_in(slot)
+    def _begin_reduction(self) -> None:
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                slot.is_frozen = not slot.parameter.requires_grad
+            bucket.num_frozen = sum(slot.is_frozen for slot in bucket.slots)
+        if self._on_reduction is not None:
+            self._on_reduction()
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]
-        bucket.handle = all_reduce_start(bucket.flat, self.axis)
+        if self.axis.size > 1:
+            self._streams.before_communication(bucket)
+            bucket.handle = self._compressor.reduce_start(bucket, self.axis)
         self._next += 1
-
-    @staticmethod
-    def _is_full(bucket: Bucket) -> bool:
-        return bucket.num_ready == len(bucket.slots)
 
     def _forget_step(self) -> None:
         self._num_backward = self._next = 0
+        self._ready = []
         for bucket in self._buckets:
             bucket.num_ready, bucket.handle = 0, None
             for slot in bucket.slots:
                 slot.is_ready = False
 
+    def _mark(self, *, is_stale: bool) -> None:
+        for slot in self._slots.values():
+            slot.is_stale, slot.version = is_stale, slot.gradient._version
+
     def _refuse_in_flight(self, what: str) -> None:
         if self._next:
             raise RuntimeError(f"{what} was called while gradients are being reduced; call finish() first")
-
-
-def _weak_hook(buckets: GradientBuckets) -> Callable[[Tensor], None]:
-    """A hook that does not keep the buckets alive: they go when their user drops them."""
-    reference = weakref.ref(buckets)
-
-    def hook(parameter: Tensor) -> None:
-        alive = reference()
-        if alive is not None:
-            alive._arrived(parameter)  # type: ignore[arg-type]
-
-    return hook

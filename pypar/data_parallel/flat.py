@@ -2,69 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pypar.comm import Handle
+# Each rank's part of a bucket starts on a cache line, and parts are equal.
+PART_BYTES = 64
+
+
+class Started(Protocol):
+    """A communication under way; `pypar.comm.Handle` is one."""
+
+    def wait(self) -> object:
+        """Returns when the result is in the bucket."""
 
 
 @dataclass(eq=False)
 class Slot:
-    """One parameter and where its gradient lies."""
+    """One parameter and where its gradient lies.
+
+    `gradient` has the parameter's shape and stays one and the same tensor: when buckets are filled anew it is
+    pointed at another memory, so whoever holds it (an optimizer) sees the new place.
+    """
 
     parameter: nn.Parameter
     name: str
-    gradient: Tensor  # view of the bucket, in the parameter's shape
-    bucket: Bucket
+    gradient: Tensor
+    bucket: Bucket = field(init=False)
+    offset: int = 0  # of its first element in the bucket
     is_ready: bool = False  # its last backward of this step is done
+    is_frozen: bool = False  # its parameter takes no gradient in this step
     is_stale: bool = False  # holds the sum of an earlier step, not cleared since
+    version: int = 0  # of `gradient` when this step began
 
     @property
     def is_shown(self) -> bool:
         """Whether the gradient is what parameter.grad shows; not where the bucket has a dtype of its own."""
         return self.gradient.dtype == self.parameter.dtype
 
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has written a gradient in this step, with or without a backward."""
+        grad = self.parameter.grad
+        if not self.is_shown:
+            return grad is not None
+        if grad is None:
+            return False
+        return grad is not self.gradient or grad._version != self.version
+
 
 @dataclass(eq=False)
 class Bucket:
+    """Gradients one after the other, then zeros up to a length that every rank's part divides."""
+
     flat: Tensor
-    slots: list[Slot] = field(default_factory=list)
+    num_elements: int  # without the padding
+    slots: list[Slot]
     num_ready: int = 0
-    handle: Handle | None = None
+    num_frozen: int = 0  # slots that are frozen and not ready
+    handle: Started | None = None
+    wire: Tensor | None = None  # what travels, where that has another dtype
+
+    @property
+    def gradients(self) -> Tensor:
+        """The flat buffer without its padding."""
+        return self.flat[: self.num_elements]
+
+    @property
+    def padding_bytes(self) -> int:
+        return (self.flat.numel() - self.num_elements) * self.flat.itemsize
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_ready + self.num_frozen >= len(self.slots)
+
+    def part(self, rank: int, size: int) -> slice:
+        """The elements that rank `rank` of `size` has after a reduce-scatter."""
+        length = self.flat.numel() // size
+        return slice(rank * length, (rank + 1) * length)
 
 
+def make_slots(named: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None) -> list[Slot]:
+    """Slots that have no place yet."""
+    return [
+        Slot(p, name, torch.empty(0, dtype=dtype or p.dtype, device=p.device, requires_grad=False))
+        for name, p in named
+    ]
+
+
+@torch.no_grad()
 def fill_buckets(
-    named: list[tuple[str, nn.Parameter]],
-    bucket_bytes: int,
-    first_bucket_bytes: int,
-    dtype: torch.dtype | None,
+    slots: Iterable[Slot], bucket_bytes: int, first_bucket_bytes: int, num_parts: int
 ) -> list[Bucket]:
-    """Parameters in reverse order, cut into buckets of one dtype and device; a bucket closes once it has its
-    bytes.
+    """Slots in the order given, cut into buckets of one dtype and device; a bucket closes once it has its bytes.
+
+    What a slot's gradient holds moves with it.
     """
-    closed: list[tuple[list[tuple[str, nn.Parameter]], torch.dtype]] = []
-    is_open: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+    closed: list[list[Slot]] = []
+    is_open: dict[tuple[torch.dtype, torch.device], list[Slot]] = {}
     sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-    for name, parameter in reversed(named):
-        kind = (dtype or parameter.dtype, parameter.device)
-        is_open.setdefault(kind, []).append((name, parameter))
-        sizes[kind] = sizes.get(kind, 0) + parameter.numel() * kind[0].itemsize
+    for slot in slots:
+        kind = (slot.gradient.dtype, slot.gradient.device)
+        is_open.setdefault(kind, []).append(slot)
+        sizes[kind] = sizes.get(kind, 0) + slot.parameter.numel() * kind[0].itemsize
         if sizes[kind] >= (bucket_bytes if closed else min(first_bucket_bytes, bucket_bytes)):
-            closed.append((is_open.pop(kind), kind[0]))
+            closed.append(is_open.pop(kind))
             sizes[kind] = 0
-    closed += [(members, kind[0]) for kind, members in is_open.items()]
-    return [_bucket(members, kind) for members, kind in closed]
+    closed += is_open.values()
+    return [_bucket(members, num_parts) for members in closed]
 
 
-def _bucket(members: list[tuple[str, nn.Parameter]], dtype: torch.dtype) -> Bucket:
-    total = sum(p.numel() for _, p in members)
-    bucket = Bucket(torch.zeros(total, dtype=dtype, device=members[0][1].device))
-    parts = bucket.flat.split([p.numel() for _, p in members])
-    for (name, parameter), part in zip(members, parts, strict=True):
-        bucket.slots.append(Slot(parameter, name, part.view(parameter.shape), bucket))
+def _bucket(members: list[Slot], num_parts: int) -> Bucket:
+    old = members[0].gradient
+    num_elements = sum(slot.parameter.numel() for slot in members)
+    unit = num_parts * PART_BYTES // old.itemsize
+    flat = old.new_zeros(-(-num_elements // unit) * unit)
+    bucket = Bucket(flat, num_elements, members)
+    offset = 0
+    for slot in members:
+        place = flat[offset : offset + slot.parameter.numel()].view(slot.parameter.shape)
+        if slot.gradient.shape == place.shape:
+            place.copy_(slot.gradient)
+        # The same memory, but not what autograd calls a view: that would keep its first buffer alive for good.
+        slot.gradient.set_(flat.untyped_storage(), offset, place.shape, place.stride())
+        slot.bucket, slot.offset = bucket, offset
+        offset += place.numel()
     return bucket
+
+
+def shard_of(bucket: Bucket, rank: int, size: int) -> tuple[Tensor, list[tuple[nn.Parameter, slice, slice]]]:
+    """(this rank's part of the flat buffer, [(parameter, its flat elements, where they lie in the part)])."""
+    part = bucket.part(rank, size)
+    pieces = []
+    for slot in bucket.slots:
+        begin = max(part.start, slot.offset)
+        end = min(part.stop, slot.offset + slot.parameter.numel())
+        if begin < end:
+            own = slice(begin - slot.offset, end - slot.offset)
+            pieces.append((slot.parameter, own, slice(begin - part.start, end - part.start)))
+    return bucket.flat[part], pieces
 
 
 @torch.no_grad()
@@ -78,6 +157,6 @@ def take_in(slot: Slot) -> None:
             slot.gradient.add_(grad)
         slot.parameter.grad = None
         return
-    if grad is not None:
+    if grad is not None and grad is not slot.gradient:
         slot.gradient.copy_(grad.detach().to_dense() if grad.is_sparse else grad.detach())
     slot.parameter.grad = slot.gradient

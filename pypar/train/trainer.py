@@ -45,6 +45,7 @@ class Trainer:
             mesh.data,
             bucket_bytes=config.train.bucket_bytes,
             gradient_dtype=torch.float32,
+            rebuild=False,  # a resumed run has the buckets of one that was not interrupted
         )
         self.partial = PartialGradients({p: self.buckets.gradient(p) for _, p in named}, mesh)
         self.extra_axes: list[Axis] = []

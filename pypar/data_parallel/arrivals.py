@@ -1,0 +1,65 @@
+"""A gradient that arrived, or did not: what is right and what is an error."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from pypar.data_parallel.flat import Slot, take_in
+
+_ZERO_FIRST = "call buckets.zero() before each step's first backward"
+
+
+class Hook:
+    """Calls owner's `method` with the parameter that backward has reached, and does not keep the owner alive."""
+
+    def __init__(self, method: Callable[[nn.Parameter], None]) -> None:
+        self._method = weakref.WeakMethod(method)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._method() is not None
+
+    def __call__(self, parameter: Tensor) -> None:
+        method = self._method()
+        if method is not None:
+            method(parameter)  # type: ignore[arg-type]
+
+
+def accept(slot: Slot) -> None:
+    """Bring a gradient that was added to parameter.grad into the bucket; RuntimeError where that is too late."""
+    where = f"{slot.name} {tuple(slot.parameter.shape)}"
+    if slot.is_ready:
+        raise RuntimeError(
+            f"backward reached {where} again after its gradient was handed to communication; put all but the "
+            "step's last backward under `with buckets.accumulate():` and call finish() after the last (reentrant "
+            "activation checkpointing also does this: use_reentrant=False does not)"
+        )
+    if slot.bucket.handle is not None:
+        raise RuntimeError(
+            f"backward reached {where} after its bucket was handed to communication without it, since it did not "
+            "require a gradient; change requires_grad before forward, not between forward and backward"
+        )
+    if slot.is_stale and (slot.parameter.grad is slot.gradient or not slot.is_shown):
+        raise RuntimeError(
+            f"backward added to the sum that finish() left in the gradient of {where}; {_ZERO_FIRST}"
+        )
+    slot.is_stale = False
+    if slot.parameter.grad is not slot.gradient:
+        take_in(slot)
+
+
+def settle(slot: Slot) -> None:
+    """A gradient that was not announced as final: what it holds is what this rank contributes."""
+    grad = slot.parameter.grad
+    if slot.is_stale and (grad is slot.gradient or not slot.is_shown):
+        raise RuntimeError(
+            f"the gradient of {slot.name} {tuple(slot.parameter.shape)} still holds the sum of the last finish(); "
+            f"{_ZERO_FIRST}"
+        )
+    if slot.is_shown and grad is None:
+        slot.gradient.zero_()
+    if grad is not slot.gradient:
+        take_in(slot)

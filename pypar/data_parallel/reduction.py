@@ -1,0 +1,117 @@
+"""How a bucket's gradients are summed over an axis: whole or scattered, in what dtype they travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pypar.comm import Handle, all_reduce_start, reduce_scatter_start
+from pypar.comm.cpu_group import CpuProcessGroup
+from pypar.data_parallel.flat import Bucket, Started
+from pypar.mesh import Axis
+from pypar.ops.bucket import bucket as scale_and_cast
+
+_TRAVELS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Compressor(Protocol):
+    """What reduces a bucket. One object serves all buckets of a `GradientBuckets`.
+
+    Buckets are started in one order on all ranks, and waited for in that order; between them other buckets of
+    the same step are started. Buckets are made anew once, after the first step: what must outlive a step is
+    kept by parameter (`slot.parameter`), not by bucket.
+    """
+
+    def reduce_start(self, bucket: Bucket, axis: Axis) -> Started:
+        """Start the communication of `bucket.flat` (gradients of `bucket.slots`, one after the other, each at its
+        `offset`; zeros behind `num_elements`). `wait()` of what is returned leaves the sum, or the mean, there.
+
+        The axis has at least two ranks. Runs inside backward, on the thread of the engine, without gradients.
+        """
+
+
+class Streams(Protocol):
+    """What makes buckets wait for the streams that wrote them, on a GPU; nothing on a CPU."""
+
+    def wrote(self, bucket: Bucket) -> None:
+        """The current stream has queued a write into the bucket. Called for each gradient that arrived."""
+
+    def before_communication(self, bucket: Bucket) -> None:
+        """Called on the thread that starts the reduction, before it."""
+
+    def after(self, bucket: Bucket) -> None:
+        """In `finish()`, after the reduction's `wait()`: the current stream is the one that reads the result."""
+
+
+class FlatReduction:
+    """All-reduce, or reduce-scatter, of the flat buffer.
+
+    With comm_dtype the gradients are scaled and rounded to it in the one pass that writes what travels, and
+    widened in the one that reads it; the backend "pypar" adds in fp32. The mean's factor goes into the
+    former pass, or into the collective: each element of the result depends on that element of each rank alone.
+    """
+
+    def __init__(
+        self, *, average: bool = False, comm_dtype: torch.dtype | None = None, scatter: bool = False
+    ) -> None:
+        if comm_dtype is not None and comm_dtype not in _TRAVELS:
+            raise ValueError(
+                f"comm_dtype ({comm_dtype}) must be torch.float32, torch.bfloat16 or torch.float16, or None to "
+                "send gradients in their own dtype"
+            )
+        self.average, self.comm_dtype, self.scatter = average, comm_dtype, scatter
+
+    def reduce_start(self, bucket: Bucket, axis: Axis) -> Started:
+        flat = bucket.flat if self.scatter else bucket.gradients
+        part = bucket.part(axis.rank, axis.size) if self.scatter else slice(None)
+        if self.comm_dtype is None or self.comm_dtype == flat.dtype:
+            return self._reduce_in_place(flat, part, axis)
+        if bucket.wire is None:
+            bucket.wire = torch.zeros(flat.shape, dtype=self.comm_dtype, device=flat.device)
+        scale_and_cast(flat, 1.0 / axis.size if self.average else 1.0, out=bucket.wire)
+        started = self._sum_in_place(bucket.wire, part, axis, dist.ReduceOp.SUM)
+        wire = bucket.wire
+        return _Then(started, lambda: scale_and_cast(wire[part], out=flat[part]))
+
+    def _reduce_in_place(self, flat: Tensor, part: slice, axis: Axis) -> Started:
+        if not self.average:
+            return self._sum_in_place(flat, part, axis, dist.ReduceOp.SUM)
+        if isinstance(axis.group, CpuProcessGroup):
+            return self._sum_in_place(flat, part, axis, dist.ReduceOp.AVG)
+        started = self._sum_in_place(flat, part, axis, dist.ReduceOp.SUM)
+        return _Then(started, lambda: flat[part].div_(axis.size))
+
+    def _sum_in_place(self, flat: Tensor, part: slice, axis: Axis, op: dist.ReduceOp.RedOpType) -> Handle:
+        if self.scatter:
+            return reduce_scatter_start(flat, axis, op=op, out=flat[part])
+        return all_reduce_start(flat, axis, op)
+
+
+def wait_for(bucket: Bucket, axis: Axis, num_steps: int) -> None:
+    """Wait for a started bucket, after num_steps earlier steps."""
+    assert bucket.handle is not None
+    try:
+        bucket.handle.wait()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"step {num_steps + 1}: the gradients could not be reduced over axis {axis.name!r}; every one of its "
+            f"{axis.size} ranks must run the same number of backward passes that reduce: {error}"
+        ) from error
+
+
+class _Then:
+    """A communication, then a pass over what it left, once."""
+
+    def __init__(self, started: Started, finish: Callable[[], object]) -> None:
+        self._started, self._finish = started, finish
+        self._is_done = False
+
+    def wait(self) -> None:
+        self._started.wait()
+        if not self._is_done:
+            self._is_done = True
+            self._finish()

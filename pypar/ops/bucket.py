@@ -1,0 +1,69 @@
+"""Gradients on their way into and out of what travels: scaled and converted in one pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pypar.ops import native
+from pypar.ops.backend import Backend, choose
+from pypar.ops.register import register
+from pypar.ops.rows import accumulate_dtype, native_refusal
+
+
+def bucket(src: Tensor, scale: float = 1.0, *, out: Tensor, backend: str | None = None) -> Tensor:
+    """out = src * scale, computed in fp32 and rounded once to out's dtype; returns out.
+
+    src, out: floating-point tensors of one shape on one device, contiguous; src itself may be out. Not
+    differentiable. ValueError: shapes or devices that differ, gaps between elements, a backend that refuses.
+    """
+    if src.shape != out.shape or src.device != out.device:
+        raise ValueError(
+            f"out {tuple(out.shape)} on {out.device} must have the shape and device of src {tuple(src.shape)} on "
+            f"{src.device}; make it with torch.empty_like(src, dtype=...)"
+        )
+    if not (src.is_contiguous() and out.is_contiguous()):
+        raise ValueError(
+            f"src (strides {src.stride()}) and out (strides {out.stride()}) must be contiguous; flat buffers are"
+        )
+    chosen = choose("bucket", BACKENDS, {"src": src, "scale": scale, "out": out}, backend)
+    _forward(src, scale, out, chosen.name)
+    return out
+
+
+def reference_forward(src: Tensor, scale: float, out: Tensor) -> None:
+    """The definition."""
+    out.copy_(src.to(accumulate_dtype(src)) * scale)
+
+
+def _native_unsupported(src: Tensor, scale: float, out: Tensor) -> str | None:
+    return native_refusal(src) or native_refusal(out)
+
+
+def _native_forward(src: Tensor, scale: float, out: Tensor) -> None:
+    native.module().bucket_forward(
+        src.data_ptr(), out.data_ptr(), src.numel(), scale, native.dtype_code(src), native.dtype_code(out),
+        native.num_threads(),
+    )  # fmt: skip
+
+
+def _always(src: Tensor, scale: float, out: Tensor) -> str | None:
+    return None
+
+
+BACKENDS = (
+    Backend("native", _native_forward, None, _native_unsupported),
+    Backend("reference", reference_forward, None, _always),
+)
+
+
+def _fake_forward(src: Tensor, scale: float, out: Tensor, backend: str) -> None:
+    return None
+
+
+_forward = register(
+    "bucket",
+    "forward",
+    "(Tensor src, float scale, Tensor(a!) out, str backend) -> ()",
+    BACKENDS,
+    _fake_forward,
+)
