@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pypar import pipeline_parallel as pipeline_parallel
     from pypar import tensor_parallel as tensor_parallel
     from pypar import train as train
-    from pypar.context_parallel.ring import ring_attention as ring_attention
+    from pypar.context_parallel.attention import ring_attention as ring_attention
     from pypar.data_parallel import GradientBuckets as GradientBuckets
     from pypar.mesh import Mesh as Mesh
     from pypar.models.attention_interface import register_with_transformers as register_with_transformers
@@ -36,7 +36,7 @@ _HOME_OF_NAME = {
     "attention": "pypar.ops.attention",
     "parallelize": "pypar.tensor_parallel.parallelize",
     "register_with_transformers": "pypar.models.attention_interface",
-    "ring_attention": "pypar.context_parallel.ring",
+    "ring_attention": "pypar.context_parallel.attention",
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
 }
 _ROOMS = (

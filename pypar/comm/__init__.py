@@ -16,7 +16,7 @@ from pypar.comm.collectives import (
     local_slice,
     reduce_scatter_start,
 )
-from pypar.comm.point_to_point import RingExchange, receive_start, send_start
+from pypar.comm.point_to_point import RingExchange, exchange_start, receive_start, send_start
 from pypar.comm.traffic import Traffic, wire_bytes
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "all_gather_start",
     "all_reduce_start",
     "copy_to",
+    "exchange_start",
     "gather_from",
     "gather_replicated",
     "local_slice",

@@ -46,6 +46,36 @@ def receive_start(
     return Handle(buffer, tuple(works), traffic=axis.traffic)
 
 
+def exchange_start(
+    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], axis: Axis, tag: int = 0
+) -> tuple[list[Handle], list[Handle]]:
+    """Start several sends (x, index of the receiver) and receives (buffer, index of the sender) as one batch.
+
+    Every rank that takes part starts its share of the same batches in the same order. Returns handles of the sends
+    and of the receives; waiting for one that received gives its buffer, which is contiguous.
+    """
+    to = [_peer(index, axis, "send to") for _, index in sends]
+    sources = [x.detach().contiguous() for x, _ in sends]
+    if not sends and not receives:
+        return [], []
+    axis.traffic.record("exchange", sum(x.nbytes for x in sources))
+    operations = [
+        dist.P2POp(dist.irecv, buffer, _peer(index, axis, "receive from"), axis.group, tag)
+        for buffer, index in receives
+    ]
+    operations += [
+        dist.P2POp(dist.isend, x, peer, axis.group, tag) for x, peer in zip(sources, to, strict=True)
+    ]
+    works = dist.batch_isend_irecv(operations)
+    if len(works) < len(operations):  # NCCL has one for the whole batch
+        works = works * len(operations)
+    handles = [
+        Handle(operation.tensor, (work,), traffic=axis.traffic, keep=(operation.tensor,))
+        for operation, work in zip(operations, works, strict=False)
+    ]
+    return handles[len(receives) :], handles[: len(receives)]
+
+
 class RingExchange:
     """Passes tensors around the ring of an axis: each rank sends to the next, receives from the previous.
 

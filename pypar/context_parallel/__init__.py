@@ -1,6 +1,7 @@
 """Context parallelism: a sequence spread over the cp axis, and attention over the whole of it."""
 
+from pypar.context_parallel.attention import ring_attention
 from pypar.context_parallel.layouts import positions, shard, unshard
-from pypar.context_parallel.ring import ring_attention
+from pypar.context_parallel.methods import methods
 
-__all__ = ["positions", "ring_attention", "shard", "unshard"]
+__all__ = ["methods", "positions", "ring_attention", "shard", "unshard"]

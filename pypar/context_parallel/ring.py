@@ -1,158 +1,182 @@
-"""Ring attention: each rank holds a part of the sequence, keys and values travel round the ring while
-attention runs.
+"""Ring attention: keys and values travel round the ring while attention runs.
 
-Liu et al., Ring Attention with Blockwise Transformers, arXiv 2310.01889. Every hop starts the next exchange,
-computes its attention and only then waits. Partial results are combined in fp32 and rounded once at the end.
+Liu et al., Ring Attention with Blockwise Transformers, arXiv 2310.01889. What is sent when is the table of `route`:
+the transfers of a hop are in flight while the hop computes, and are waited for after it. Keys and values are one
+buffer, of key/value heads only; sums of dk and dv travel in fp32.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pypar.comm import Handle, RingExchange
-from pypar.context_parallel.hops import Hop, hops
-from pypar.context_parallel.layouts import positions_of
-from pypar.mesh import Axis, as_axis
-from pypar.ops.attention import attention, attention_backward, attention_forward
-from pypar.ops.attention_arguments import AttentionProblem, attention_problem
+from pypar.comm import Handle, exchange_start
+from pypar.context_parallel.call import Call, refuse_options
+from pypar.context_parallel.layouts import num_positions
+from pypar.context_parallel.partial import add_backward, add_forward, empty_sums, finish, sinks_share
+from pypar.context_parallel.route import KEYS, Transfer, rank_route
+from pypar.ops.rows import accumulate_dtype
+
+_TAG = 1 << 26  # apart from the tags of sends that the caller makes on the same group
 
 
-def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group: Axis | dist.ProcessGroup,
-    *,
-    layout: str = "zigzag",
-    causal: bool = True,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Attention over a sequence whose positions are spread over `group` as `layout` says; exact.
-
-    Args:
-        q, k, v: this rank's part, [B, T, N, H], [B, T, G, H] and [B, T, G, Hv] with N a multiple of G; the
-            same shapes on every rank. Rotary positions come from `positions`.
-        layout: "contiguous" or "zigzag"; the one with which the sequence was sharded.
-        causal: each position sees itself and earlier ones of the whole sequence; else all see all.
-        scale: of the scores, 1/sqrt(H) by default. backend: of the attention op, as in `pypar.attention`.
-
-    Returns this rank's part of the output, [B, T, N, Hv] in q's dtype. On one rank it is `pypar.attention`.
-    Each rank sends what `hops.forward_bytes` and `hops.backward_bytes` say. ValueError: shapes or layout
-    that do not fit.
-    """
-    axis = as_axis(group)
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not q.shape[1] == k.shape[1] == v.shape[1]:
-        raise ValueError(
-            f"ring attention needs q [B, T, N, H], k [B, T, G, H] and v [B, T, G, Hv] with one T, but got"
-            f" {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; shard all three with the same layout"
-        )
-    positions_of(q.shape[1] * axis.size, axis.rank, axis.size, layout)  # refuses a layout that does not fit
-    if axis.size == 1:
-        return attention(q, k, v, causal=causal, scale=scale, backend=backend)
-    plan = hops(q.shape[1], axis.rank, axis.size, layout, causal=causal)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _RingAttention.apply(q, k, v, axis, plan, scale, backend)  # type: ignore[no-untyped-call]
+def ring(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """A `call.Method`."""
+    refuse_options("ring", call.method_options)
+    return _Ring.apply(q, k, v, call.sinks, call.bias, call)  # type: ignore[no-untyped-call]
 
 
-class _RingAttention(torch.autograd.Function):
-    """Both passes walk the same hops in the same order."""
+METHODS = {"ring": ring}
 
+
+class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        axis: Axis,
-        plan: list[Hop | None],
-        scale: float,
-        backend: str | None,
-    ) -> Tensor:
-        ring = RingExchange(axis)
-        k_here, v_here = k, v
-        travelling = _pack(k, v)
-        # The running result stays in fp32: rounded at every hop, its error would grow with the number of ranks.
-        out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=_wide(q), device=q.device)
-        lse = torch.empty((*q.shape[:-3], q.shape[2], q.shape[1]), dtype=_wide(q), device=q.device)
-        out.zero_()
-        lse.fill_(-math.inf)
-        for index, hop in enumerate(plan):
-            arriving = ring.start(travelling) if index + 1 < axis.size else None
-            if hop is not None:
-                problem = _problem(hop, q, k_here, v_here, scale)
-                rows = hop.queries
-                attention_forward(problem, (out[:, rows], lse[:, :, rows]), backend)
-            if arriving is not None:
-                travelling = arriving.wait()
-                k_here, v_here = _unpack(travelling, k, v)
-        rounded = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, rounded, lse)
-        ctx.axis, ctx.plan, ctx.scale, ctx.backend = axis, plan, scale, backend
-        return rounded
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        rank, size = call.axis.rank, call.axis.size
+        route = rank_route(call.queries, call.keys, call.mask, rank)
+        walk = _Walk("forward", route.forward, k, v, call)
+        sums = empty_sums(q, v)
+        kept = None
+        for hop in range(size):
+            source = (rank - hop) % size
+            block = walk.keys.get(source)
+            with walk.in_flight(hop):
+                if hop in route.hops:
+                    add_forward(call.pieces(rank, source), q, *walk.unpack(block, source), sums, call)
+            if hop == route.hops[-1] and hop > 0:
+                kept = block  # where backward begins
+        out, lse = finish(sums, sinks, q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, bias, out, lse, kept)
+        ctx.set_materialize_grads(False)
+        ctx.call = replace(call, sinks=None, bias=None)  # autograd keeps the tensors
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        ring = RingExchange(ctx.axis)
-        dout = dout.contiguous()
-        dq = torch.zeros(q.shape, dtype=_wide(q), device=q.device)
-        k_here, v_here = k, v
-        travelling = _pack(k, v)
-        gradients_arriving: Handle | None = None
-        for index, hop in enumerate(ctx.plan):
-            arriving = ring.start(travelling) if index + 1 < ctx.axis.size else None
-            shares: list[Tensor] = []
-            if hop is not None:
-                rows, keys = hop.queries, hop.keys
-                dk, dv = (torch.zeros(x[:, keys].shape, dtype=dq.dtype, device=q.device) for x in (k, v))
-                shares = [dk, dv]
-                attention_backward(
-                    _problem(hop, q, k_here, v_here, ctx.scale),
-                    dout[:, rows],
-                    out[:, rows],
-                    lse[:, :, rows],
-                    into=(dq[:, rows], dk, dv),
-                    backend=ctx.backend,
-                )
-            if gradients_arriving is None:  # hop 0, this rank's own keys, all of them
-                sums = _pack(*shares)
-            else:  # what the ranks before added for these keys, which travelled during this hop
-                sums = gradients_arriving.wait()
-                if hop is not None:
-                    for total, share in zip(_unpack(sums, k, v), shares, strict=True):
-                        total[:, hop.keys] += share
-            gradients_arriving = ring.start(sums)
-            if arriving is not None:
-                travelling = arriving.wait()
-                k_here, v_here = _unpack(travelling, k, v)
-        assert gradients_arriving is not None
-        dk, dv = _unpack(gradients_arriving.wait(), k, v)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, bias, out, lse, kept = ctx.saved_tensors
+        call = replace(ctx.call, bias=bias)
+        rank, size = call.axis.rank, call.axis.size
+        route = rank_route(call.queries, call.keys, call.mask, rank)
+        walk = _Walk("backward", route.backward, k, v, call)
+        if kept is not None:
+            walk.keys[(rank - route.hops[-1]) % size] = kept
+        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+        wide = accumulate_dtype(q)
+        dq = torch.zeros(q.shape, dtype=wide, device=q.device)
+        dbias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[4] else None
+        for hop in reversed(range(size)):
+            source = (rank - hop) % size
+            block = walk.keys.get(source)
+            with walk.in_flight(hop):
+                if hop in route.hops:
+                    k_here, v_here = walk.unpack(block, source)
+                    share = torch.zeros(k_here.numel() + v_here.numel(), dtype=wide, device=k.device)
+                    into = (dq, *walk.unpack(share, source))
+                    pieces = call.pieces(rank, source)
+                    add_backward(pieces, (q, k_here, v_here), (dout, out, lse, dlse), into, dbias, call)
+            if hop in route.hops:  # what the ranks before added came while this one computed
+                arrived = walk.sums.pop(source, None)
+                walk.sums[source] = share if arrived is None else share.add_(arrived)
+        dk, dv = walk.unpack(walk.sums[rank], rank)
+        dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None
+        return (
+            dq.to(q.dtype),
+            dk.to(k.dtype),
+            dv.to(v.dtype),
+            dsinks,
+            None if dbias is None else dbias.to(bias.dtype),
+            None,
+        )
 
 
-def _problem(hop: Hop, q: Tensor, k: Tensor, v: Tensor, scale: float) -> AttentionProblem:
-    rows, keys = hop.queries, hop.keys
-    return attention_problem(q[:, rows], k[:, keys], v[:, keys], causal=hop.causal, scale=scale)
+class _Walk:
+    """The buffers that a rank holds on its way through the hops, by the rank they come from.
 
+    keys: blocks of k and v; the rank's own is there where it is to be sent. sums: gradients of blocks.
+    """
 
-def _wide(q: Tensor) -> torch.dtype:
-    """The dtype of running sums: fp32, fp64 for fp64 input."""
-    return torch.promote_types(q.dtype, torch.float32)
+    def __init__(
+        self, direction: str, rounds: tuple[tuple[Transfer, ...], ...], k: Tensor, v: Tensor, call: Call
+    ) -> None:
+        self._direction, self._rounds, self._call, self._own = direction, rounds, call, (k, v)
+        self.keys: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
+        rank = call.axis.rank
+        outgoing = [t for transfers in rounds for t in transfers if t.kind == KEYS and t.sender == rank]
+        self._sent_on = {t.source for t in outgoing}
+        if rank in self._sent_on:
+            # One buffer, so that one message carries both.
+            self.keys[rank] = torch.cat([k.detach().reshape(-1), v.detach().reshape(-1)])
 
+    def unpack(self, block: Tensor | None, source: int) -> tuple[Tensor, Tensor]:
+        """Views [.., S, G, H] and [.., S, G, Hv] of the block of a rank; None is this rank's own k and v."""
+        k, v = self._own
+        if block is None:
+            return k, v
+        shapes = [self._shape(x, source) for x in (k, v)]
+        split = block.numel() * shapes[0][-1] // (shapes[0][-1] + shapes[1][-1])
+        return block[:split].view(shapes[0]), block[split:].view(shapes[1])
 
-def _pack(k: Tensor, v: Tensor) -> Tensor:
-    """k and v one after the other in one flat buffer, so that one message carries both."""
-    return torch.cat([k.reshape(-1), v.reshape(-1)])
+    @contextlib.contextmanager
+    def in_flight(self, hop: int) -> Iterator[None]:
+        """The transfers of the hop start before and have arrived after what is done inside."""
+        transfers = self._rounds[hop]
+        with self._named(hop):
+            sent, received = self._start(transfers)
+        yield
+        with self._named(hop):
+            for transfer, handle in received:
+                held = self.keys if transfer.kind == KEYS else self.sums
+                held[transfer.source] = handle.wait()
+            for handle in sent:
+                handle.wait()
+        source = (self._call.axis.rank - hop) % self._call.axis.size
+        if source not in self._sent_on:
+            self.keys.pop(source, None)
 
+    def _start(self, transfers: tuple[Transfer, ...]) -> tuple[list[Handle], list[tuple[Transfer, Handle]]]:
+        rank = self._call.axis.rank
+        sends: list[tuple[Tensor, int]] = []
+        receives: list[tuple[Tensor, int]] = []
+        arriving: list[Transfer] = []
+        for transfer in transfers:
+            held = self.keys if transfer.kind == KEYS else self.sums
+            if transfer.sender == rank:
+                sends.append((held.pop(transfer.source), transfer.receiver))
+            else:
+                receives.append((self._buffer(transfer), transfer.sender))
+                arriving.append(transfer)
+        sent, received = exchange_start(sends, receives, self._call.axis, _TAG)
+        return sent, list(zip(arriving, received, strict=True))
 
-def _unpack(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of the two halves of a packed buffer in the shapes of k and v."""
-    return packed[: k.numel()].view(k.shape), packed[k.numel() :].view(v.shape)
+    def _buffer(self, transfer: Transfer) -> Tensor:
+        k, v = self._own
+        size = sum(torch.Size(self._shape(x, transfer.source)).numel() for x in (k, v))
+        return torch.empty(
+            size, dtype=k.dtype if transfer.kind == KEYS else accumulate_dtype(k), device=k.device
+        )
+
+    def _shape(self, x: Tensor, source: int) -> tuple[int, ...]:
+        """Of x, k or v, on another rank."""
+        return (*x.shape[:-3], num_positions(self._call.keys[source]), *x.shape[-2:])
+
+    @contextlib.contextmanager
+    def _named(self, hop: int) -> Iterator[None]:
+        """An error of the communication tells where the ring was."""
+        try:
+            yield
+        except RuntimeError as error:
+            size = self._call.axis.size
+            raise RuntimeError(
+                f"ring attention, {self._direction}, hop {hop} of {size - 1} on rank {self._call.axis.rank} of "
+                f"axis {self._call.axis.name!r}: {error}"
+            ) from error
