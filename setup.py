@@ -33,18 +33,20 @@ CXX_FLAGS = (
 AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 # Poorest first, as the linker keeps the first of equal inline functions, and that one must run on every machine.
+AMX = f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
 ISA_FLAGS = {
     "x86_64": {
         "baseline": "",
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512_bf16": f"{AVX512} -mavx512bf16",
-        "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+        "amx": AMX,
+        "amx_fp16": f"{AMX} -DPYPAR_FP16_TILES",
     },
     "aarch64": {"neon": ""},
 }
 # An instruction set that few sources use: those that contain this word. The others run with the next poorer one.
-ISA_WORD = {"amx": "__AMX_BF16__"}
+ISA_WORD = {"amx": "__AMX_BF16__", "amx_fp16": "PYPAR_FP16_TILES"}
 # Machine code for these, which their families share (80 runs on 86 and 89), and PTX of the first for all later ones.
 CUDA_ARCHS = ("80", "90a", "100a", "120")
 CUDA_MODULE = "pypar._cuda"
@@ -269,9 +271,7 @@ class BuildNative(build_ext):
             sys.stdout.flush()
             result = subprocess.run([find_ninja(), "-C", str(folder)], stdin=subprocess.DEVNULL)
             if result.returncode != 0:
-                raise CompileError(
-                    f"the native build failed in {folder}: the compiler's message stands above"
-                )
+                raise CompileError(f"the native build failed in {folder}: see the compiler's message above")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / target.name, target)
 

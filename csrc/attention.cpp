@@ -15,7 +15,7 @@ PYPAR_KERNEL(attention_forward, AttentionForward)
 #  include "attention_decode.h"
 #  include "attention_finish.h"
 #  if defined(__AVX512BF16__)
-#    include "attention_bf16_forward.h"
+#    include "attention_half_forward.h"
 #  endif
 #  include "attention_fp32.h"
 #  include "attention_scores.h"
@@ -464,7 +464,7 @@ void run_forward(const AttentionForward& a) {
 
 void attention_forward(const AttentionForward& a) {
 #  if defined(__AVX512BF16__)
-  if (pypar::bf16::suits(a.problem)) return bf16::attention_forward(a);
+  if (half::takes(a)) return half::attention_forward(a);
 #  endif
   run_forward<Fp32Arithmetic>(a);
 }
@@ -473,11 +473,11 @@ void attention_forward(const AttentionForward& a) {
 
 #else
 
-#  include "attention_bf16.h"
+#  include "attention_half.h"
 #  include "attention_binding.h"
 
 PYPAR_BIND(attention_forward) {
-  pypar::bind_attention_forward(module, pypar::check_attention_lengths, pypar::bf16::forward_bytes,
+  pypar::bind_attention_forward(module, pypar::check_attention_lengths, pypar::half::forward_bytes,
                                 pypar::launch<pypar::attention_forward_kernels, pypar::AttentionForward>);
 }
 

@@ -15,7 +15,7 @@ PYPAR_KERNEL(attention_backward, AttentionBackward)
 
 #  include "attention_finish.h"
 #  if defined(__AVX512BF16__)
-#    include "attention_bf16_backward.h"
+#    include "attention_half_backward.h"
 #  endif
 #  include "attention_fp32.h"
 #  include "attention_scores.h"
@@ -449,7 +449,7 @@ void run_backward(const AttentionBackward& a) {
 
 void attention_backward(const AttentionBackward& a) {
 #  if defined(__AVX512BF16__)
-  if (pypar::bf16::suits(a.problem) && !a.dbias) return bf16::attention_backward(a);
+  if (half::takes(a)) return half::attention_backward(a);
 #  endif
   run_backward<Fp32Arithmetic>(a);
 }
@@ -458,11 +458,11 @@ void attention_backward(const AttentionBackward& a) {
 
 #else
 
-#  include "attention_bf16.h"
+#  include "attention_half.h"
 #  include "attention_binding.h"
 
 PYPAR_BIND(attention_backward) {
-  pypar::bind_attention_backward(module, pypar::check_attention_lengths, pypar::bf16::backward_bytes,
+  pypar::bind_attention_backward(module, pypar::check_attention_lengths, pypar::half::backward_bytes,
                                  pypar::launch<pypar::attention_backward_kernels, pypar::AttentionBackward>);
 }
 

@@ -1,5 +1,5 @@
-// Attention in bf16 with the tile registers of AMX; everything else runs with the next poorer instruction
-// set, so this file is all that is compiled for AMX.
+// Attention in bf16 (amx) and in fp16 (amx_fp16) with the tile registers of AMX. Everything else runs with
+// the next poorer instruction set, so this file is all that is compiled for the two.
 #include "attention.h"
 
 namespace pypar {
@@ -9,18 +9,23 @@ PYPAR_KERNEL(attention_backward, AttentionBackward)
 
 #if defined(__AMX_BF16__) && !defined(PYPAR_BINDING)
 
-#  include "attention_bf16_backward.h"
-#  include "attention_bf16_forward.h"
+#  include "attention_half_backward.h"
+#  include "attention_half_forward.h"
 
 namespace pypar::PYPAR_ISA {
 
+#  if defined(PYPAR_FP16_TILES)
+namespace poorer = pypar::amx;
+#  else
+namespace poorer = pypar::avx512_bf16;
+#  endif
+
 void attention_forward(const AttentionForward& a) {
-  return pypar::bf16::suits(a.problem) ? bf16::attention_forward(a) : avx512_bf16::attention_forward(a);
+  return half::takes(a) ? half::attention_forward(a) : poorer::attention_forward(a);
 }
 
 void attention_backward(const AttentionBackward& a) {
-  const bool suits = pypar::bf16::suits(a.problem) && !a.dbias;
-  return suits ? bf16::attention_backward(a) : avx512_bf16::attention_backward(a);
+  return half::takes(a) ? half::attention_backward(a) : poorer::attention_backward(a);
 }
 
 }  // namespace pypar::PYPAR_ISA

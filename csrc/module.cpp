@@ -25,7 +25,8 @@ namespace {
 
 Binding* first_binding = nullptr;
 
-const char* const kIsaNames[kNumIsas] = {"baseline", "neon", "avx2", "avx512", "avx512_bf16", "amx"};
+const char* const kIsaNames[kNumIsas] = {"baseline",    "neon", "avx2",    "avx512",
+                                         "avx512_bf16", "amx",  "amx_fp16"};
 
 #if defined(__x86_64__)
 // Whether the CPU has tiles with bf16 products, and Linux lets this process use them, which it must be asked.
@@ -35,6 +36,12 @@ bool ask_for_tiles() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kTileBf16) == 0) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// Whether the tiles have fp16 products too.
+bool has_fp16_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 21) != 0;
 }
 #endif
 
@@ -54,8 +61,10 @@ bool cpu_has(int isa) {
       return avx512;
     case kAvx512Bf16:
       return avx512 && __builtin_cpu_supports("avx512bf16");
-    case kAmx: {
+    case kAmx:
+    case kAmxFp16: {
       static const bool tiles = ask_for_tiles();
+      if (isa == kAmxFp16 && !has_fp16_tiles()) return false;
       return avx512 && __builtin_cpu_supports("avx512bf16") && tiles;
     }
     default:

@@ -10,6 +10,7 @@
 //            avx512        avx2's and -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
 //            avx512_bf16   avx512's and -mavx512bf16
 //            amx           avx512_bf16's and -mamx-tile -mamx-bf16; only sources that name __AMX_BF16__
+//            amx_fp16      amx's and -DPYPAR_FP16_TILES; only sources that name PYPAR_FP16_TILES
 //   aarch64: neon          (no flags)
 //
 // An op has one struct of plain arguments and, per instruction set, `void kernel(const Arguments&)`:
@@ -45,7 +46,7 @@
 namespace pypar {
 
 // Poorest first. `isa_name` in module.cpp follows this order.
-enum Isa { kBaseline, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNumIsas };
+enum Isa { kBaseline, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxFp16, kNumIsas };
 
 enum ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -88,6 +89,9 @@ void yield_thread();
   namespace amx {                              \
   PYPAR_WEAK void name(const Arguments&);      \
   }                                            \
+  namespace amx_fp16 {                         \
+  PYPAR_WEAK void name(const Arguments&);      \
+  }                                            \
   struct name##_kernels {                      \
     using Kernel = void (*)(const Arguments&); \
     static Kernel of(int isa) {                \
@@ -104,6 +108,8 @@ void yield_thread();
           return &avx512_bf16::name;           \
         case kAmx:                             \
           return &amx::name;                   \
+        case kAmxFp16:                         \
+          return &amx_fp16::name;              \
         default:                               \
           return nullptr;                      \
       }                                        \

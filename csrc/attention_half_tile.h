@@ -1,4 +1,5 @@
-// Attention's products in bf16 with fp32 sums: tiles of 16 rows of 64 bytes, their packing and their product.
+// Attention's products in bf16 or fp16 with fp32 sums: tiles of 16 rows of 64 bytes, their packing and their
+// product.
 //
 // Both instructions read the same layout, whole tiles of 1 KiB one after the other:
 //   left operand:   16 rows x 32 values along k; a word of 4 bytes is two values adjacent in k
@@ -9,16 +10,16 @@
 // pairs by a shift and a merge, without permuting lanes.
 #pragma once
 
+#include "attention_half_element.h"
 #include "attention_plan.h"
 #include "simd.h"
 
 namespace pypar::PYPAR_ISA {
-namespace bf16 {
+namespace half {
 
-typedef uint16_t Bits;
 constexpr int64_t kTile = 16;             // rows, or columns of a result
 constexpr int64_t kPairs = 32;            // values along k
-constexpr int64_t kTileValues = 16 * 32;  // of bf16: 1 KiB
+constexpr int64_t kTileValues = 16 * 32;  // of 16 bits: 1 KiB
 constexpr int64_t kTileSums = 16 * 16;    // of fp32: 1 KiB
 
 // ---- products
@@ -68,15 +69,15 @@ PYPAR_INLINE void multiply_tiles(int64_t num_k, const Bits* left, int64_t left_r
   for (int64_t k = 0; k < num_k; ++k) {
     _tile_loadd(4, left, 64);
     _tile_loadd(6, right, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    PYPAR_MULTIPLY_TILE(0, 4, 6);
     if (kColumnTiles > 1) {
       _tile_loadd(7, right + right_column_step, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      PYPAR_MULTIPLY_TILE(1, 4, 7);
     }
     if (kRowTiles > 1) {
       _tile_loadd(5, left + left_row_step, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if (kColumnTiles > 1) _tile_dpbf16ps(3, 5, 7);
+      PYPAR_MULTIPLY_TILE(2, 5, 6);
+      if (kColumnTiles > 1) PYPAR_MULTIPLY_TILE(3, 5, 7);
     }
     left += left_k_step;
     right += right_k_step;
@@ -226,7 +227,7 @@ PYPAR_INLINE __m512i load_pairs(const RowSource& source, int64_t offset, int64_t
   const int64_t count = size - column;
   const __mmask32 mask = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
   const int64_t step = source.element_stride;
-  if (source.dtype == kBFloat16) {
+  if (source.dtype == kHalf) {
     const auto* from = reinterpret_cast<const Bits*>(source.data) + offset + column * step;
     if (step == 1) return _mm512_maskz_loadu_epi16(mask, from);
     alignas(64) Bits values[32] = {};
@@ -236,7 +237,7 @@ PYPAR_INLINE __m512i load_pairs(const RowSource& source, int64_t offset, int64_t
   const auto* from = reinterpret_cast<const float*>(source.data) + offset + column * step;
   alignas(64) float values[32] = {};
   for (int64_t i = 0; i < smaller(count, 32); ++i) values[i] = from[i * step];
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(values + 16), _mm512_load_ps(values));
+  return narrow_two(_mm512_load_ps(values), _mm512_load_ps(values + 16));
 }
 
 // Where rows first .. first + 15 begin; -1 for those from `count` on.
@@ -318,36 +319,12 @@ static void store_values(const RowSource& target, int64_t r, int64_t column, int
     return;
   }
   auto* to = const_cast<Bits*>(target.row<Bits>(r)) + column * step;
-  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+  const __m256i rounded = narrow(x);
   if (step == 1) return _mm256_mask_storeu_epi16(to, mask, rounded);
   alignas(32) Bits values[16];
   _mm256_store_si256(reinterpret_cast<__m256i*>(values), rounded);
   for (int64_t i = 0; i < count; ++i) to[i * step] = values[i];
 }
 
-// ---- exponentials
-
-// P and dS are rounded to bf16 by cutting off 16 bits, after a multiplication by 1 + kRoundUp, with which
-// the errors of a sum over many scores cancel: an error is between -0.65 and 0.69 of the last place. What is
-// to sum up to 1 is the values before they are cut off, divided by 1 + kRoundUp.
-constexpr float kRoundUp = 0.0027076f;
-
-// (1 + kRoundUp) * 2^x, relative error 9e-5 (minimax with 2^0 exact, found by Lawson's iteration), a fortieth
-// of what rounding to bf16 loses. -inf gives 0.
-PYPAR_INLINE __m512 exp2_rounding_up(__m512 x) {
-  constexpr float kUp = 1.0f + kRoundUp;
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.07706705f * kUp), _mm512_set1_ps(0.22764498f * kUp));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69511679f * kUp));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kUp));
-  return _mm512_scalef_ps(p, x);
-}
-
-// Words whose lower half is from `low` and whose upper half is from `high`, both cut off to bf16.
-PYPAR_INLINE __m512i merge_pairs(__m512 low, __m512 high) {
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int32_t>(0xffff0000)), (__m512i)high,
-                                   _mm512_srli_epi32((__m512i)low, 16), 0xca);
-}
-
-}  // namespace bf16
+}  // namespace half
 }  // namespace pypar::PYPAR_ISA

@@ -1,17 +1,17 @@
-// Attention's backward with bf16 products, by blocks of keys, as in attention_backward.cpp.
+// Attention's backward with bf16 or fp16 products, by blocks of keys, as in attention_backward.cpp.
 //
 // Scores are computed as [key][row]: P^T and dS^T are then left operands of dv and dk as they are stored, and
 // dS^T with keys in pairs is the right operand of dq^T = k^T dS^T. The operands that are made of q and dout,
 // four forms, are packed once for all blocks of keys.
 #pragma once
 
-#include "attention_bf16.h"
-#include "attention_bf16_tile.h"
+#include "attention_half.h"
+#include "attention_half_tile.h"
 #include "parallel.h"
 
 namespace pypar::PYPAR_ISA {
-namespace bf16 {
-using namespace pypar::bf16;
+namespace half {
+using namespace pypar::half;
 
 constexpr int64_t kRowTiles = kBackwardRows / 16;
 constexpr int64_t kKeyTiles = kBackwardKeys / 16;
@@ -23,6 +23,8 @@ struct BackwardTask {
   RowBlockLayout layout;
   int64_t head, key_block, first_key, num_keys;
   int64_t h_tiles, hv_tiles;  // of 16
+  float gradient_scale;       // of dS, a power of two
+  float gap_scale;            // the same without that of P
   // Left operands: keys and values, keys transposed with keys in pairs.
   Bits *k, *v, *k_transposed;
   float *dk, *dv;                // [key tile][h tile]
@@ -62,19 +64,18 @@ static void multiply(int64_t row_tiles, int64_t column_tiles, int64_t num_k, con
 static __m512 load_values(const RowSource& source, int64_t r, int64_t column, int64_t size) {
   const int64_t count = smaller(16, size - column), step = source.element_stride;
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-  alignas(64) float values[16] = {};
   if (source.dtype == kFloat32) {
     const float* from = source.row<float>(r) + column * step;
     if (step == 1) return _mm512_maskz_loadu_ps(mask, from);
+    alignas(64) float values[16] = {};
     for (int64_t i = 0; i < count; ++i) values[i] = from[i * step];
     return _mm512_load_ps(values);
   }
   const Bits* from = source.row<Bits>(r) + column * step;
-  if (step == 1) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
-  }
-  for (int64_t i = 0; i < count; ++i) values[i] = to_float(BFloat16{from[i * step]});
-  return _mm512_load_ps(values);
+  if (step == 1) return widen(_mm256_maskz_loadu_epi16(mask, from));
+  alignas(32) Bits bits[16] = {};
+  for (int64_t i = 0; i < count; ++i) bits[i] = from[i * step];
+  return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)));
 }
 
 static int64_t row_block_index(const BackwardMemory& m, const AttentionProblem& p, const Sequence& s,
@@ -115,6 +116,8 @@ static void prepare_rows(const AttentionBackward& a, const BackwardMemory& m, co
   const RowSource dout = rows_from(a.dout, s.batch, s.q_begin, head, group);
   const RowSource out = rows_from(a.out, s.batch, s.q_begin, head, group);
   const Range blocks = key_blocks_of(p, s, block);
+  auto& bounds = *reinterpret_cast<RowBounds*>(memory + layout.bounds);
+  bounds = {0.0f, 0.0f};
   m.progress[index] = static_cast<int32_t>(blocks.begin);
   if (blocks.begin == blocks.end) {
     const RowSource dq = rows_from(a.dq, s.batch, s.q_begin, head, group);
@@ -137,22 +140,63 @@ static void prepare_rows(const AttentionBackward& a, const BackwardMemory& m, co
     delta[i] = 0.0f;
     if (i >= count) continue;
     const int64_t at = lse_index(p, s, head, first + i);
-    if (a.lse[at] > -__builtin_inff()) base[i] = a.lse[at] * 1.44269504088896340736f;
-    __m512 sum = _mm512_setzero_ps();
+    if (a.lse[at] > -__builtin_inff())
+      base[i] = a.lse[at] * 1.44269504088896340736f - (kShift + kProbabilityBits);
+    __m512 sum = _mm512_setzero_ps(), size = sum;
     for (int64_t column = 0; column < p.Hv; column += 16) {
-      sum = _mm512_fmadd_ps(load_values(dout, first + i, column, p.Hv),
-                            load_values(out, first + i, column, p.Hv), sum);
+      const __m512 x = load_values(dout, first + i, column, p.Hv);
+      sum = _mm512_fmadd_ps(x, load_values(out, first + i, column, p.Hv), sum);
+      size = _mm512_add_ps(size, _mm512_abs_ps(x));
     }
     delta[i] = _mm512_reduce_add_ps(sum) - (a.dlse ? a.dlse[at] : 0.0f);
+    bounds.dout = larger_float(bounds.dout, _mm512_reduce_add_ps(size));
+    bounds.delta = larger_float(bounds.delta, __builtin_fabsf(delta[i]));
   }
 }
 
-// Scores and dp of 32 keys -> P^T, dS^T and dS^T with keys in pairs; `low` and `high`: per row the first and
-// the last key that it sees, counted from the first of the 32.
+// The largest magnitude of a head's values; infinite if one is not finite.
+static float bound_values(const RowSource& v, int64_t num_keys, int64_t size) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t key = 0; key < num_keys; ++key) {
+    const int64_t offset = v.offset(key);
+    for (int64_t column = 0; column < size; column += 32)
+      most = _mm512_max_epu16(most, _mm512_and_si512(load_pairs(v, offset, column, size), magnitude));
+  }
+  const __m512 both =
+      _mm512_max_ps(widen(_mm512_castsi512_si256(most)), widen(_mm512_extracti64x4_epi64(most, 1)));
+  return _mm512_reduce_max_ps(both);
+}
+
+// The power of two that a head's dS is multiplied by, from a bound of |dP - delta|: the sum of a row's |dout|
+// times the largest |v|, and |delta|. 1 if that is not finite.
+static float find_gradient_scale(const AttentionBackward& a, const BackwardMemory& m,
+                                 const RowBlockLayout& layout, const Sequence& s, int64_t index,
+                                 int64_t head) {
+  const AttentionProblem& p = a.problem;
+  if (kScoreGradientBits == 0) return 1.0f;
+  RowBounds most = {0.0f, 0.0f};
+  const int64_t first = row_block_index(m, p, s, index, head, 0);
+  for (int64_t i = first; i < first + backward_row_blocks(p, s); ++i) {
+    const auto& bounds = *reinterpret_cast<const RowBounds*>(m.row_blocks + i * layout.bytes + layout.bounds);
+    most.dout = larger_float(most.dout, bounds.dout);
+    most.delta = larger_float(most.delta, bounds.delta);
+  }
+  const float bound =
+      most.dout * bound_values(rows_from(p.v, s.batch, s.k_begin, head, 1), s.S, p.Hv) + most.delta;
+  if (!(bound > 0.0f && bound < __builtin_inff())) return 1.0f;
+  const int64_t bits = kScoreGradientBits - 1 - __builtin_ilogbf(bound);
+  return __builtin_ldexpf(1.0f, static_cast<int>(larger(-100, smaller(100, bits))));
+}
+
+// Scores and dp of 32 keys -> P^T, dS^T and dS^T with keys in pairs, times powers of two. `delta` is
+// multiplied by gap_scale. `low` and `high`: per row the first and the last key that it sees, counted from
+// the first of the 32.
 template <bool kMasked>
 static void differentiate(const BackwardTask& task, const float* base, const float* delta,
                           Bits* ds_transposed, const int32_t* low, const int32_t* high) {
   const __m512 factor = _mm512_set1_ps(task.a->problem.scale * 1.44269504088896340736f);
+  const __m512 gap_scale = _mm512_set1_ps(task.gap_scale);
   for (int64_t m = 0; m < kRowTiles / 2; ++m) {
     const float* s = task.scores + 2 * m * kTileSums;
     const float* dp = task.dp + 2 * m * kTileSums;
@@ -168,27 +212,27 @@ static void differentiate(const BackwardTask& task, const float* base, const flo
           const int64_t at = key * kRowTiles * kTileSums + tile * kTileSums;
           const int64_t row = (2 * m + tile) * 16;
           __m512 x =
-              exp2_rounding_up(_mm512_fmsub_ps(_mm512_load_ps(s + at), factor, _mm512_load_ps(base + row)));
+              exp2_shifted(_mm512_fmsub_ps(_mm512_load_ps(s + at), factor, _mm512_load_ps(base + row)));
+          const __m512 gap = _mm512_fmsub_ps(_mm512_load_ps(dp + at), gap_scale, _mm512_load_ps(delta + row));
           if (kMasked) {
             const __m512i index = _mm512_set1_epi32(static_cast<int32_t>(i + 16 * key));
             const __mmask16 seen = _mm512_cmple_epi32_mask(_mm512_load_si512(low + row), index) &
                                    _mm512_cmple_epi32_mask(index, _mm512_load_si512(high + row));
             x = _mm512_maskz_mov_ps(seen, x);
-            ds[key][tile] = _mm512_maskz_mul_ps(
-                seen, x, _mm512_sub_ps(_mm512_load_ps(dp + at), _mm512_load_ps(delta + row)));
+            ds[key][tile] = _mm512_maskz_mul_ps(seen, x, gap);
           } else {
-            ds[key][tile] =
-                _mm512_mul_ps(x, _mm512_sub_ps(_mm512_load_ps(dp + at), _mm512_load_ps(delta + row)));
+            ds[key][tile] = _mm512_mul_ps(x, gap);
           }
           p[key][tile] = x;
         }
       }
       _mm512_store_si512(p_tile, merge_pairs(p[0][0], p[0][1]));
       _mm512_store_si512(p_tile + 2 * kTileValues, merge_pairs(p[1][0], p[1][1]));
-      _mm512_store_si512(ds_tile, merge_pairs(ds[0][0], ds[0][1]));
-      _mm512_store_si512(ds_tile + 2 * kTileValues, merge_pairs(ds[1][0], ds[1][1]));
-      _mm512_store_si512(transposed, merge_pairs(ds[0][0], ds[1][0]));
-      _mm512_store_si512(transposed + kTileValues, merge_pairs(ds[0][1], ds[1][1]));
+      const __m512i ds0 = merge_pairs(ds[0][0], ds[0][1]), ds1 = merge_pairs(ds[1][0], ds[1][1]);
+      _mm512_store_si512(ds_tile, ds0);
+      _mm512_store_si512(ds_tile + 2 * kTileValues, ds1);
+      _mm512_store_si512(transposed, merge_words(ds0, _mm512_slli_epi32(ds1, 16)));
+      _mm512_store_si512(transposed + kTileValues, merge_words(_mm512_srli_epi32(ds0, 16), ds1));
     }
   }
 }
@@ -223,8 +267,8 @@ static void add_dq(const BackwardTask& task, int64_t block, int64_t index, int64
       transpose_tile(reinterpret_cast<Bits*>(dq + tile * kTileSums),
                      reinterpret_cast<Bits*>(dq + tile * kTileSums));
     const int64_t count = smaller(kBackwardRows, s.T * group - first);
-    store_tiles(dq, task.h_tiles * kTileSums, kTileSums, count, p.H, p.scale, task.a->accumulate,
-                rows_from(task.a->dq, s.batch, s.q_begin, task.head, group), first);
+    store_tiles(dq, task.h_tiles * kTileSums, kTileSums, count, p.H, p.scale / task.gradient_scale,
+                task.a->accumulate, rows_from(task.a->dq, s.batch, s.q_begin, task.head, group), first);
   }
   // Not a plain store: it would wipe out the mark of a thread that failed, for which the others would then
   // wait.
@@ -244,7 +288,11 @@ static void propagate(const BackwardTask& task, int64_t block, int64_t index) {
   const auto* dout_transposed = reinterpret_cast<const Bits*>(memory + task.layout.dout_transposed);
   const auto* dout = reinterpret_cast<const Bits*>(memory + task.layout.dout);
   const auto* base = reinterpret_cast<const float*>(memory + task.layout.base);
-  const auto* delta = reinterpret_cast<const float*>(memory + task.layout.delta);
+  alignas(64) float delta[kBackwardRows];
+  for (int64_t i = 0; i < kBackwardRows; i += 16) {
+    const __m512 x = _mm512_load_ps(reinterpret_cast<const float*>(memory + task.layout.delta) + i);
+    _mm512_store_ps(delta + i, _mm512_mul_ps(x, _mm512_set1_ps(task.gap_scale)));
+  }
   alignas(64) int32_t low[kBackwardRows], high[kBackwardRows];
   int64_t most_low = 0, least_high = s.S, least_low = s.S, most_high = -1;
   for (int64_t i = 0; i < kBackwardRows; ++i) {
@@ -336,10 +384,17 @@ static void run_key_block(BackwardTask& task, int64_t sequence_index) {
         propagate(task, block, row_block_index(*task.memory, p, s, sequence_index, task.head, block));
     }
   }
-  store_tiles(task.dk, task.h_tiles * kTileSums, kTileSums, task.num_keys, p.H, p.scale, a.accumulate,
-              rows_from(a.dk, s.batch, s.k_begin, task.head, 1), task.first_key);
-  store_tiles(task.dv, task.hv_tiles * kTileSums, kTileSums, task.num_keys, p.Hv, 1.0f, a.accumulate,
-              rows_from(a.dv, s.batch, s.k_begin, task.head, 1), task.first_key);
+  store_tiles(task.dk, task.h_tiles * kTileSums, kTileSums, task.num_keys, p.H, p.scale / task.gradient_scale,
+              a.accumulate, rows_from(a.dk, s.batch, s.k_begin, task.head, 1), task.first_key);
+  store_tiles(task.dv, task.hv_tiles * kTileSums, kTileSums, task.num_keys, p.Hv,
+              1.0f / (1 << kProbabilityBits), a.accumulate, rows_from(a.dv, s.batch, s.k_begin, task.head, 1),
+              task.first_key);
+}
+
+// Whether this code does it. fp16 could not hold every dout in fp32.
+static bool takes(const AttentionBackward& a) {
+  return suits(a.problem) && a.problem.q.dtype == kHalf && !a.dbias &&
+         (kHalf != kFloat16 || a.dout.dtype == kFloat16);
 }
 
 static void attention_backward(const AttentionBackward& a) {
@@ -355,12 +410,19 @@ static void attention_backward(const AttentionBackward& a) {
       prepare_rows(a, memory, layout, s, rest / blocks, rest % blocks, i);
     }
   });
+  parallel_for(num_sequences * p.G, 1, p.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Sequence s = sequence_of(p, i / p.G);
+      memory.gradient_scales[i] = find_gradient_scale(a, memory, layout, s, i / p.G, i % p.G);
+    }
+  });
   // Blocks of keys in order, and for each of them all heads, so that threads rarely meet in one head's dq.
   parallel_for(memory.num_parts, 1, p.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t index = find_entry(memory.first_part, num_sequences, part);
       const Sequence s = sequence_of(p, index);
       const int64_t rest = part - memory.first_part[index], block = rest / p.G;
+      const float scale = memory.gradient_scales[index * p.G + rest % p.G];
       BackwardTask task{&a,
                         &s,
                         &memory,
@@ -371,6 +433,8 @@ static void attention_backward(const AttentionBackward& a) {
                         smaller(kBackwardKeys, s.S - block * kBackwardKeys),
                         round_up(p.H, 32) / 16,
                         round_up(p.Hv, 32) / 16,
+                        scale,
+                        scale / (1 << kProbabilityBits),
                         {},
                         {},
                         {},
@@ -393,5 +457,5 @@ static void attention_backward(const AttentionBackward& a) {
   });
 }
 
-}  // namespace bf16
+}  // namespace half
 }  // namespace pypar::PYPAR_ISA

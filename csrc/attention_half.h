@@ -1,17 +1,18 @@
-// Which attention runs with bf16 products, and the memory that it needs: the same for every instruction set.
+// Which attention runs with bf16 or fp16 products, and the memory that it needs: the same for every
+// instruction set.
 #pragma once
 
 #include "attention_plan.h"
 
 namespace pypar {
-namespace bf16 {
+namespace half {
 
-// Whether a problem runs with bf16 products where the CPU has them. Not with what changes single scores, and
-// not with few rows, for which packing the keys costs more than it spares.
+// Whether a problem runs with products of its own 16-bit type where the CPU has them. Not with what changes
+// single scores, and not with few rows, for which packing the keys costs more than it spares.
 static inline bool suits(const AttentionProblem& p) {
   const bool plain = p.softcap == 0.0f && !p.bias.data && !p.alibi_slopes && p.dropout_p == 0.0f;
   const int64_t sequences = p.cu_seqlens_q ? p.B : 1;
-  return p.q.dtype == kBFloat16 && plain && p.T * (p.N / p.G) > kDecodeRows * sequences;
+  return p.q.dtype != kFloat32 && plain && p.T * (p.N / p.G) > kDecodeRows * sequences;
 }
 
 // Rows of one part, in panels of 32.
@@ -63,10 +64,16 @@ struct ForwardMemory {
 constexpr int64_t kBackwardRows = 64;
 constexpr int64_t kBackwardKeys = 128;
 
+// Over a block of rows the largest sum of a row's |dout|, and the largest |delta|.
+struct RowBounds {
+  float dout, delta;
+};
+
 // What one block of rows has in the caller's memory, in bytes from its begin.
 struct RowBlockLayout {
-  // q and dout as right operands, transposed and not; the reference and delta of each row; the sum of dq^T.
-  int64_t q_transposed, q, dout_transposed, dout, base, delta, dq, bytes;
+  // q and dout as right operands, transposed and not; the reference and delta of each row; RowBounds; the sum
+  // of dq^T.
+  int64_t q_transposed, q, dout_transposed, dout, base, delta, bounds, dq, bytes;
 
   explicit RowBlockLayout(const AttentionProblem& p) {
     const int64_t h = blocks_of(p.H, 32) * 32 * kBackwardRows, hv = blocks_of(p.Hv, 32) * 32 * kBackwardRows;
@@ -76,7 +83,8 @@ struct RowBlockLayout {
     dout = dout_transposed + hv * 2;
     base = dout + hv * 2;
     delta = base + kBackwardRows * 4;
-    dq = delta + kBackwardRows * 4;
+    bounds = delta + kBackwardRows * 4;
+    dq = bounds + 64;
     bytes = dq + h * 4;
   }
 };
@@ -93,6 +101,7 @@ struct BackwardMemory {
   int64_t num_row_blocks, num_parts;
   char* row_blocks;
   int32_t* progress;
+  float* gradient_scales;  // per sequence and head
 
   static int64_t count(const AttentionProblem& p) {
     int64_t blocks = 0;
@@ -101,7 +110,7 @@ struct BackwardMemory {
     return blocks;
   }
   static int64_t bytes(const AttentionProblem& p) {
-    return index_bytes(p) + count(p) * (RowBlockLayout(p).bytes + 4);
+    return index_bytes(p) + count(p) * (RowBlockLayout(p).bytes + 4) + count_sequences(p) * p.G * 4;
   }
   BackwardMemory(const AttentionProblem& p, void* memory) : num_row_blocks(0), num_parts(0) {
     first_row_block = static_cast<int64_t*>(memory);
@@ -115,6 +124,7 @@ struct BackwardMemory {
     }
     row_blocks = static_cast<char*>(memory) + index_bytes(p);
     progress = reinterpret_cast<int32_t*>(row_blocks + num_row_blocks * RowBlockLayout(p).bytes);
+    gradient_scales = reinterpret_cast<float*>(progress + num_row_blocks);
   }
 };
 
@@ -126,5 +136,5 @@ static inline int64_t backward_bytes(const AttentionProblem& p) {
   return most_of(attention_backward_bytes(p), suits(p) ? BackwardMemory::bytes(p) : 0);
 }
 
-}  // namespace bf16
+}  // namespace half
 }  // namespace pypar

@@ -1,4 +1,4 @@
-// Attention's forward with bf16 products: online softmax over units of 32 rows and 64 keys.
+// Attention's forward with bf16 or fp16 products: online softmax over units of 32 rows and 64 keys.
 //
 // Scores are computed as [row][key], so that probabilities are a left operand as they are stored, and what
 // must be transposed is K, which is packed once for all rows. The steps of three consecutive units take turns
@@ -7,13 +7,13 @@
 // slower than one step after the other.
 #pragma once
 
-#include "attention_bf16.h"
-#include "attention_bf16_tile.h"
+#include "attention_half.h"
+#include "attention_half_tile.h"
 #include "parallel.h"
 
 namespace pypar::PYPAR_ISA {
-namespace bf16 {
-using namespace pypar::bf16;
+namespace half {
+using namespace pypar::half;
 
 constexpr int64_t kPanelRows = 32;
 constexpr int64_t kUnitKeys = 64;
@@ -71,11 +71,11 @@ PYPAR_INLINE void soften_fast_rows(const Unit& unit, float factor, int64_t tile,
   for (int64_t i = 0; i < 8; ++i, ++row) {
     const float* s = unit.scores + tile * 4 * kTileSums + row * 16;
     Bits* p = unit.p + tile * 2 * kTileValues + row * 32;
-    const __m512 base = _mm512_set1_ps(unit.panel->reference[tile * 16 + row]);
+    const __m512 base = _mm512_set1_ps(unit.panel->reference[tile * 16 + row] - kShift);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t block = 0; block < unit.blocks; ++block) {
-      const __m512 a = exp2_rounding_up(_mm512_fmsub_ps(_mm512_load_ps(s), scale, base));
-      const __m512 b = exp2_rounding_up(_mm512_fmsub_ps(_mm512_load_ps(s + kTileSums), scale, base));
+      const __m512 a = exp2_shifted(_mm512_fmsub_ps(_mm512_load_ps(s), scale, base));
+      const __m512 b = exp2_shifted(_mm512_fmsub_ps(_mm512_load_ps(s + kTileSums), scale, base));
       _mm512_store_si512(p, merge_pairs(a, b));
       sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
       s += 2 * kTileSums;
@@ -110,16 +110,17 @@ static void soften_row(Unit& unit, float factor, int64_t tile, int64_t row) {
     panel.reference[index] = most;
     if (old > -__builtin_inff()) {
       // The exponential's own factor is taken out again.
-      const float shrink = _mm512_cvtss_f32(exp2_rounding_up(_mm512_set1_ps(old - most))) / (1.0f + kRoundUp);
+      const float shrink =
+          _mm512_cvtss_f32(exp2_shifted(_mm512_set1_ps(old - most + kShift))) / (1.0f + kRoundUp);
       sum = _mm512_mul_ps(sum, _mm512_set1_ps(shrink));
       unit.shrink[index] = shrink;
       unit.rescaled = true;
     }
   }
   const float reference = panel.reference[index];
-  const __m512 base = _mm512_set1_ps(reference == -__builtin_inff() ? 0.0f : reference);
+  const __m512 base = _mm512_set1_ps((reference == -__builtin_inff() ? 0.0f : reference) - kShift);
   for (int j = 0; j < 2 * unit.blocks; ++j) {
-    x[j] = exp2_rounding_up(_mm512_sub_ps(x[j], base));
+    x[j] = exp2_shifted(_mm512_sub_ps(x[j], base));
     sum = _mm512_add_ps(sum, x[j]);
   }
   for (int block = 0; block < unit.blocks; ++block) {
@@ -344,6 +345,8 @@ static void attend(const ForwardTask& task, int64_t head, int64_t block) {
   for (int64_t i = 0; i < list.num_panels; ++i) end_panel(task, head, panels[i]);
 }
 
+static bool takes(const AttentionForward& a) { return suits(a.problem) && a.problem.q.dtype == kHalf; }
+
 static void attention_forward(const AttentionForward& a) {
   const AttentionProblem& p = a.problem;
   const ForwardSizes sizes(p);
@@ -390,5 +393,5 @@ static void attention_forward(const AttentionForward& a) {
   });
 }
 
-}  // namespace bf16
+}  // namespace half
 }  // namespace pypar::PYPAR_ISA
