@@ -157,6 +157,48 @@ __device__ __forceinline__ float unpack_f16(uint16_t bits) {
   return value;
 }
 
+// Words that GPUs of one node, and the host, pass to each other. What a thread did before a release, and what
+// it knew of, is seen by whoever reads the stored value with acquire, and by all that is ordered behind that
+// read, across barriers too. A relaxed access is whole and not held in a cache, and orders nothing.
+__device__ __forceinline__ void store_release_system(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(word)), "r"(value)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed_system(uint32_t* word, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(word)), "r"(value)
+               : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(word))
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_relaxed_system(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(word))
+               : "memory");
+  return value;
+}
+
+// Nanoseconds since some moment; on some GPUs it advances about once in a microsecond.
+__device__ __forceinline__ uint64_t time_ns() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+}
+
 #else  // PYPAR_SIMT
 
 // Functions of their own, not using-declarations: code that is wrong under nvcc is then wrong here too.
@@ -184,6 +226,11 @@ template <int N>
 inline void copy_async_wait() {
   simt::copy_async_wait(N);
 }
+inline void store_release_system(uint32_t* word, uint32_t value) { simt::store_system(word, value, true); }
+inline void store_relaxed_system(uint32_t* word, uint32_t value) { simt::store_system(word, value, false); }
+inline uint32_t load_acquire_system(const uint32_t* word) { return simt::load_system(word, true); }
+inline uint32_t load_relaxed_system(const uint32_t* word) { return simt::load_system(word, false); }
+inline uint64_t time_ns() { return simt::time_ns(); }
 inline float exp2_approx(float x) { return simt::exp2_approx(x); }
 inline float log2_approx(float x) { return simt::log2_approx(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }

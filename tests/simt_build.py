@@ -170,7 +170,7 @@ class _Builder:
     def runtime(self) -> list[Path]:
         """The machine's objects, and the bounds of shared memory, which the kernels' objects go between."""
         flags = f"{_FLAVOURS[self.flavour]} -Wall -Wextra -Wno-psabi".replace("-O1", "-O2")
-        names = ["fiber", "machine", "memory", "report", "shadow", "stream", "tensor_core", "warp"]
+        names = ["devices", "fiber", "machine", "memory", "report", "shadow", "stream", "tensor_core", "warp"]
         if self.flavour == "checked":
             names.append("hooks")
         objects = [self.compile(RUNTIME / f"{name}.cpp", flags) for name in names]

@@ -1,5 +1,6 @@
 // What the compiler calls before each memory access of a kernel: the checked flavour is compiled with
 // -fsanitize=thread,alignment,bounds, and these take the place of the sanitizers' own runtimes.
+#include "devices.h"
 #include "memory.h"
 #include "report.h"
 
@@ -11,7 +12,9 @@ inline void on_access(const void* address, size_t bytes, Access access, const vo
   simt::Thread* t = simt::current;
   if (t == nullptr) return;  // host code
   if (static_cast<size_t>(static_cast<const char*>(address) - t->stack) < simt::kStackBytes) return;
-  simt::check_access(*t, address, bytes, access, site);
+  simt::before_access(*t);
+  const bool between_devices = simt::check_access(*t, address, bytes, access, site);
+  if (between_devices && access == Access::kWrite) simt::delay_store(*t, address, bytes);
 }
 
 struct SourceLocation {

@@ -6,6 +6,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "devices.h"
 #include "fiber.h"
 #include "memory.h"
 #include "report.h"
@@ -51,7 +52,7 @@ unsigned next_lane(const Warp& warp, uint32_t lanes) {
 
 // The next thread to run, or null if none can.
 Thread* next_thread(unsigned warp_index) {
-  const unsigned num_warps = machine.block.num_warps;
+  const unsigned num_warps = machine.block->num_warps;
   const bool reverse = machine.options.thread_order == Order::kReverse;
   if (machine.options.thread_order == Order::kRandom) warp_index = next_random() % num_warps;
   for (unsigned i = 0; i < num_warps; ++i) {
@@ -93,7 +94,7 @@ void switch_to(void** save, void** save_fake_stack, Thread* next) {
 // Where all threads that have not returned wait, for a deadlock's report.
 [[noreturn]] void report_deadlock() {
   std::map<std::string, std::pair<unsigned, const Thread*>> places;
-  for (unsigned i = 0; i < machine.block.num_threads; ++i) {
+  for (unsigned i = 0; i < machine.block->num_threads; ++i) {
     const Thread& t = machine.threads[i];
     if (t.exited) continue;
     auto& place = places[std::string(operation_name(t.wait.operation)) + " at " + source_line(t.wait.site)];
@@ -106,8 +107,8 @@ void switch_to(void** save, void** save_fake_stack, Thread* next) {
             " (the first: " + thread_name(*threads.second) + ") wait in " + where;
     site = threads.second->wait.site;
   }
-  if (machine.block.num_exited > 0)
-    text += "; " + std::to_string(machine.block.num_exited) + " have returned";
+  if (machine.block->num_exited > 0)
+    text += "; " + std::to_string(machine.block->num_exited) + " have returned";
   stop_with(kDivergent, text, site);
 }
 
@@ -119,7 +120,8 @@ void thread_entry() {
 #endif
   machine.call->run();
   Thread& t = *current;
-  Block& block = machine.block;
+  machine.idle_polls = 0;
+  Block& block = *machine.block;
   Warp& warp = machine.warps[t.warp];
   t.exited = true;
   block.exited_thread = t.number;
@@ -139,12 +141,14 @@ void thread_entry() {
   __builtin_unreachable();
 }
 
-void start_threads(const Call& call) {
-  Block& block = machine.block;
+void start_threads(Resident& resident, const Call& call) {
+  Block& block = *machine.block;
   const dim3 size = call.block;
   block.num_threads = size.x * size.y * size.z;
   block.num_warps = (block.num_threads + kWarpSize - 1) / kWarpSize;
   block.num_exited = block.num_at_barrier = 0;
+  if (resident.threads.size() < block.num_threads) resident.threads.resize(block.num_threads);
+  machine.threads = resident.threads.data();
   for (unsigned i = 0; i < block.num_warps; ++i) machine.warps[i] = Warp{};
   for (unsigned i = 0; i < block.num_threads; ++i) {
     Thread& t = machine.threads[i];
@@ -160,6 +164,7 @@ void start_threads(const Call& call) {
     t.copies.clear();
     t.groups = 0;
     t.clock = 1;
+    t.acquired.reset();
     std::fill_n(t.seen, kWarpSize, 0u);
     Warp& warp = machine.warps[t.warp];
     warp.alive |= 1u << t.lane;
@@ -169,21 +174,83 @@ void start_threads(const Call& call) {
   }
 }
 
-void run_block(const Call& call, uint64_t number) {
-  Block& block = machine.block;
+}  // namespace
+
+void Knowledge::join(const Knowledge& other) {
+  for (const auto& [block, epoch] : other.blocks) {
+    uint32_t& mine = blocks[block];
+    if (mine < epoch) mine = epoch;
+  }
+  for (const Point& point : other.points) {
+    if (!covers(owner_of(point.epoch), point.epoch, point.number, point.stamp)) points.push_back(point);
+  }
+}
+
+bool Knowledge::covers(uint32_t block, uint32_t epoch, unsigned number, uint32_t stamp) const {
+  const auto found = blocks.find(block);
+  if (found != blocks.end() && epoch < found->second) return true;
+  for (const Point& point : points) {
+    if (point.epoch == epoch && point.number == number && point.stamp >= stamp) return true;
+  }
+  return false;
+}
+
+void advance_epoch() {
+  machine.block->epoch = ++machine.epoch;
+  machine.owners.push_back(machine.block->id);
+}
+
+void begin_launches() {
+  clear_findings();
+  machine.stopped = false;
+  machine.random = machine.options.seed * 0x9E3779B97F4A7C15u + 0x2545F4914F6CDD1Du;
+  if (machine.random == 0) machine.random = 1;
+  machine.blocks.clear();
+  machine.owners.clear();
+  machine.launch_epoch = machine.epoch + 1;
+}
+
+void activate(Resident& resident) {
+  machine.threads = resident.threads.data();
+  machine.warps = resident.warps;
+  machine.block = &resident.block;
+  machine.call = resident.call;
+  machine.device = resident.device;
+  use_shared(*resident.memory);
+  allow_arguments(resident.call, resident.call->bytes);
+}
+
+void start_block(Resident& resident, const Call& call, uint64_t number) {
+  resident.call = &call;
+  if (resident.memory == nullptr) resident.memory = std::make_shared<SharedMemory>();
+  activate(resident);
+  Block& block = *machine.block;
   block.grid = call.grid;
   block.size = call.block;
   const uint64_t row = number / call.grid.x;
   block.index = {static_cast<unsigned>(number % call.grid.x), static_cast<unsigned>(row % call.grid.y),
                  static_cast<unsigned>(row / call.grid.y)};
-  block.first_epoch = ++block.epoch;
-  machine.blocks.emplace_back(block.epoch, block.index);
+  block.id = static_cast<uint32_t>(machine.blocks.size());
+  machine.blocks.push_back({block.size, block.index, machine.device});
+  block.known = Knowledge{};
+  advance_epoch();
+  block.first_epoch = block.epoch;
   ++machine.counters.blocks;
-  start_threads(call);
+  start_threads(resident, call);
   poison_shared(call.shared_bytes);
-  const unsigned last = block.num_warps - 1;
-  switch_to(&machine.main_stack_pointer, &machine.main_fake_stack,
-            next_thread(machine.options.thread_order == Order::kReverse ? last : 0));
+  resident.warp = machine.options.thread_order == Order::kReverse ? block.num_warps - 1 : 0;
+}
+
+void resume_threads(Resident& resident) {
+  Thread* next = next_thread(resident.warp);
+  if (next == nullptr) report_deadlock();
+  resident.warp = (next->warp + 1) % machine.block->num_warps;
+  switch_to(&machine.main_stack_pointer, &machine.main_fake_stack, next);
+}
+
+void give_turn_back(Thread& t) {
+  release(t);
+  switch_to(&t.stack_pointer, &t.fake_stack, nullptr);
 }
 
 void check_call(const Call& call) {
@@ -202,8 +269,6 @@ void check_call(const Call& call) {
            std::to_string(kMaxSharedBytes) + ", static ones included");
   }
 }
-
-}  // namespace
 
 void block_thread(Thread& t) {
   Thread* next = next_thread(t.warp);
@@ -234,7 +299,7 @@ void stop_launch() {
 int sync_threads(Barrier kind, int predicate) {
   const void* site = __builtin_return_address(0);
   Thread& t = *current;
-  Block& block = machine.block;
+  Block& block = *machine.block;
   t.wait = {Operation::kSyncThreads, static_cast<uint8_t>(kind), ~0u, site};
   t.in[0] = predicate != 0;
   if (block.num_exited > 0) {
@@ -260,7 +325,9 @@ int sync_threads(Barrier kind, int predicate) {
   if (kind == Barrier::kAnd) count = count == block.num_threads;
   if (kind == Barrier::kOr) count = count != 0;
   block.num_at_barrier = 0;
-  ++block.epoch;
+  advance_epoch();
+  join_acquired(block);
+  machine.idle_polls = 0;
   ++machine.counters.barriers;
   for (unsigned i = 0; i < block.num_threads; ++i) {
     Thread& other = machine.threads[i];
@@ -269,6 +336,7 @@ int sync_threads(Barrier kind, int predicate) {
   }
   t.wait.operation = Operation::kNone;
   if (machine.options.thread_order == Order::kRandom) yield_thread(t);
+  before_access(t);
   return static_cast<int>(count);
 }
 
@@ -277,24 +345,19 @@ void trap() {
 }
 
 uint3 thread_index() { return current->index; }
-uint3 block_index() { return machine.block.index; }
-dim3 block_size() { return machine.block.size; }
-dim3 grid_size() { return machine.block.grid; }
+uint3 block_index() { return machine.block->index; }
+dim3 block_size() { return machine.block->size; }
+dim3 grid_size() { return machine.block->grid; }
 unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(machine.shared); }
 
 void run_call(const Call& call) {
   if (current != nullptr)
     throw std::runtime_error("a kernel launches a kernel; the host runtime has no such launches");
+  static Resident resident;
   machine.call = &call;
-  clear_findings();
   check_call(call);
-  machine.stopped = false;
-  machine.random = machine.options.seed * 0x9E3779B97F4A7C15u + 0x2545F4914F6CDD1Du;
-  if (machine.random == 0) machine.random = 1;
-  machine.blocks.clear();
-  machine.launch_epoch = machine.block.epoch + 1;
+  begin_launches();
   ++machine.counters.launches;
-  allow_arguments(&call, call.bytes);
   const uint64_t num_blocks = uint64_t{call.grid.x} * call.grid.y * call.grid.z;
   std::vector<uint64_t> order(num_blocks);
   for (uint64_t i = 0; i < num_blocks; ++i) order[i] = i;
@@ -302,7 +365,10 @@ void run_call(const Call& call) {
   if (machine.options.block_order == Order::kRandom) {
     for (uint64_t i = num_blocks; i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
   }
-  for (uint64_t i = 0; i < num_blocks && !machine.stopped; ++i) run_block(call, order[i]);
+  for (uint64_t i = 0; i < num_blocks && !machine.stopped; ++i) {
+    start_block(resident, call, order[i]);
+    resume_threads(resident);
+  }
   if (has_findings()) throw std::runtime_error(findings_text());
 }
 

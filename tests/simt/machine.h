@@ -1,8 +1,11 @@
-// The machine that runs kernels: threads as fibers, warps, one block at a time; what memory.h, warp.cpp and
-// report.h know of each other. Blocks run one after another, in a chosen order, on the calling OS thread.
+// The machine that runs kernels: threads as fibers, warps, blocks; what memory.h, warp.cpp, report.h and
+// devices.h know of each other. On the calling OS thread blocks run one after another, in a chosen order; or,
+// with Options::concurrent, all blocks of the kernels of several devices by turns (devices.h).
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -55,9 +58,23 @@ struct Copy {
   bool valid;
 };
 
+// What is ordered before a thread's next access, of other blocks: by release and acquire, and the ends of
+// kernels.
+struct Knowledge {
+  struct Point {
+    uint32_t epoch, stamp;
+    unsigned number;
+  };
+  std::map<uint32_t, uint32_t> blocks;  // all accesses of this block in epochs before this one
+  std::vector<Point> points;            // those of one thread in one epoch, up to a stamp
+
+  void join(const Knowledge& other);
+  bool covers(uint32_t block, uint32_t epoch, unsigned number, uint32_t stamp) const;
+};
+
 struct Thread {
   void* stack_pointer;
-  char* stack;  // its lowest address
+  char* stack = nullptr;  // its lowest address
   void* fake_stack;
   uint3 index;
   uint32_t number;  // in its block
@@ -73,6 +90,7 @@ struct Thread {
   // Block::epoch.
   uint32_t clock;
   uint32_t seen[kWarpSize];
+  std::unique_ptr<Knowledge> acquired;  // since the block's last barrier
 };
 
 struct Warp {
@@ -95,6 +113,7 @@ struct Options {
   bool early_copies =
       false;  // cp.async moves its data at once: what it overwrites too early is seen to change
   unsigned max_findings = 20;
+  bool concurrent = false;  // every stream is a device, and they run at the same time
 };
 
 struct Counters {
@@ -108,28 +127,75 @@ struct Block {
   uint32_t exited_thread;   // one that has returned
   uint32_t barrier_thread;  // the first at the present barrier
   uint32_t first_epoch;
-  uint32_t epoch;  // counts barriers, over all blocks and launches: earlier means ordered before
+  // Counts barriers, over all blocks and launches: an earlier one of the same block means ordered before.
+  uint32_t epoch;
+  uint32_t id;      // in Machine::blocks
+  Knowledge known;  // by all of its threads
+};
+
+// What findings say of a block, also after its end.
+struct BlockRecord {
+  dim3 size;
+  uint3 index;
+  unsigned device;
+};
+
+struct SharedMemory;
+
+// A block that has been started: all that changes when another one gets its turn.
+struct Resident {
+  std::vector<Thread> threads;
+  Warp warps[kMaxThreads / kWarpSize];
+  Block block{};
+  const Call* call = nullptr;
+  std::shared_ptr<SharedMemory> memory;
+  unsigned device = 0;
+  unsigned warp = 0;  // that ran last
 };
 
 struct Machine {
-  Thread threads[kMaxThreads];
-  Warp warps[kMaxThreads / kWarpSize];
-  Block block;
+  // Of the resident that has its turn.
+  Thread* threads = nullptr;
+  Warp* warps = nullptr;
+  Block* block = nullptr;
   const Call* call = nullptr;
-  uint32_t launch_epoch = 1;  // the launch's first
-  std::vector<std::pair<uint32_t, uint3>>
-      blocks;  // first epoch and index of the launch's blocks, as they ran
+  unsigned device = 0;
+
+  uint32_t epoch = 0;            // the latest of all
+  uint32_t launch_epoch = 1;     // what is earlier is over: launches, or sets of concurrent ones, before
+  std::vector<uint32_t> owners;  // block ids, of the epochs since
+  std::vector<BlockRecord> blocks;
   Options options;
+  uint64_t time_ns = 0;
+  uint64_t idle_polls = 0;  // since anything but waiting was done
   Counters counters{};
   uint64_t random = 1;
   void* main_stack_pointer = nullptr;
   void* main_fake_stack = nullptr;
   bool stopped = false;
-  char* shared = nullptr;  // dynamic shared memory
+  char* shared = nullptr;  // dynamic shared memory, of the resident that has its turn
 };
 
 extern Machine machine;
 extern Thread* current;  // null outside kernels
+
+// The block that an epoch since launch_epoch belongs to.
+inline uint32_t owner_of(uint32_t epoch) { return machine.owners[epoch - machine.launch_epoch]; }
+// Begins the next epoch of the machine's block.
+void advance_epoch();
+// What came before is over.
+void begin_launches();
+
+// Makes a resident of one block of a call, gives it the turn, and lets its threads run until all have
+// returned or one gives the turn back.
+void start_block(Resident& resident, const Call& call, uint64_t number);
+void activate(Resident& resident);
+void resume_threads(Resident& resident);
+inline bool has_ended(const Resident& r) { return r.block.num_exited == r.block.num_threads; }
+// Throws if no GPU could run it.
+void check_call(const Call& call);
+// Marks the running thread as able to run and gives the turn back.
+void give_turn_back(Thread& t);
 
 // Lets others run until the wait that `t` is in has ended.
 void block_thread(Thread& t);

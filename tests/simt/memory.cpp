@@ -29,6 +29,7 @@ struct Buffer {
   uintptr_t begin, end;
   unsigned shift;  // log2 of the element's bytes
   bool writable;
+  bool between_devices;
   std::string name;
   Cell* cells = nullptr;  // one per element, of writable buffers
 };
@@ -36,10 +37,7 @@ struct Buffer {
 std::vector<Buffer> buffers;  // by address, disjoint
 size_t last_buffer = 0;
 uintptr_t arguments_begin = 0, arguments_end = 0;
-size_t dynamic_bytes = 0;
-Cell* dynamic_cells = nullptr;
-Cell* static_cells = nullptr;
-size_t static_cells_bytes = 0;
+SharedMemory* used = nullptr;  // by the block that has its turn
 
 // Zero pages until they are touched.
 Cell* allocate_cells(size_t count) {
@@ -49,9 +47,12 @@ Cell* allocate_cells(size_t count) {
   return static_cast<Cell*>(memory);
 }
 
+void free_cells(Cell* cells, size_t count) {
+  if (cells != nullptr) munmap(cells, count * sizeof(Cell));
+}
+
 void free_cells(Buffer& buffer) {
-  if (buffer.cells == nullptr) return;
-  munmap(buffer.cells, ((buffer.end - buffer.begin) >> buffer.shift) * sizeof(Cell));
+  free_cells(buffer.cells, ((buffer.end - buffer.begin) >> buffer.shift) + 1);
   buffer.cells = nullptr;
 }
 
@@ -94,7 +95,7 @@ std::string nearest_text(uintptr_t address) {
     return how_far(address, fixed, static_end(), "static shared memory");
   }
   if (address + kNear >= dynamic && address < dynamic + kMaxSharedBytes + kNear) {
-    return how_far(address, dynamic, dynamic + dynamic_bytes, "dynamic shared memory");
+    return how_far(address, dynamic, dynamic + used->dynamic_bytes, "dynamic shared memory");
   }
   const Buffer* best = nullptr;
   uintptr_t distance = 1 << 20;
@@ -132,12 +133,12 @@ void check_segment(Thread& t, Cell* cells, size_t offset, size_t bytes, size_t l
 bool check_shared_access(Thread& t, uintptr_t address, size_t bytes, Access access, const void* site) {
   const uintptr_t dynamic = address_of(machine.shared);
   if (address >= dynamic && address < dynamic + kMaxSharedBytes) {
-    check_segment(t, dynamic_cells, address - dynamic, bytes, dynamic_bytes, "dynamic shared memory", access,
-                  site);
+    check_segment(t, used->dynamic_cells, address - dynamic, bytes, used->dynamic_bytes,
+                  "dynamic shared memory", access, site);
     return true;
   }
   if (address >= static_begin() && address < static_end()) {
-    check_segment(t, static_cells, address - static_begin(), bytes, static_shared_bytes(),
+    check_segment(t, used->static_cells, address - static_begin(), bytes, static_shared_bytes(),
                   "static shared memory", access, site);
     return true;
   }
@@ -148,7 +149,7 @@ bool check_shared_access(Thread& t, uintptr_t address, size_t bytes, Access acce
 void check_elsewhere(const Thread& t, uintptr_t address, size_t bytes, Access access, const void* site) {
   if (address >= address_of(&__ehdr_start) && address < address_of(&_end)) return;
   if (address >= arguments_begin && address + bytes <= arguments_end && access == Access::kRead) return;
-  for (unsigned i = 0; i < machine.block.num_threads; ++i) {
+  for (unsigned i = 0; i < machine.block->num_threads; ++i) {
     const Thread& other = machine.threads[i];
     if (address - address_of(other.stack) < kStackBytes) {
       out_of_bounds(t, bytes, access, site, "a variable of " + thread_name(other));
@@ -160,11 +161,11 @@ void check_elsewhere(const Thread& t, uintptr_t address, size_t bytes, Access ac
 }  // namespace
 
 void register_buffer(uintptr_t address, size_t bytes, size_t element_bytes, bool writable,
-                     const std::string& name) {
+                     const std::string& name, bool between_devices) {
   if (bytes == 0 || !kChecked) return;
   unsigned shift = 0;
   while ((size_t{2} << shift) <= element_bytes) ++shift;
-  Buffer added{address, address + bytes, shift, writable, name};
+  Buffer added{address, address + bytes, shift, writable, between_devices, name};
   // Overlapping inputs, slices of one tensor, become one buffer.
   auto at = buffers.begin();
   while (at != buffers.end() && at->begin < added.end) {
@@ -215,28 +216,54 @@ uint32_t shared_address(const void* pointer) {
                                           : address - static_begin());
 }
 
+SharedMemory::SharedMemory() : dynamic(static_cast<char*>(std::aligned_alloc(1024, kMaxSharedBytes + 1024))) {
+  if (dynamic == nullptr) throw std::bad_alloc();
+  if (kChecked) dynamic_cells = allocate_cells(kMaxSharedBytes);
+}
+
+SharedMemory::~SharedMemory() {
+#ifdef SIMT_SANITIZED
+  __asan_unpoison_memory_region(dynamic, kMaxSharedBytes);
+#endif
+  std::free(dynamic);
+  free_cells(dynamic_cells, kMaxSharedBytes);
+  free_cells(static_cells, static_cells_bytes);
+  if (used == this) used = nullptr;
+}
+
+void put_shared(SharedMemory& memory) {
+#ifndef SIMT_SANITIZED
+  memory.static_part.assign(simt_shared_begin + 16, static_shared_bytes());
+#endif
+}
+
+void use_shared(SharedMemory& memory) {
+  used = &memory;
+  machine.shared = memory.dynamic;
+#ifndef SIMT_SANITIZED
+  if (!memory.static_part.empty()) {
+    std::memcpy(simt_shared_begin + 16, memory.static_part.data(), static_shared_bytes());
+  }
+#endif
+}
+
 void poison_shared(size_t bytes) {
   constexpr int kPoison = 0xff;  // not a number, in every type
-  if (machine.shared == nullptr) {
-    machine.shared = static_cast<char*>(std::aligned_alloc(1024, kMaxSharedBytes + 1024));
-    if (machine.shared == nullptr) throw std::bad_alloc();
-    if (kChecked) dynamic_cells = allocate_cells(kMaxSharedBytes);
-  }
-  dynamic_bytes = bytes;
+  used->dynamic_bytes = bytes;
 #ifdef SIMT_SANITIZED
   __asan_unpoison_memory_region(machine.shared, bytes);
   __asan_poison_memory_region(machine.shared + bytes, kMaxSharedBytes - bytes);
 #else
   std::memset(simt_shared_begin + 16, kPoison, static_shared_bytes());
-  if (kChecked && static_cells_bytes < static_shared_bytes()) {
-    static_cells_bytes = static_shared_bytes();
-    static_cells = allocate_cells(static_cells_bytes);
+  if (kChecked && used->static_cells_bytes < static_shared_bytes()) {
+    used->static_cells_bytes = static_shared_bytes();
+    used->static_cells = allocate_cells(used->static_cells_bytes);
   }
 #endif
   std::memset(machine.shared, kPoison, bytes);
 }
 
-void check_access(Thread& t, const void* pointer, size_t bytes, Access access, const void* site) {
+bool check_access(Thread& t, const void* pointer, size_t bytes, Access access, const void* site) {
   const uintptr_t address = address_of(pointer);
   const bool aligned = bytes > 16 || (bytes & (bytes - 1)) != 0 || (address & (bytes - 1)) == 0;
   if (!aligned) {
@@ -245,15 +272,18 @@ void check_access(Thread& t, const void* pointer, size_t bytes, Access access, c
                   " bytes after a multiple of " + std::to_string(bytes),
               site);
   }
-  if (check_shared_access(t, address, bytes, access, site) || !kChecked) return;
+  if (check_shared_access(t, address, bytes, access, site) || !kChecked) return false;
   Buffer* buffer = find_buffer(address);
-  if (buffer == nullptr) return check_elsewhere(t, address, bytes, access, site);
+  if (buffer == nullptr) {
+    check_elsewhere(t, address, bytes, access, site);
+    return false;
+  }
   if (address + bytes > buffer->end) {
     out_of_bounds(t, bytes, access, site,
                   "from byte " + std::to_string(address - buffer->begin) + " of " + buffer_text(*buffer));
   }
   if (!buffer->writable) {
-    if (access == Access::kRead) return;
+    if (access == Access::kRead) return false;
     out_of_bounds(t, bytes, access, site, buffer_text(*buffer) + " is an input and must not change");
   }
   const size_t first = (address - buffer->begin) >> buffer->shift;
@@ -261,6 +291,7 @@ void check_access(Thread& t, const void* pointer, size_t bytes, Access access, c
   check_cells(
       t, buffer->cells + first, last - first + 1, false, access, site,
       {buffer->name.empty() ? "global memory" : buffer->name.c_str(), first << buffer->shift, buffer->shift});
+  return buffer->between_devices;
 }
 
 void check_shared(Thread& t, const void* pointer, size_t bytes, Access access, const void* site,
@@ -285,7 +316,8 @@ namespace {
 Cell* shared_cells(const void* pointer) {
   const uintptr_t address = address_of(pointer), dynamic = address_of(machine.shared);
   const bool is_dynamic = address >= dynamic && address < dynamic + kMaxSharedBytes;
-  return is_dynamic ? dynamic_cells + (address - dynamic) : static_cells + (address - static_begin());
+  return is_dynamic ? used->dynamic_cells + (address - dynamic)
+                    : used->static_cells + (address - static_begin());
 }
 
 }  // namespace

@@ -31,9 +31,10 @@ simt::Order order_of(const std::string& name) {
 }
 
 void set_options(const std::string& block_order, const std::string& thread_order, uint64_t seed,
-                 bool early_copies, unsigned max_findings) {
+                 bool early_copies, unsigned max_findings, bool concurrent) {
   if (max_findings == 0) throw py::value_error("max_findings must be positive");
-  simt::machine.options = {order_of(block_order), order_of(thread_order), seed, early_copies, max_findings};
+  simt::machine.options = {order_of(block_order), order_of(thread_order), seed,
+                           early_copies,          max_findings,           concurrent};
 }
 
 py::dict counters() {
@@ -58,15 +59,15 @@ PYBIND11_MODULE(simt, module) {
       "Kernels of csrc/*.cu on the CPU, thread by thread. A fault is a RuntimeError from the launch.";
   module.def(
       "register_buffer",
-      [](uintptr_t address, size_t bytes, size_t element_bytes, bool writable, const std::string& name) {
-        simt::register_buffer(address, bytes, element_bytes, writable, name);
-      },
+      [](uintptr_t address, size_t bytes, size_t element_bytes, bool writable, const std::string& name,
+         bool shared) { simt::register_buffer(address, bytes, element_bytes, writable, name, shared); },
       py::arg("address"), py::arg("bytes"), py::arg("element_bytes") = 1, py::arg("writable") = true,
-      py::arg("name") = "", "Memory that kernels may touch; nothing else in global memory is theirs.");
+      py::arg("name") = "", py::arg("shared") = false,
+      "Memory that kernels may touch; nothing else in global memory is theirs. shared: by several devices.");
   module.def("clear_buffers", &simt::clear_buffers);
   module.def("set_options", &set_options, py::arg("block_order") = "linear",
              py::arg("thread_order") = "linear", py::arg("seed") = 0, py::arg("early_copies") = false,
-             py::arg("max_findings") = 20);
+             py::arg("max_findings") = 20, py::arg("concurrent") = false);
   module.def("counters", &counters,
              "What kernels did since reset_counters; instructions are counted by warps.");
   module.def("reset_counters", [] { simt::machine.counters = {}; });

@@ -103,7 +103,9 @@ bool found_again(const char* kind, const void* where, const void* other) {
 
 void add_finding(const char* kind, const std::string& text, const void* where, const void* other) {
   if (found_again(kind, where, other)) return;
-  findings.push_back({kind, "block " + block_name(machine.block.index) + " " + text, where, other});
+  const std::string device =
+      machine.options.concurrent ? "device " + std::to_string(machine.device) + " " : "";
+  findings.push_back({kind, device + "block " + block_name(machine.block->index) + " " + text, where, other});
   if (findings.size() >= machine.options.max_findings) stop_launch();
 }
 

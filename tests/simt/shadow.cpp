@@ -1,7 +1,5 @@
 #include "shadow.h"
 
-#include <algorithm>
-
 #include "report.h"
 
 namespace simt {
@@ -14,17 +12,23 @@ constexpr const char* kMissingWait = "missing wait";
 
 constexpr uint16_t kNobody = 0xffff;  // wrote what was read before any write
 
-// Whether an access by thread `number` in `epoch` with `stamp` comes before what `t` does now, whatever the
-// timing.
+}  // namespace
+
 bool ordered(const Thread& t, uint32_t epoch, unsigned number, uint32_t stamp) {
-  const Block& block = machine.block;
-  if (epoch != block.epoch) return epoch >= block.first_epoch || epoch < machine.launch_epoch;
-  if (number == t.number) return true;
-  return number / kWarpSize == t.warp && t.seen[number % kWarpSize] >= stamp;
+  const Block& block = *machine.block;
+  if (epoch < machine.launch_epoch) return true;
+  if (epoch == block.epoch) {
+    return number == t.number || (number / kWarpSize == t.warp && t.seen[number % kWarpSize] >= stamp);
+  }
+  const uint32_t owner = owner_of(epoch);
+  return owner == block.id || block.known.covers(owner, epoch, number, stamp) ||
+         (t.acquired != nullptr && t.acquired->covers(owner, epoch, number, stamp));
 }
 
+namespace {
+
 bool reads_ordered(const Thread& t, const Cell& cell) {
-  if (cell.read_epoch != machine.block.epoch)
+  if (cell.read_epoch != machine.block->epoch)
     return ordered(t, cell.read_epoch, cell.reader, cell.read_stamp);
   if (cell.reader / kWarpSize != t.warp) return false;
   for (uint32_t rest = cell.read_lanes & ~(1u << t.lane); rest != 0; rest &= rest - 1) {
@@ -37,22 +41,29 @@ std::string place_text(const Place& place, size_t cell) {
   return "byte " + std::to_string(place.offset + (cell << place.shift)) + " of " + place.name;
 }
 
-// The name of a thread, and of its block if that is another one.
+bool is_own(uint32_t epoch) { return owner_of(epoch) == machine.block->id; }
+
+// The name of a thread, and of its block and device if they are others.
 std::string actor(uint32_t epoch, unsigned number) {
-  const std::string name = thread_name(machine.threads[number]);
-  if (epoch >= machine.block.first_epoch) return name;
-  const auto after =
-      std::upper_bound(machine.blocks.begin(), machine.blocks.end(), epoch,
-                       [](uint32_t e, const std::pair<uint32_t, uint3>& block) { return e < block.first; });
-  return after == machine.blocks.begin() ? name : "block " + block_name((after - 1)->second) + " " + name;
+  if (is_own(epoch)) return thread_name(machine.threads[number]);
+  const BlockRecord& block = machine.blocks[owner_of(epoch)];
+  const dim3 size = block.size;
+  const uint3 index = {number % size.x, number / size.x % size.y, number / (size.x * size.y)};
+  const std::string device = machine.options.concurrent ? "device " + std::to_string(block.device) + " " : "";
+  return device + "block " + block_name(block.index) + " thread " + block_name(index);
+}
+
+const char* why_race(uint32_t epoch) {
+  if (is_own(epoch)) return "no barrier is between";
+  const bool same = machine.blocks[owner_of(epoch)].device == machine.device;
+  return same ? "blocks run in any order" : "no release and acquire is between";
 }
 
 void report_race(const Thread& t, const char* does, const std::string& place, const void* site,
                  const char* did, uint32_t epoch, unsigned number, uint32_t other_site) {
-  const bool other_block = epoch < machine.block.first_epoch;
   add_finding(kRace,
               thread_name(t) + " " + does + " " + place + " at $1, which " + actor(epoch, number) + " " +
-                  did + " at $2, and " + (other_block ? "blocks run in any order" : "no barrier is between"),
+                  did + " at $2, and " + why_race(epoch),
               site, unpack_site(other_site));
 }
 
@@ -106,15 +117,13 @@ struct Checker {
 
 void add_read(const Thread& t, Cell& cell, uint32_t packed_site) {
   const uint32_t lane = 1u << t.lane;
-  const uint32_t epoch = machine.block.epoch;
+  const uint32_t epoch = machine.block->epoch;
   if (cell.read_epoch == epoch && cell.reader / kWarpSize == t.warp && cell.read_stamp == t.clock) {
     cell.read_lanes |= lane;
     return;
   }
   // A read of another block is what any later write of this launch collides with: it stays.
-  const auto elsewhere = [](uint32_t e) {
-    return e >= machine.launch_epoch && e < machine.block.first_epoch;
-  };
+  const auto elsewhere = [](uint32_t e) { return e >= machine.launch_epoch && !is_own(e); };
   const bool keep = elsewhere(cell.other_epoch) && !elsewhere(cell.read_epoch);
   if (cell.read_epoch != 0 && !keep && !reads_ordered(t, cell)) {
     cell.other_epoch = cell.read_epoch;
@@ -131,7 +140,7 @@ void add_read(const Thread& t, Cell& cell, uint32_t packed_site) {
 }
 
 void set_write(const Thread& t, Cell& cell, uint32_t packed_site, bool atomic) {
-  cell.write_epoch = machine.block.epoch;
+  cell.write_epoch = machine.block->epoch;
   cell.write_stamp = t.clock;
   cell.write_site = packed_site;
   cell.writer = static_cast<uint16_t>(t.number);
@@ -144,7 +153,7 @@ void set_write(const Thread& t, Cell& cell, uint32_t packed_site, bool atomic) {
 void check_cells(Thread& t, Cell* cells, size_t count, bool shared, Access access, const void* site,
                  const Place& place) {
   const uint32_t packed_site = pack_site(site);
-  const uint32_t first_epoch = machine.block.first_epoch;
+  const uint32_t first_epoch = machine.block->first_epoch;
   const Checker checker{t, access, site, place, shared};
   for (size_t i = 0; i < count; ++i) {
     Cell& cell = cells[i];

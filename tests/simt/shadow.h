@@ -25,6 +25,10 @@ struct Place {
   unsigned shift;
 };
 
+// Whether an access by thread `number` in `epoch` with `stamp` comes before what `t` does now, whatever the
+// timing.
+bool ordered(const Thread& t, uint32_t epoch, unsigned number, uint32_t stamp);
+
 void check_cells(Thread& t, Cell* cells, size_t count, bool shared, Access access, const void* site,
                  const Place& place);
 void set_pending(Thread& t, Cell* cells, size_t count, const void* site);

@@ -94,6 +94,11 @@ int sync_threads(Barrier kind, int predicate);
 // Checks an atomic access, and lets other threads run, of which one may be waited for.
 void atomic_access(const void* address, size_t bytes);
 
+// Words between devices, and a clock, which runs while threads wait.
+void store_system(uint32_t* word, uint32_t value, bool release);
+uint32_t load_system(const uint32_t* word, bool acquire);
+uint64_t time_ns();
+
 struct Words4 {
   uint32_t x, y, z, w;
 };
@@ -175,7 +180,7 @@ struct KernelCall final : Call {
 };
 
 // Runs the call at once if stream is null, after all that other streams hold; else it waits for a
-// synchronisation.
+// synchronisation. With Options::concurrent streams are devices whose kernels then run at the same time.
 void submit(Call* call, void* stream);
 
 template <class... Parameters, class... Arguments>

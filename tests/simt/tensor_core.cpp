@@ -206,10 +206,4 @@ uint32_t pack_bf16(float lo, float hi) { return round_bfloat16(lo) | round_bfloa
 uint32_t pack_f16(float lo, float hi) { return round_float16(lo) | round_float16(hi) << 16; }
 float unpack_f16(uint16_t bits) { return float16_value(bits); }
 
-void atomic_access(const void* address, size_t bytes) {
-  Thread& t = *current;
-  check_access(t, address, bytes, Access::kAtomic, __builtin_return_address(0));
-  yield_thread(t);
-}
-
 }  // namespace simt
