@@ -232,9 +232,11 @@ def row(kernel: Kernel, name: str, threads: int, shared: int) -> list[str]:
 def readable(part: str) -> str:
     """A kernel's name for people, of a part of its symbol."""
     size = re.search(r"Li(\d+)E", part)
+    dtype = "bf16" if "BFloat16" in part else "fp16" if "Float16" in part else "fp32"
+    if "allreduce" in part:
+        return f"all-reduce{' residual rms_norm' if 'rms_norm' in part else ''} {dtype}"
     if not size:
         return re.sub(r"^\d*attention_|_kernel$", "", part).replace("_", " ")
-    dtype = "bf16" if "BFloat16" in part else "fp16" if "Float16" in part else "fp32"
     flags = re.findall(r"Lb([01])E", part)
     if "backward" in part:
         words = ["backward", "dk dv" if flags == ["1"] else "dq", dtype, f"head {size[1]}"]

@@ -1,10 +1,15 @@
-// The kernels of the all-reduce between GPUs; allreduce.h says what they rely on. PYPAR_FAULT_... plants a
-// fault for the tests, which must find it.
+// The kernels of the all-reduce between GPUs; allreduce.h says what they rely on. With PYPAR_PLANT_FAULTS the
+// tests break each of these rules, and must find the fault.
 #pragma once
 
 #include "allreduce.h"
 #include "cuda_launch.h"
 #include "ptx.h"
+
+#ifdef PYPAR_PLANT_FAULTS
+#  include <cstdlib>
+#  include <cstring>
+#endif
 
 namespace pypar::cuda {
 
@@ -15,15 +20,14 @@ constexpr int kReduceThreads = 512;
 #endif
 constexpr int kReduceWarps = kReduceThreads / 32;
 
-#ifdef PYPAR_FAULT_ONE_SET
-constexpr uint32_t kFlagSets = 1;
+// A test's fault, by its name in the environment; none in what is shipped.
+#ifdef PYPAR_PLANT_FAULTS
+inline bool planted(const char* fault) {
+  const char* const name = std::getenv("PYPAR_FAULT");
+  return name != nullptr && std::strcmp(name, fault) == 0;
+}
 #else
-constexpr uint32_t kFlagSets = 2;
-#endif
-#ifdef PYPAR_FAULT_ONE_BUFFER
-constexpr uint32_t kHalves = 1;
-#else
-constexpr uint32_t kHalves = 2;
+__host__ __device__ constexpr bool planted(const char*) { return false; }
 #endif
 
 struct Float32Tag {};
@@ -121,7 +125,7 @@ struct Meeting {
   __device__ __forceinline__ explicit Meeting(const AllReduceGroup& g)
       : group(g), own(reinterpret_cast<AllReduceSignals*>(g.areas[g.rank])) {
     call = own->calls[blockIdx.x] + 1;
-    data_offset = kDataOffset + (call % kHalves) * g.half_bytes;
+    data_offset = kDataOffset + (planted("one buffer") ? 0 : call % 2) * g.half_bytes;
     failed = threadIdx.x == 0 && ptx::load_relaxed_system(&own->failed) != 0;
   }
 
@@ -129,21 +133,19 @@ struct Meeting {
 
   __device__ __forceinline__ uint32_t* flag(int of, int stage, int from) const {
     auto* signals = reinterpret_cast<AllReduceSignals*>(group.areas[of]);
-    return &signals->flags[call % kFlagSets][stage][blockIdx.x][from];
+    return &signals->flags[planted("one set") ? 0 : call % 2][stage][blockIdx.x][from];
   }
 
   // What this block's threads wrote before is seen by the peers' blocks of this number behind their meeting,
   // and the other way round. False, on all threads, when a peer did not come.
   __device__ __forceinline__ bool meet(int stage) {
-    if (__syncthreads_or(failed)) return false;
+    if (!planted("no barrier") && __syncthreads_or(failed)) return false;
     const int peer = static_cast<int>(threadIdx.x);
     bool late = false;
     if (peer < group.num_ranks) {
-#ifdef PYPAR_FAULT_NO_RELEASE
-      ptx::store_relaxed_system(flag(peer, stage, group.rank), call);
-#else
-      ptx::store_release_system(flag(peer, stage, group.rank), call);
-#endif
+      uint32_t* const theirs = flag(peer, stage, group.rank);
+      planted("no release") ? ptx::store_relaxed_system(theirs, call)
+                            : ptx::store_release_system(theirs, call);
       late = !wait(flag(group.rank, stage, peer));
       if (late) report(peer, stage);
     }
@@ -153,11 +155,9 @@ struct Meeting {
   __device__ __forceinline__ bool wait(const uint32_t* word) const {
     const uint64_t start = ptx::time_ns();
     for (;;) {
-#ifdef PYPAR_FAULT_NO_ACQUIRE
-      if (ptx::load_relaxed_system(word) == call) return true;
-#else
-      if (ptx::load_acquire_system(word) == call) return true;
-#endif
+      const uint32_t seen =
+          planted("no acquire") ? ptx::load_relaxed_system(word) : ptx::load_acquire_system(word);
+      if (seen == call) return true;
       if (group.timeout_ns != 0 && ptx::time_ns() - start > group.timeout_ns) return false;
     }
   }
@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(kReduceThreads) allreduce_kernel(const __grid_
     if (!m.meet(1)) return;
     for (int s = 0; s < num_slices; ++s) {
       const int64_t slice_end = smaller_count(items, (s + 1) * slice);
-      for (int64_t i = s * slice + first; i < slice_end; i += step) {
+      const int64_t start = planted("another block's items") ? step - 1 - first : first;
+      for (int64_t i = s * slice + start; i < slice_end; i += step) {
         load_words(m.data(s), i, words);
         y.store(a.y, i, words);
       }

@@ -124,3 +124,38 @@ def norm_reference(
     exact = h.double() * torch.rsqrt(h.double().square().mean(-1, keepdim=True) + eps) * weight.double()
     out = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.float()
     return residual_out, out.to(residual.dtype), exact
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check_calls(
+    module: ModuleType,
+    P: int,
+    sizes: list[int],
+    dtype: torch.dtype,
+    two_shots: list[bool],
+    *,
+    num_blocks: int = 0,
+    first_call: int = 0,
+    **options,
+) -> None:
+    """One call for each size, queued without waiting in between; every result is the definition, bit for bit."""
+    most = max(sizes) * dtype.itemsize
+    with peer_ranks(module, P, most, **options) as ranks:
+        ranks.set_last_call(first_call)
+        inputs = [
+            [draw(n, seed=100 * i + rank, dtype=dtype) for rank in range(P)] for i, n in enumerate(sizes)
+        ]
+        outputs = [[torch.full((n,), torch.nan, dtype=dtype) for _ in range(P)] for n in sizes]
+        for i in range(len(sizes)):
+            two_shot = two_shots[i % len(two_shots)]
+            for rank in range(P):
+                ranks.launch(rank, inputs[i][rank], outputs[i][rank], two_shot, num_blocks)
+        ranks.run()
+        assert ranks.errors() == [None] * P, f"time-outs: {ranks.errors()}"
+    for xs, ys in zip(inputs, outputs, strict=True):
+        expected = rank_sum(xs).to(dtype)
+        for rank, y in enumerate(ys):
+            assert torch.equal(y, expected), f"rank {rank} of {P}, {len(y)} elements"

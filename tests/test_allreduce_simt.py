@@ -2,36 +2,10 @@
 
 import pytest
 import torch
-from peer_ranks import DTYPES, norm_reference, peer_ranks, rank_sum
+from peer_ranks import DTYPES, check_calls, draw, norm_reference, peer_ranks, rank_sum
 from simt_build import simt_module, why_not
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-
-def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def check_calls(module, P, sizes, dtype, two_shots, *, seed=0, num_blocks=0, first_call=0, **options):
-    """One call for each size, queued without waiting in between; every result is the definition, bit for bit."""
-    most = max(sizes) * dtype.itemsize
-    with peer_ranks(module, P, most, seed, **options) as ranks:
-        ranks.set_last_call(first_call)
-        inputs = [
-            [draw(n, seed=100 * i + rank, dtype=dtype) for rank in range(P)] for i, n in enumerate(sizes)
-        ]
-        outputs = [[torch.full((n,), torch.nan, dtype=dtype) for _ in range(P)] for n in sizes]
-        for i in range(len(sizes)):
-            two_shot = two_shots[i % len(two_shots)]
-            for rank in range(P):
-                ranks.launch(rank, inputs[i][rank], outputs[i][rank], two_shot, num_blocks)
-        ranks.run()
-        assert ranks.errors() == [None] * P
-    for xs, ys in zip(inputs, outputs, strict=True):
-        expected = rank_sum(xs).to(dtype)
-        for rank, y in enumerate(ys):
-            assert torch.equal(y, expected), f"rank {rank} of {P}, {len(y)} elements"
 
 
 @pytest.mark.parametrize("two_shot", [False, True], ids=["one shot", "two shots"])
@@ -86,13 +60,16 @@ def test_signed_zeros_and_infinities():
             ranks.launch(rank, xs[rank], ys[rank], False)
         ranks.run()
     for y in ys:
-        assert torch.equal(y[:2].signbit(), torch.tensor([True, False])) and y[2].isnan() and y[3] == torch.inf
+        assert (
+            torch.equal(y[:2].signbit(), torch.tensor([True, False])) and y[2].isnan() and y[3] == torch.inf
+        )
 
 
 # ---- fused with residual and rms_norm
 
 
-def check_norm(module, P, rows, D, dtype, two_shot, *, seed=0, num_blocks=0, in_place=False):
+def check_norm(module, sizes, dtype, two_shot, *, seed=0, num_blocks=0, in_place=False):
+    P, rows, D = sizes
     eps = 1e-5
     with peer_ranks(module, P, rows * D * dtype.itemsize, seed) as ranks:
         residual, weight = draw(rows, D, seed=50, dtype=dtype), draw(D, seed=51, dtype=dtype)
@@ -101,7 +78,9 @@ def check_norm(module, P, rows, D, dtype, two_shot, *, seed=0, num_blocks=0, in_
         results = []
         for rank in range(P):
             tensors = {"x": xs[rank], "residual": residual.clone(), "weight": weight.clone()}
-            tensors["residual_out"] = tensors["residual"] if in_place else torch.full_like(residual, torch.nan)
+            tensors["residual_out"] = (
+                tensors["residual"] if in_place else torch.full_like(residual, torch.nan)
+            )
             tensors["out"] = tensors["x"] if in_place else torch.full_like(residual, torch.nan)
             results.append(tensors)
             ranks.launch_norm(rank, tensors, eps, two_shot, num_blocks)
@@ -117,62 +96,16 @@ def check_norm(module, P, rows, D, dtype, two_shot, *, seed=0, num_blocks=0, in_
 
 @pytest.mark.parametrize("two_shot", [False, True], ids=["one shot", "two shots"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("P", "rows", "D"), [(2, 5, 264), (3, 1, 1024), (8, 11, 40)])
-def test_fused_norm(P, rows, D, dtype, two_shot):
-    check_norm(simt_module("allreduce", "fast"), P, rows, D, dtype, two_shot, seed=P)
+@pytest.mark.parametrize("sizes", [(2, 5, 264), (3, 1, 1024), (8, 11, 40)], ids=str)  # P, rows, D
+def test_fused_norm(sizes, dtype, two_shot):
+    check_norm(simt_module("allreduce", "fast"), sizes, dtype, two_shot, seed=sizes[0])
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("two_shot", [False, True])
 def test_fused_norm_checked(two_shot, in_place):
     module = simt_module("allreduce", "checked")
-    check_norm(module, 3, 7, 72, torch.bfloat16, two_shot, seed=1, num_blocks=2, in_place=in_place)
-
-
-# ---- a peer that does not come
-
-
-@pytest.mark.parametrize("absent", [0, 2])
-@pytest.mark.parametrize("flavour", ["fast", "checked"])
-def test_the_time_out_names_the_rank(flavour, absent):
-    P = 3
-    with peer_ranks(simt_module("allreduce", flavour), P, 4096, 1, timeout_ms=20) as ranks:
-        xs = [draw(500, seed=rank) for rank in range(P)]
-        ys = [torch.full((500,), 7.0) for _ in range(P)]
-        present = [rank for rank in range(P) if rank != absent]
-        for call in range(2):  # one that all make, one that a rank misses
-            for rank in range(P) if call == 0 else present:
-                ranks.launch(rank, xs[rank], ys[rank], False)
-        ranks.run()
-        for rank in present:
-            assert ranks.errors()[rank] == (absent, 2, 0)
-            with pytest.raises(RuntimeError, match=f"waited for rank {absent} in call 2, which did not bring"):
-                ranks.launch(rank, xs[rank], ys[rank], False)
-        # The one that comes late finds nobody; and a rank that failed does nothing more.
-        ranks.launch(absent, xs[absent], ys[absent], False)
-        ranks.run()
-        ranks.groups[present[0]]["error"] = ranks.groups[absent]["error"]
-    expected = rank_sum(xs)
-    assert all(torch.equal(y, expected) for y in ys)  # of the first call; the second wrote nothing
-
-
-def test_a_group_that_failed_does_nothing_more():
-    """On the device, whatever the host knows."""
-    with peer_ranks(simt_module("allreduce", "fast"), 2, 4096, 1, timeout_ms=20) as ranks:
-        x, y = draw(64, seed=0), torch.full((64,), 7.0)
-        ranks.launch(0, x, y, False)
-        ranks.launch(0, x, y, True)  # queued before the host could know
-        ranks.run()
-        assert ranks.errors() == [(1, 1, 0), None] and (y == 7).all()
-
-
-def test_no_time_out_means_for_ever():
-    with (
-        peer_ranks(simt_module("allreduce", "fast"), 2, 4096, timeout_ms=0) as ranks,
-        pytest.raises(RuntimeError, match="endless wait: .* allreduce_kernel.cuh:"),
-    ):
-        ranks.launch(0, draw(64, seed=0), torch.zeros(64), False)
-        ranks.run()
+    check_norm(module, (3, 7, 72), torch.bfloat16, two_shot, seed=1, num_blocks=2, in_place=in_place)
 
 
 # ---- refusals
