@@ -32,7 +32,7 @@ __host__ __device__ constexpr bool planted(const char*) { return false; }
 
 struct Float32Tag {};
 
-__device__ __forceinline__ int64_t smaller_count(int64_t a, int64_t b) { return a < b ? a : b; }
+__host__ __device__ __forceinline__ int64_t smaller_count(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // 16 bytes of elements.
 template <class Type>
