@@ -202,7 +202,8 @@ __device__ __forceinline__ void sum_ranks(const Meeting& m, int64_t index, float
 // y = the sum of all ranks' x. Items of 16 bytes; with two shots they are cut into a slice for each rank, and
 // what is said of index j goes for item j of every slice.
 template <class Type>
-__global__ void __launch_bounds__(kReduceThreads) allreduce_kernel(const __grid_constant__ AllReduceCall a) {
+__global__ void __launch_bounds__(kReduceThreads, 1)
+    allreduce_kernel(const __grid_constant__ AllReduceCall a) {
   constexpr int kSize = Pack<Type>::kSize;
   const AllReduceGroup& g = a.group;
   Meeting m(g);
@@ -312,7 +313,7 @@ struct NormRows {
 // for each rank, which adds the residual there, and every rank normalises all rows itself: out follows from
 // residual_out, so only that is gathered.
 template <class Type>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kReduceThreads, 1)
     allreduce_rms_norm_kernel(const __grid_constant__ AllReduceNormCall a) {
   PYPAR_DYNAMIC_SHARED(memory);
   auto* kept = reinterpret_cast<uint4*>(memory);

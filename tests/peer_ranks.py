@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -137,7 +137,7 @@ def check_calls(
     dtype: torch.dtype,
     two_shots: list[bool],
     *,
-    num_blocks: int = 0,
+    num_blocks: Sequence[int] = (0,),
     first_call: int = 0,
     **options,
 ) -> None:
@@ -152,7 +152,7 @@ def check_calls(
         for i in range(len(sizes)):
             two_shot = two_shots[i % len(two_shots)]
             for rank in range(P):
-                ranks.launch(rank, inputs[i][rank], outputs[i][rank], two_shot, num_blocks)
+                ranks.launch(rank, inputs[i][rank], outputs[i][rank], two_shot, num_blocks[i % len(num_blocks)])
         ranks.run()
         assert ranks.errors() == [None] * P, f"time-outs: {ranks.errors()}"
     for xs, ys in zip(inputs, outputs, strict=True):

@@ -18,7 +18,7 @@ def find_fault(monkeypatch, fault, two_shot, seed):
     monkeypatch.setenv("PYPAR_FAULT", fault)
     module = simt_module("allreduce", "checked", ["PYPAR_PLANT_FAULTS"])
     try:
-        check_calls(module, 2, [130] * 8, torch.float32, [two_shot], seed=seed, num_blocks=2, timeout_ms=1000)
+        check_calls(module, 2, [130] * 8, torch.float32, [two_shot], seed=seed, num_blocks=[2], timeout_ms=1000)
     except (RuntimeError, AssertionError) as error:
         return f"{type(error).__name__}: {error}"
     return ""

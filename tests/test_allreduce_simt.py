@@ -22,10 +22,12 @@ def test_calls_of_all_kinds_in_a_row(seed):
     check_calls(simt_module("allreduce", "checked"), 3, sizes, torch.bfloat16, [False, True, True], seed=seed)
 
 
-@pytest.mark.parametrize("num_blocks", [1, 3])
-def test_number_of_blocks(num_blocks):
-    module = simt_module("allreduce", "checked")
-    check_calls(module, 2, [1500, 20, 1500], torch.float32, [True, False], seed=9, num_blocks=num_blocks)
+@pytest.mark.parametrize("seed", range(2))
+def test_grids_of_other_sizes_in_a_row(seed):
+    """All blocks count all calls, also those of smaller grids: else two of them would use different halves."""
+    module, grids = simt_module("allreduce", "checked"), [1, 2, 1, 3, 1]
+    check_calls(module, 2, [700] * 10, torch.float32, [False], seed=seed, num_blocks=grids)
+    check_calls(module, 2, [1500, 20, 1500], torch.float32, [True, False], seed=seed, num_blocks=grids)
 
 
 def test_call_numbers_wrap_around():
