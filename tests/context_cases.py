@@ -154,7 +154,7 @@ def _gradients(tensors: dict, out: Tensor, lse: Tensor, given: dict[str, Tensor]
 
 
 def on_rank(
-    axis: Axis, case: Case, given: dict[str, Tensor], layout: str, call: dict[str, Any]
+    axis: Axis, case: Case, given: dict[str, Tensor], layout: str, call: dict[str, Any], backward: bool = True
 ) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """This rank's out, lse and gradients, and the bytes that it sent forward and backward."""
     held_q = positions_of(case.T, axis.rank, axis.size, layout)
@@ -185,7 +185,8 @@ def on_rank(
     )
     sent_forward = axis.traffic.bytes_sent - sent_before
     results = {"out": out.detach(), "lse": lse.detach()}
-    results |= _gradients(tensors | {"q": q, "k": k, "v": v}, out, lse, part)
+    if backward:
+        results |= _gradients(tensors | {"q": q, "k": k, "v": v}, out, lse, part)
     return results, (sent_forward, axis.traffic.bytes_sent - sent_before - sent_forward)
 
 
@@ -206,10 +207,10 @@ def together(case: Case, layout: str, parts: list[dict[str, Tensor]]) -> dict[st
 
 
 def many_ranks(
-    case: Case, given: dict[str, Tensor], size: int, layout: str, **call: Any
+    case: Case, given: dict[str, Tensor], size: int, layout: str, *, backward: bool = True, **call: Any
 ) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
     """The whole's results from simulated ranks, and the bytes that each rank sent forward and backward."""
-    outcome = run_ranks(size, on_rank, case, given, layout, call)
+    outcome = run_ranks(size, on_rank, case, given, layout, call, backward)
     return together(case, layout, [results for results, _ in outcome]), [sent for _, sent in outcome]
 
 

@@ -1,8 +1,8 @@
 """Bytes that each rank sends: formulas of shapes, layout and mask, for all methods. Tests hold counters to them.
 
 With K the bytes of one rank's k and v and D the bytes of their gradients in fp32, a ring of R ranks whose mask
-hides nothing sends (R-1) K forward and (R-2) K + (R-1) D backward on every rank. A contiguous causal one sends
-(R-1-r) K forward on rank r.
+hides nothing sends (R-1) K forward and (R-2) K + (R-1) D backward on every rank. With contiguous chunks and a
+causal mask rank r sends (r+1) K forward, the last one nothing.
 """
 
 from __future__ import annotations
