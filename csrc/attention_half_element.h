@@ -32,14 +32,14 @@ PYPAR_INLINE __m512i merge_pairs(__m512 low, __m512 high) {
 
 constexpr float kRoundUp = 0.0f;
 
-// 2^(x - 0.5), relative error 3e-6 (minimax with 2^0 exact, found by Lawson's iteration). -inf gives 0.
-PYPAR_INLINE __m512 exp2_shifted(__m512 x) {
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+// (1 + kRoundUp) * 2^(f - 0.5) for f from 0 to 1, relative error 3e-6 (minimax with 2^0 exact, found by
+// Lawson's iteration).
+PYPAR_INLINE __m512 exp2_of_fraction(__m512 f) {
   __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0095828531f), _mm512_set1_ps(0.0367407185f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.1707556287f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.4900215993f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.7071087751f));
-  return _mm512_scalef_ps(p, x);
+  return p;
 }
 
 // The backward's probabilities are at most 1, and of many keys each has little: times 2^12 they are normal
@@ -75,15 +75,14 @@ PYPAR_INLINE __m512i merge_pairs(__m512 low, __m512 high) {
 // to sum up to 1 is the values before they are cut off, divided by 1 + kRoundUp.
 constexpr float kRoundUp = 0.0027076f;
 
-// (1 + kRoundUp) * 2^(x - 0.5), relative error 1e-4 (minimax with 2^0 exact, found by Lawson's iteration), a
-// fortieth of what rounding to bf16 loses. -inf gives 0.
-PYPAR_INLINE __m512 exp2_shifted(__m512 x) {
+// (1 + kRoundUp) * 2^(f - 0.5) for f from 0 to 1, relative error 1e-4 (minimax with 2^0 exact, found by
+// Lawson's iteration), a fortieth of what rounding to bf16 loses.
+PYPAR_INLINE __m512 exp2_of_fraction(__m512 f) {
   constexpr float kUp = 1.0f + kRoundUp;
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0550089312f * kUp), _mm512_set1_ps(0.1596975635f * kUp));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.4923286653f * kUp));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.7070351601f * kUp));
-  return _mm512_scalef_ps(p, x);
+  return p;
 }
 
 // bf16 has fp32's range.
@@ -96,9 +95,17 @@ constexpr int kScoreGradientBits = 0;
 
 #endif
 
-// exp2_shifted's results are 2^0 where its argument is this: the fraction that its polynomial takes, from 0
-// to 1, is then in the middle, and the error is as small around 2^0 as at it.
+// (1 + kRoundUp) * 2^(x - kShift) where `seen`, else 0; -inf gives 0. The shift puts 2^0 into the middle of
+// the polynomial's range: the error is then as small around 2^0 as at it.
 constexpr float kShift = 0.5f;
+PYPAR_INLINE __m512 exp2_shifted(__mmask16 seen, __m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_maskz_scalef_ps(seen, exp2_of_fraction(f), x);
+}
+PYPAR_INLINE __m512 exp2_shifted(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_of_fraction(f), x);
+}
 
 // The lower halves of words from `low`, the upper ones from `high`.
 PYPAR_INLINE __m512i merge_words(__m512i low, __m512i high) {

@@ -1,4 +1,4 @@
-// Attention's forward with bf16 or fp16 products: online softmax over units of 32 rows and 64 keys.
+// Attention's forward with bf16 or fp16 products: online softmax over units of 32 rows and 128 keys.
 //
 // Scores are computed as [row][key], so that probabilities are a left operand as they are stored, and what
 // must be transposed is K, which is packed once for all rows. The steps of three consecutive units take turns
@@ -16,11 +16,15 @@ namespace half {
 using namespace pypar::half;
 
 constexpr int64_t kPanelRows = 32;
-constexpr int64_t kUnitKeys = 64;
+constexpr int64_t kUnitKeys = 128;
+// Of one tile of rows.
+constexpr int64_t kUnitSums = kUnitKeys / 16 * kTileSums;
+constexpr int64_t kUnitValues = kUnitKeys / 32 * kTileValues;
 constexpr int64_t kPanels = kForwardRows / kPanelRows;
 constexpr float kLog2E = 1.44269504088896340736f;
-// A row's reference, subtracted from its scores (in powers of two), moves only when a score exceeds it by
-// more than kSlackBits; the fast path only looks whether a sum shows that.
+// A row's reference, subtracted from its scores (in powers of two), is the largest of the first scores that
+// it sees, so that the largest probability is 1, which rounding keeps. It moves only when a score exceeds it
+// by more than kSlackBits; the fast path only looks whether a sum shows that.
 constexpr float kSlackBits = 8.0f;
 constexpr float kLargeSum = 4096.0f;
 
@@ -42,17 +46,17 @@ struct Panel {
   int64_t row_tiles;
   int64_t keys_begin, keys_end;  // that any row sees
   int64_t most_low, least_high;
-  bool ready;  // every row has a reference
+  bool ready;  // every row has a sum
 };
 
 struct Unit {
-  Panel* panel;  // null: none
+  Panel* panel;
   int64_t first_key;
   int64_t blocks;  // of 32 keys
   bool masked;
   bool rescaled;
-  float* scores;  // [2][4] tiles
-  Bits* p;        // left operand [2][2]
+  float* scores;  // [2][kUnitKeys / 16] tiles
+  Bits* p;        // left operand [2][kUnitKeys / 32]
   float shrink[kPanelRows];
 };
 
@@ -65,93 +69,128 @@ struct ForwardTask {
   float factor;
 };
 
-PYPAR_INLINE void soften_fast_rows(const Unit& unit, float factor, int64_t tile, int64_t row, float* sums,
-                                   __m512* top) {
+// A bit for each of the keys below n, of 32.
+PYPAR_INLINE uint32_t keys_below(int64_t n) {
+  return _bzhi_u32(~uint32_t{0}, static_cast<uint32_t>(smaller(32, larger(0, n))));
+}
+
+// Probabilities of 8 rows by their present references. `sums` receives what they add to the rows' sums, `top`
+// the largest of it.
+template <bool kMasked>
+PYPAR_INLINE void soften_rows(const Unit& unit, float factor, int64_t first, float* sums, __m512* top) {
+  const Panel& panel = *unit.panel;
   const __m512 scale = _mm512_set1_ps(factor);
-  for (int64_t i = 0; i < 8; ++i, ++row) {
-    const float* s = unit.scores + tile * 4 * kTileSums + row * 16;
-    Bits* p = unit.p + tile * 2 * kTileValues + row * 32;
-    const __m512 base = _mm512_set1_ps(unit.panel->reference[tile * 16 + row] - kShift);
+  for (int64_t row = first; row < first + 8; ++row) {
+    const float* s = unit.scores + row / 16 * kUnitSums + row % 16 * 16;
+    Bits* p = unit.p + row / 16 * kUnitValues + row % 16 * 32;
+    const __m512 base = _mm512_set1_ps(panel.reference[row] - kShift);
     __m512 sum = _mm512_setzero_ps();
+    int64_t low = panel.low[row] - unit.first_key, high = panel.high[row] - unit.first_key;
     for (int64_t block = 0; block < unit.blocks; ++block) {
-      const __m512 a = exp2_shifted(_mm512_fmsub_ps(_mm512_load_ps(s), scale, base));
-      const __m512 b = exp2_shifted(_mm512_fmsub_ps(_mm512_load_ps(s + kTileSums), scale, base));
+      __m512 a = _mm512_fmsub_ps(_mm512_load_ps(s), scale, base);
+      __m512 b = _mm512_fmsub_ps(_mm512_load_ps(s + kTileSums), scale, base);
+      if (kMasked) {
+        const uint32_t seen = keys_below(high + 1) & ~keys_below(low);
+        a = exp2_shifted(static_cast<__mmask16>(seen), a);
+        b = exp2_shifted(static_cast<__mmask16>(seen >> 16), b);
+        low -= 32;
+        high -= 32;
+      } else {
+        a = exp2_shifted(a);
+        b = exp2_shifted(b);
+      }
       _mm512_store_si512(p, merge_pairs(a, b));
       sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
       s += 2 * kTileSums;
       p += kTileValues;
     }
-    _mm512_store_ps(sums + i * 16, sum);
+    _mm512_store_ps(sums, sum);
+    sums += 16;
     *top = _mm512_max_ps(sum, *top);
   }
 }
 
-// One row with a mask, or whose reference must move.
-static void soften_row(Unit& unit, float factor, int64_t tile, int64_t row) {
-  Panel& panel = *unit.panel;
-  const int64_t index = tile * 16 + row;
-  const float* s = unit.scores + tile * 4 * kTileSums + row * 16;
-  Bits* p = unit.p + tile * 2 * kTileValues + row * 32;
+PYPAR_INLINE bool has_sum(__m512 sums) {
+  return _mm512_cmp_ps_mask(sums, _mm512_setzero_ps(), _CMP_NEQ_UQ) != 0;
+}
+
+// The row's largest score, in powers of two, among the keys that it sees; -inf if there is none. Scores go to
+// `x`, -inf where they are not seen.
+PYPAR_INLINE float find_top(const Unit& unit, float factor, int64_t row, __m512* x) {
+  const float* s = unit.scores + row / 16 * kUnitSums + row % 16 * 16;
   const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i low = _mm512_set1_epi32(panel.low[index] - static_cast<int32_t>(unit.first_key));
-  const __m512i high = _mm512_set1_epi32(panel.high[index] - static_cast<int32_t>(unit.first_key));
-  __m512 x[4], top = lowest;
-  for (int j = 0; j < 2 * unit.blocks; ++j) {
-    const __m512i key = _mm512_add_epi32(lanes, _mm512_set1_epi32(j * 16));
-    const __mmask16 seen = _mm512_cmple_epi32_mask(low, key) & _mm512_cmple_epi32_mask(key, high);
+  __m512 top = lowest;
+  int64_t low = unit.panel->low[row] - unit.first_key, high = unit.panel->high[row] - unit.first_key;
+  for (int64_t j = 0; j < 2 * unit.blocks; ++j, low -= 16, high -= 16) {
+    const auto seen = static_cast<__mmask16>(keys_below(high + 1) & ~keys_below(low));
     x[j] = _mm512_mask_mul_ps(lowest, seen, _mm512_load_ps(s + j * kTileSums), _mm512_set1_ps(factor));
     top = _mm512_max_ps(top, x[j]);
   }
-  const float most = _mm512_reduce_max_ps(top), old = panel.reference[index];
-  float* sums = panel.sums + index * 16;
-  __m512 sum = _mm512_load_ps(sums);
-  if (most > old + kSlackBits || old == -__builtin_inff()) {
-    panel.reference[index] = most;
-    if (old > -__builtin_inff()) {
-      // The exponential's own factor is taken out again.
-      const float shrink =
-          _mm512_cvtss_f32(exp2_shifted(_mm512_set1_ps(old - most + kShift))) / (1.0f + kRoundUp);
-      sum = _mm512_mul_ps(sum, _mm512_set1_ps(shrink));
-      unit.shrink[index] = shrink;
-      unit.rescaled = true;
-    }
+  return _mm512_reduce_max_ps(top);
+}
+
+// One row whose reference must move.
+static void soften_row(Unit& unit, float factor, int64_t row) {
+  Panel& panel = *unit.panel;
+  Bits* p = unit.p + row / 16 * kUnitValues + row % 16 * 32;
+  __m512 x[kUnitKeys / 16];
+  const float most = find_top(unit, factor, row, x), old = panel.reference[row];
+  __m512 sum = _mm512_load_ps(panel.sums + row * 16);
+  if (most > old + kSlackBits) {
+    panel.reference[row] = most;
+    // The exponential's own factor is taken out again.
+    const float shrink =
+        _mm512_cvtss_f32(exp2_shifted(_mm512_set1_ps(old - most + kShift))) / (1.0f + kRoundUp);
+    sum = _mm512_mul_ps(sum, _mm512_set1_ps(shrink));
+    unit.shrink[row] = shrink;
+    unit.rescaled = true;
   }
-  const float reference = panel.reference[index];
-  const __m512 base = _mm512_set1_ps((reference == -__builtin_inff() ? 0.0f : reference) - kShift);
-  for (int j = 0; j < 2 * unit.blocks; ++j) {
+  const __m512 base = _mm512_set1_ps(panel.reference[row] - kShift);
+  for (int64_t j = 0; j < 2 * unit.blocks; ++j) {
     x[j] = exp2_shifted(_mm512_sub_ps(x[j], base));
     sum = _mm512_add_ps(sum, x[j]);
   }
-  for (int block = 0; block < unit.blocks; ++block) {
+  for (int64_t block = 0; block < unit.blocks; ++block) {
     _mm512_store_si512(p + block * kTileValues, merge_pairs(x[2 * block], x[2 * block + 1]));
   }
-  _mm512_store_ps(sums, sum);
+  _mm512_store_ps(panel.sums + row * 16, sum);
+}
+
+// The largest score of the first keys that a row sees.
+static void find_references(const ForwardTask& task, const Unit& unit, int64_t first) {
+  Panel& panel = *unit.panel;
+  __m512 x[kUnitKeys / 16];
+  for (int64_t row = first; row < first + 8; ++row) {
+    if (has_sum(_mm512_load_ps(panel.sums + row * 16))) continue;
+    const float most = find_top(unit, task.factor, row, x);
+    if (most > -__builtin_inff()) panel.reference[row] = most;
+  }
 }
 
 // Scores of 8 rows -> probabilities, and their sums.
-static void soften(const ForwardTask& task, Unit& unit, int64_t piece) {
+static void soften(const ForwardTask& task, Unit& unit, int64_t first) {
   Panel& panel = *unit.panel;
-  const int64_t tile = piece / 2, row = piece % 2 * 8;
-  if (tile >= panel.row_tiles) return;
-  if (!unit.masked && panel.ready) {
-    alignas(64) float sums[8 * 16];
-    __m512 top = _mm512_setzero_ps();
-    soften_fast_rows(unit, task.factor, tile, row, sums, &top);
-    if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(kLargeSum), _CMP_GT_OQ) == 0) {
-      float* total = panel.sums + (tile * 16 + row) * 16;
-      for (int i = 0; i < 8 * 16; i += 16) {
-        _mm512_store_ps(total + i, _mm512_add_ps(_mm512_load_ps(total + i), _mm512_load_ps(sums + i)));
-      }
-      return;
-    }
+  alignas(64) float sums[8 * 16];
+  __m512 top = _mm512_setzero_ps();
+  if (!panel.ready) find_references(task, unit, first);
+  if (unit.masked) {
+    soften_rows<true>(unit, task.factor, first, sums, &top);
+  } else {
+    soften_rows<false>(unit, task.factor, first, sums, &top);
   }
-  for (int64_t i = row; i < row + 8; ++i) soften_row(unit, task.factor, tile, i);
+  if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(kLargeSum), _CMP_GT_OQ) == 0) {
+    float* const totals = panel.sums + first * 16;
+    for (int i = 0; i < 8 * 16; i += 16)
+      _mm512_store_ps(totals + i, _mm512_add_ps(_mm512_load_ps(totals + i), _mm512_load_ps(sums + i)));
+    return;
+  }
+  for (int64_t row = first; row < first + 8; ++row) soften_row(unit, task.factor, row);
 }
 
 static void check_ready(Panel& panel) {
   panel.ready = true;
-  for (int64_t i = 0; i < panel.row_tiles * 16; ++i) panel.ready &= panel.reference[i] > -__builtin_inff();
+  for (int64_t i = 0; i < panel.row_tiles * 16; ++i)
+    panel.ready &= has_sum(_mm512_load_ps(panel.sums + i * 16));
 }
 
 // Scores of the unit's 32 keys from 32 * block on.
@@ -159,12 +198,18 @@ PYPAR_INLINE void score(const ForwardTask& task, const Unit& unit, int64_t block
   const int64_t panel_step = task.sizes.k_tiles * kTileValues;
   const Bits* k = task.k + (unit.first_key / 16 + 2 * block) * panel_step;
   float* s = unit.scores + 2 * block * kTileSums;
+#if defined(__AMX_BF16__)
+  if (unit.panel->row_tiles == 2 && task.sizes.k_tiles == 2) {
+    multiply_held_tiles(2, k, s, kUnitSums);
+    return;
+  }
+#endif
   if (unit.panel->row_tiles == 2) {
     multiply_tiles<2, 2>(task.sizes.k_tiles, unit.panel->q, panel_step, kTileValues, k, panel_step,
-                         kTileValues, s, 4 * kTileSums, kTileSums, false);
+                         kTileValues, s, kUnitSums, kTileSums, false);
   } else {
     multiply_tiles<1, 2>(task.sizes.k_tiles, unit.panel->q, panel_step, kTileValues, k, panel_step,
-                         kTileValues, s, 4 * kTileSums, kTileSums, false);
+                         kTileValues, s, kUnitSums, kTileSums, false);
   }
 }
 
@@ -185,28 +230,23 @@ PYPAR_INLINE void weigh(const ForwardTask& task, const Unit& unit, int64_t colum
   const Bits* v = task.v + (unit.first_key / 32 * hv_tiles + column) * kTileValues;
   float* out = unit.panel->out + column * kTileSums;
   if (unit.panel->row_tiles == 2) {
-    multiply_tiles<2, 2>(unit.blocks, unit.p, 2 * kTileValues, kTileValues, v, kTileValues,
+    multiply_tiles<2, 2>(unit.blocks, unit.p, kUnitValues, kTileValues, v, kTileValues,
                          hv_tiles * kTileValues, out, hv_tiles * kTileSums, kTileSums, true);
   } else {
-    multiply_tiles<1, 2>(unit.blocks, unit.p, 2 * kTileValues, kTileValues, v, kTileValues,
+    multiply_tiles<1, 2>(unit.blocks, unit.p, kUnitValues, kTileValues, v, kTileValues,
                          hv_tiles * kTileValues, out, hv_tiles * kTileSums, kTileSums, true);
   }
 }
 
-// Scores of `next`, probabilities of `now`, output of `last`.
-static void run_units(const ForwardTask& task, const Unit& next, Unit& now, const Unit& last) {
-  const int64_t columns = last.panel ? task.sizes.hv_tiles : 0;
-  if (last.panel && last.rescaled) rescale(task, last);
-  int64_t column = 0;
-  for (int64_t piece = 0; piece < 4; ++piece) {
-    if (piece < 2) {
-      if (next.panel && piece < next.blocks) score(task, next, piece);
-    }
-    const int64_t until = piece < 2 ? 0 : piece == 2 ? columns / 4 * 2 : columns;
-    for (; column < until; column += 2) weigh(task, last, column);
-    if (now.panel) soften(task, now, piece);
-  }
-  if (now.panel && !now.panel->ready) check_ready(*now.panel);
+static void run_unit(const ForwardTask& task, Unit& unit) {
+#if defined(__AMX_BF16__)
+  if (unit.panel->row_tiles == 2 && task.sizes.k_tiles == 2) hold_tiles(unit.panel->q);
+#endif
+  for (int64_t block = 0; block < unit.blocks; ++block) score(task, unit, block);
+  for (int64_t row = 0; row < 16 * unit.panel->row_tiles; row += 8) soften(task, unit, row);
+  if (!unit.panel->ready) check_ready(*unit.panel);
+  if (unit.rescaled) rescale(task, unit);
+  for (int64_t column = 0; column < task.sizes.hv_tiles; column += 2) weigh(task, unit, column);
 }
 
 struct UnitList {
@@ -215,9 +255,8 @@ struct UnitList {
   int64_t key, end;  // of the block of keys
   int64_t panel;
 
-  // The next unit into `unit`; its panel is null if there is none.
-  void next(Unit& unit) {
-    unit.panel = nullptr;
+  // The next unit into `unit`; false if there is none.
+  bool next(Unit& unit) {
     for (; key < end; key += kUnitKeys, panel = 0) {
       while (panel < num_panels) {
         Panel& candidate = panels[panel++];
@@ -230,9 +269,10 @@ struct UnitList {
         unit.masked = candidate.most_low > begin || candidate.least_high < begin + unit.blocks * 32 - 1;
         unit.rescaled = false;
         for (int64_t i = 0; i < kPanelRows; i += 16) _mm512_storeu_ps(unit.shrink + i, _mm512_set1_ps(1.0f));
-        return;
+        return true;
       }
     }
+    return false;
   }
 };
 
@@ -260,7 +300,7 @@ static void begin_panel(const ForwardTask& task, int64_t head, int64_t first, in
     const int64_t row = first + smaller(i, panel->count - 1);
     const int64_t position = position_of(row, group);
     const Range keys = keys_seen(s, position, position);
-    panel->reference[i] = -__builtin_inff();
+    panel->reference[i] = 0.0f;
     panel->low[i] = static_cast<int32_t>(keys.begin);
     panel->high[i] = static_cast<int32_t>(keys.end - 1);
     panel->most_low = larger(panel->most_low, keys.begin);
@@ -281,32 +321,50 @@ static void begin_panel(const ForwardTask& task, int64_t head, int64_t first, in
   }
 }
 
+// What 16 rows' outputs are multiplied by, from their sums; and their lse.
+static void finish_rows(const ForwardTask& task, int64_t head, const Panel& panel, int64_t first,
+                        float* factors) {
+  const AttentionProblem& p = task.a->problem;
+  const int64_t group = p.N / p.G;
+  alignas(64) float by_lane[256], sums[16];
+  transpose_tile(reinterpret_cast<const Bits*>(panel.sums + first * 16), reinterpret_cast<Bits*>(by_lane));
+  __m512 sum = _mm512_load_ps(by_lane);
+  for (int i = 16; i < 256; i += 16) sum = _mm512_add_ps(sum, _mm512_load_ps(by_lane + i));
+  sum = _mm512_div_ps(sum, _mm512_set1_ps(1.0f + kRoundUp));
+  const __mmask16 some = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  _mm512_store_ps(sums, sum);
+  _mm512_store_ps(factors, _mm512_maskz_div_ps(some, _mm512_set1_ps(1.0f), sum));
+  for (int64_t i = 0; i < smaller(16, panel.count - first); ++i) {
+    const int64_t row = panel.first + first + i;
+    float& lse = task.a->lse[lse_index(p, *task.sequence, head, row)];
+    const double reference = panel.reference[first + i];
+    if (p.sinks) {
+      const double sink = static_cast<double>(p.sinks[head * group + row % group]) * 1.4426950408889634;
+      const double top = sums[i] != 0.0f && !(sink > reference) ? reference : sink;
+      const double weight = __builtin_exp2(reference - top);
+      const double total = sums[i] != 0.0f ? sums[i] * weight + __builtin_exp2(sink - top) : 1.0;
+      factors[i] = static_cast<float>(sums[i] != 0.0f ? weight / total : 0.0);
+      lse = static_cast<float>((top + __builtin_log2(total)) * 0.6931471805599453);
+      continue;
+    }
+    lse = sums[i] == 0.0f ? -__builtin_inff()
+                          : static_cast<float>((reference + __builtin_log2(sums[i])) * 0.6931471805599453);
+  }
+}
+
 static void end_panel(const ForwardTask& task, int64_t head, const Panel& panel) {
   const AttentionProblem& p = task.a->problem;
   const Sequence& s = *task.sequence;
-  const int64_t group = p.N / p.G;
-  const RowSource target = rows_from(task.a->out, s.batch, s.q_begin, head, group);
+  const RowSource target = rows_from(task.a->out, s.batch, s.q_begin, head, p.N / p.G);
+  alignas(64) float factors[kPanelRows];
+  for (int64_t first = 0; first < panel.count; first += 16) {
+    finish_rows(task, head, panel, first, factors + first);
+  }
   for (int64_t i = 0; i < panel.count; ++i) {
-    const int64_t row = panel.first + i;
-    double reference = panel.reference[i];
-    double sum = _mm512_reduce_add_ps(_mm512_load_ps(panel.sums + i * 16)) / (1.0 + double{kRoundUp});
-    double weight = 1.0;  // of the output in the result
-    if (p.sinks) {
-      const double sink = static_cast<double>(p.sinks[head * group + row % group]) * 1.4426950408889634;
-      const double top = sink > reference ? sink : reference;
-      if (top > -__builtin_inf()) {
-        weight = __builtin_exp2(reference - top);
-        sum = sum * weight + __builtin_exp2(sink - top);
-        reference = top;
-      }
-    }
-    task.a->lse[lse_index(p, s, head, row)] =
-        sum == 0.0 ? -__builtin_inff()
-                   : static_cast<float>((reference + __builtin_log2(sum)) * 0.6931471805599453);
-    const __m512 factor = _mm512_set1_ps(sum == 0.0 ? 0.0f : static_cast<float>(weight / sum));
+    const __m512 factor = _mm512_set1_ps(factors[i]);
     const float* from = panel.out + i / 16 * task.sizes.hv_tiles * kTileSums + i % 16 * 16;
     for (int64_t column = 0; column < p.Hv; column += 16, from += kTileSums) {
-      store_values(target, row, column, p.Hv, _mm512_mul_ps(_mm512_load_ps(from), factor));
+      store_values(target, panel.first + i, column, p.Hv, _mm512_mul_ps(_mm512_load_ps(from), factor));
     }
   }
 }
@@ -319,10 +377,13 @@ static int64_t panel_bytes(const ForwardSizes& sizes) {
 static void attend(const ForwardTask& task, int64_t head, int64_t block) {
   const AttentionProblem& p = task.a->problem;
   const int64_t rows = task.sequence->T * (p.N / p.G);
-  auto* memory = static_cast<char*>(thread_scratch(2 * (8 + 4) * 1024 + kPanels * panel_bytes(task.sizes)));
-  Unit units[3];
+  auto* memory = static_cast<char*>(
+      thread_scratch(kPanelRows * kUnitKeys * (4 + 2) + kPanels * panel_bytes(task.sizes)));
+  Unit unit;
+  unit.scores = reinterpret_cast<float*>(memory);
+  unit.p = reinterpret_cast<Bits*>(memory + kPanelRows * kUnitKeys * 4);
   Panel panels[kPanels];
-  char* panel_memory = memory + 2 * (8 + 4) * 1024;
+  char* panel_memory = memory + kPanelRows * kUnitKeys * (4 + 2);
   UnitList list{panels, 0, task.sequence->S, 0, 0};
   for (int64_t first = block * kForwardRows; first < smaller(rows, (block + 1) * kForwardRows);
        first += kPanelRows, panel_memory += panel_bytes(task.sizes)) {
@@ -332,16 +393,7 @@ static void attend(const ForwardTask& task, int64_t head, int64_t block) {
     list.end = larger(list.end, panel.keys_end);
   }
   const TileScope tiles;
-  for (Unit& unit : units) unit.panel = nullptr;
-  for (int64_t i = 0;; ++i) {
-    Unit& next = units[(i + 1) % 3];
-    next.scores = reinterpret_cast<float*>(memory + i % 2 * 8192);
-    next.p = reinterpret_cast<Bits*>(memory + 2 * 8192 + i % 2 * 4096);
-    list.next(next);
-    Unit &now = units[i % 3], &last = units[(i + 2) % 3];
-    if (!next.panel && !now.panel && !last.panel) break;
-    run_units(task, next, now, last);
-  }
+  while (list.next(unit)) run_unit(task, unit);
   for (int64_t i = 0; i < list.num_panels; ++i) end_panel(task, head, panels[i]);
 }
 

@@ -88,6 +88,33 @@ PYPAR_INLINE void multiply_tiles(int64_t num_k, const Bits* left, int64_t left_r
   if (kRowTiles > 1 && kColumnTiles > 1) _tile_stored(3, c11, 64);
 }
 
+// Registers 4 to 7: 2 x 2 tiles of a left operand for multiply_held_tiles.
+PYPAR_INLINE void hold_tiles(const Bits* left) {
+  _tile_loadd(4, left, 64);
+  _tile_loadd(5, left + kTileValues, 64);
+  _tile_loadd(6, left + 2 * kTileValues, 64);
+  _tile_loadd(7, left + 3 * kTileValues, 64);
+}
+
+// result[2][columns] = the held tiles * right[columns][2]: half as many loads as multiply_tiles<2, 2>.
+PYPAR_INLINE void multiply_held_tiles(int64_t columns, const Bits* right, float* result,
+                                      int64_t result_row_step) {
+  for (int64_t j = 0; j < columns; ++j) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(2, right, 64);
+    PYPAR_MULTIPLY_TILE(0, 4, 2);
+    PYPAR_MULTIPLY_TILE(1, 6, 2);
+    _tile_loadd(3, right + kTileValues, 64);
+    PYPAR_MULTIPLY_TILE(0, 5, 3);
+    PYPAR_MULTIPLY_TILE(1, 7, 3);
+    _tile_stored(0, result, 64);
+    _tile_stored(1, result + result_row_step, 64);
+    right += 2 * kTileValues;
+    result += kTileSums;
+  }
+}
+
 #else
 
 struct TileScope {
