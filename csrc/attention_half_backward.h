@@ -128,10 +128,10 @@ static void prepare_rows(const AttentionBackward& a, const BackwardMemory& m, co
   }
   pack_right_transposed(q, first, count, kRowTiles, p.H,
                         reinterpret_cast<Bits*>(memory + layout.q_transposed));
-  pack_right(q, first, count, kRowTiles / 2, p.H, reinterpret_cast<Bits*>(memory + layout.q));
+  pack_right<false>(q, first, count, kRowTiles / 2, p.H, reinterpret_cast<Bits*>(memory + layout.q));
   pack_right_transposed(dout, first, count, kRowTiles, p.Hv,
                         reinterpret_cast<Bits*>(memory + layout.dout_transposed));
-  pack_right(dout, first, count, kRowTiles / 2, p.Hv, reinterpret_cast<Bits*>(memory + layout.dout));
+  pack_right<false>(dout, first, count, kRowTiles / 2, p.Hv, reinterpret_cast<Bits*>(memory + layout.dout));
   auto* base = reinterpret_cast<float*>(memory + layout.base);
   auto* delta = reinterpret_cast<float*>(memory + layout.delta);
   for (int64_t i = 0; i < kBackwardRows; ++i) {
@@ -370,7 +370,7 @@ static void run_key_block(BackwardTask& task, int64_t sequence_index) {
   pack_left(k, task.first_key, task.num_keys, kKeyTiles, p.H, task.k);
   pack_left(rows_from(p.v, s.batch, s.k_begin, task.head, 1), task.first_key, task.num_keys, kKeyTiles, p.Hv,
             task.v);
-  pack_right(k, task.first_key, task.num_keys, kKeyTiles / 2, p.H, task.k_transposed);
+  pack_right<false>(k, task.first_key, task.num_keys, kKeyTiles / 2, p.H, task.k_transposed);
   for (int64_t i = 0; i < kKeyTiles / 2 * task.h_tiles; ++i)
     transpose_tile(task.k_transposed + i * kTileValues, task.k_transposed + i * kTileValues);
   for (float* x = task.dk; x < task.scores; x += 16) _mm512_store_ps(x, _mm512_setzero_ps());

@@ -30,6 +30,13 @@ PYPAR_INLINE __m512i merge_pairs(__m512 low, __m512 high) {
   return _mm512_permutexvar_epi16(order, narrow_two(low, high));
 }
 
+// The forward's probabilities of 32 keys, and which of them are pairs: neighbours, as conversion leaves them.
+constexpr bool kNeighbours = true;
+PYPAR_INLINE void store_probabilities(__m512 first, __m512 second, Bits* to) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to), narrow(first));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to + 16), narrow(second));
+}
+
 constexpr float kRoundUp = 0.0f;
 
 // (1 + kRoundUp) * 2^(f - 0.5) for f from 0 to 1, relative error 3e-6 (minimax with 2^0 exact, found by
@@ -68,6 +75,12 @@ PYPAR_INLINE __m512i narrow_two(__m512 first, __m512 second) {
 PYPAR_INLINE __m512i merge_pairs(__m512 low, __m512 high) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int32_t>(0xffff0000)), (__m512i)high,
                                    _mm512_srli_epi32((__m512i)low, 16), 0xca);
+}
+
+// The forward's probabilities of 32 keys; pairs are those of key i and key i + 16.
+constexpr bool kNeighbours = false;
+PYPAR_INLINE void store_probabilities(__m512 first, __m512 second, Bits* to) {
+  _mm512_store_si512(to, merge_pairs(first, second));
 }
 
 // P and dS are rounded to bf16 by cutting off 16 bits, after a multiplication by 1 + kRoundUp, with which

@@ -7,7 +7,7 @@
 //   result:         16 rows x 16 columns of fp32
 // So the transposition of a left operand as 16 x 16 words is the right operand of the transposed matrix.
 // Where k runs over rows or keys, pair i of 32 is (i, i + 16): then two vectors of fp32 become one vector of
-// pairs by a shift and a merge, without permuting lanes.
+// pairs of bf16 by a shift and a merge, without permuting lanes.
 #pragma once
 
 #include "attention_half_element.h"
@@ -68,10 +68,10 @@ PYPAR_INLINE void multiply_tiles(int64_t num_k, const Bits* left, int64_t left_r
   }
   for (int64_t k = 0; k < num_k; ++k) {
     _tile_loadd(4, left, 64);
-    _tile_loadd(6, right, 64);
+    _tile_stream_loadd(6, right, 64);
     PYPAR_MULTIPLY_TILE(0, 4, 6);
     if (kColumnTiles > 1) {
-      _tile_loadd(7, right + right_column_step, 64);
+      _tile_stream_loadd(7, right + right_column_step, 64);
       PYPAR_MULTIPLY_TILE(1, 4, 7);
     }
     if (kRowTiles > 1) {
@@ -102,10 +102,10 @@ PYPAR_INLINE void multiply_held_tiles(int64_t columns, const Bits* right, float*
   for (int64_t j = 0; j < columns; ++j) {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_loadd(2, right, 64);
+    _tile_stream_loadd(2, right, 64);
     PYPAR_MULTIPLY_TILE(0, 4, 2);
     PYPAR_MULTIPLY_TILE(1, 6, 2);
-    _tile_loadd(3, right + kTileValues, 64);
+    _tile_stream_loadd(3, right + kTileValues, 64);
     PYPAR_MULTIPLY_TILE(0, 5, 3);
     PYPAR_MULTIPLY_TILE(1, 7, 3);
     _tile_stored(0, result, 64);
@@ -308,8 +308,9 @@ static void pack_right_transposed(const RowSource& source, int64_t first, int64_
   }
 }
 
-// to[32 rows][column tile]: a right operand with k along the source's rows, in pairs (i, i + 16). The number
-// of column tiles is even.
+// to[32 rows][column tile]: a right operand with k along the source's rows, in pairs (i, i + 16) or of
+// neighbours. The number of column tiles is even.
+template <bool kNeighbours>
 static void pack_right(const RowSource& source, int64_t first, int64_t count, int64_t row_blocks,
                        int64_t size, Bits* to) {
   const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
@@ -319,8 +320,8 @@ static void pack_right(const RowSource& source, int64_t first, int64_t count, in
     find_rows(source, first + 16, count - 16, offsets + 16);
     for (int64_t column = 0; column < size; column += 32, to += 2 * kTileValues) {
       for (int64_t i = 0; i < 16; ++i) {
-        const __m512i a = load_row(source, offsets[i], column, size);
-        const __m512i b = load_row(source, offsets[i + 16], column, size);
+        const __m512i a = load_row(source, offsets[kNeighbours ? 2 * i : i], column, size);
+        const __m512i b = load_row(source, offsets[kNeighbours ? 2 * i + 1 : i + 16], column, size);
         for (int half = 0; half < 2; ++half) {
           const __m256i ah = half ? _mm512_extracti64x4_epi64(a, 1) : _mm512_castsi512_si256(a);
           const __m256i bh = half ? _mm512_extracti64x4_epi64(b, 1) : _mm512_castsi512_si256(b);
