@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    NUMBERS,
     dropout_stream,
     kept,
     key_range,
@@ -12,28 +13,13 @@ from .attention_tiles import (
     locate,
     logits,
     power,
+    show_copies,
     store_gradient,
     unit,
 )
 
-SIZES = [
-    "B",
-    "T",
-    "S",
-    "N",
-    "G",
-    "num_blocks",
-    "left_bound",
-    "right_bound",
-    "q_start",
-    "k_start",
-    "step",
-    "batch_start",
-]
-SIZES += ["head_start", "dropout_threshold"]
 
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ready_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, slopes_ptr, seed_ptr,
     cu_q_ptr, cu_k_ptr,
@@ -50,6 +36,7 @@ def _attention_dkdv_kernel(
     H: tl.constexpr, HV: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, ACCUMULATE: tl.constexpr,
+    FENCE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_S keys of one key head, over all query heads of its group."""
     PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
@@ -119,7 +106,9 @@ def _attention_dkdv_kernel(
             )  # fmt: skip
             p = power(x, PRECISE)
             dout = load_tile(dout_base, t, hv, stride_dt, stride_dh, T, HV, BLOCK_HV)
-            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            dout_turned = tl.trans(dout)
+            show_copies(FENCE)
+            dp = tl.dot(v, dout_turned, input_precision="ieee")
             p_kept = p
             if stream is not None:
                 keep = kept(

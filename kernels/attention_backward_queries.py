@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    NUMBERS,
     dropout_stream,
     kept,
     key_range,
@@ -16,25 +17,10 @@ from .attention_tiles import (
     locate,
     logits,
     power,
+    show_copies,
     store_gradient,
     unit,
 )
-
-SIZES = [
-    "B",
-    "T",
-    "S",
-    "N",
-    "G",
-    "num_blocks",
-    "left_bound",
-    "right_bound",
-    "q_start",
-    "k_start",
-    "step",
-    "batch_start",
-]
-SIZES += ["head_start", "dropout_threshold"]
 
 
 @triton.jit(do_not_specialize=["rows", "T", "N"])
@@ -68,7 +54,7 @@ def _attention_delta_kernel(
     )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ready_ptr, delta_ptr, dq_ptr, dbias_ptr, bias_ptr, slopes_ptr,
     seed_ptr, cu_q_ptr, cu_k_ptr,
@@ -84,6 +70,7 @@ def _attention_dq_kernel(
     H: tl.constexpr, HV: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, ACCUMULATE: tl.constexpr,
+    FENCE: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_T queries of one head."""
     PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
@@ -159,7 +146,9 @@ def _attention_dq_kernel(
             SOFTCAP, False, PRECISE, HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
         p = power(x, PRECISE)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        v_turned = tl.trans(v)
+        show_copies(FENCE)
+        dp = tl.dot(dout, v_turned, input_precision="ieee")
         if stream is not None:
             keep = kept(q_start + step * t[:, None], k_start + step * s[None, :], stream, dropout_threshold)
             dp = tl.where(keep, dp * dropout_scale, 0.0)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .attention_tiles import (
     LN2,
+    NUMBERS,
     dropout_stream,
     kept,
     key_range,
@@ -13,24 +14,9 @@ from .attention_tiles import (
     locate,
     logits,
     power,
+    show_copies,
     unit,
 )
-
-# Not worth a compilation of its own when it is 1 or a multiple of 16.
-SIZES = [
-    "B",
-    "T",
-    "S",
-    "N",
-    "num_blocks",
-    "splits",
-    "left_bound",
-    "right_bound",
-    "q_start",
-    "k_start",
-    "step",
-]
-SIZES += ["batch_start", "head_start", "dropout_threshold"]
 
 
 @triton.jit
@@ -71,7 +57,7 @@ def _last_state(m, weight, acc, PRECISE: tl.constexpr):
     return acc / weight[:, None], tl.where(empty, float("-inf"), lse)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, state_ptr, bias_ptr, sinks_ptr, slopes_ptr, seed_ptr,
     cu_q_ptr, cu_k_ptr,
@@ -87,7 +73,7 @@ def _attention_forward_kernel(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, PACK: tl.constexpr, SOFTCAP: tl.constexpr,
     PLAIN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CARRY: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T rows of one sequence: with PACK = 1 queries of one head, else queries of PACK = GROUP heads
     that share a key
@@ -184,6 +170,7 @@ def _attention_forward_kernel(
             keep = kept(q_start + step * t[:, None], k_start + step * s[None, :], stream, dropout_threshold)
             p = tl.where(keep, p * dropout_scale, 0.0)
         v = load_tile(v_base, s, hv, stride_vs, stride_vh, S, HV, BLOCK_HV)
+        show_copies(FENCE)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     if SPLIT:
         # Unnormalised, as the combination wants it: an lse would be rounded once more.

@@ -45,11 +45,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Device:
-    """arch: a class of architecture. num_multiprocessors: how many programs fill the
-    device."""
+    """arch: a class of architecture. num_multiprocessors: how many programs fill the device."""
 
     arch: str
     num_multiprocessors: int
+
+    @property
+    def reads_by_async_proxy(self) -> bool:
+        """Whether its products read shared memory so: wgmma. (tcgen05 does too, where Triton 3.7 cannot compile
+        show_copies.)"""
+        return self.arch == "sm_90"
 
 
 def forward_launches(
@@ -83,6 +88,7 @@ def forward_launches(
         "PLAIN": is_plain(problem),
         "CARRY": carry and not split,
         "SPLIT": split,
+        "FENCE": device.reads_by_async_proxy,
     }
     launches = [
         Launch(_attention_forward_kernel, num_programs * splits, arguments, tile.num_warps, tile.num_stages)
@@ -153,6 +159,7 @@ def backward_launches(
         "G": size.G,
         "dscale": problem.scale,
         "ACCUMULATE": accumulate,
+        "FENCE": device.reads_by_async_proxy,
     }
     tile = _tile(KEY_GRADIENTS, problem, device.arch)
     num_blocks = _num_blocks(problem.cu_seqlens_k, size.S, size.B, tile.BLOCK_S)

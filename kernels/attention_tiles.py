@@ -10,6 +10,11 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Arguments that are not worth a compilation of their own when they are 1 or a multiple of 16.
+NUMBERS = [
+    *("B", "T", "S", "N", "G", "num_blocks", "splits", "left_bound", "right_bound", "q_start", "k_start"),
+    *("step", "batch_start", "head_start", "dropout_threshold"),
+]
 
 
 @triton.jit
@@ -111,6 +116,19 @@ def load_tile(
     if SIZE < COLUMNS:
         mask = mask & (columns[None, :] < SIZE)
     return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def show_copies(FENCE: tl.constexpr):
+    """Lets the products that follow see what finished copies wrote, on GPUs whose products read by the async proxy.
+
+    cp.async writes by the generic one, and PTX wants a fence in between. Triton sets one before the first of a loop's
+    products and takes it to hold for tiles whose copies end only after it.
+    """
+    if FENCE:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
