@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pypar import tensor_parallel as tensor_parallel
     from pypar import train as train
     from pypar.context_parallel.attention import ring_attention as ring_attention
+    from pypar.context_parallel.ring import ring_attention as ring_attention
+    from pypar.data_parallel import DataParallel as DataParallel
     from pypar.data_parallel import GradientBuckets as GradientBuckets
     from pypar.mesh import Mesh as Mesh
     from pypar.models.attention_interface import register_with_transformers as register_with_transformers
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF_NAME = {
+    "DataParallel": "pypar.data_parallel",
     "GradientBuckets": "pypar.data_parallel",
     "Mesh": "pypar.mesh",
     "attention": "pypar.ops.attention",

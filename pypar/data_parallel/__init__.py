@@ -2,5 +2,6 @@
 ranks."""
 
 from pypar.data_parallel.buckets import GradientBuckets
+from pypar.data_parallel.module import DataParallel
 
-__all__ = ["GradientBuckets"]
+__all__ = ["DataParallel", "GradientBuckets"]

@@ -14,6 +14,7 @@ What is plugged in, by the interfaces of reduction.py: a compressor reduces a bu
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -24,7 +25,7 @@ from pypar.data_parallel.arguments import check_sizes, trainable
 from pypar.data_parallel.arrivals import Hook, accept, settle
 from pypar.data_parallel.flat import Slot, fill_buckets, make_slots, shard_of, take_in
 from pypar.data_parallel.ready_order import agree_on_order
-from pypar.data_parallel.reduction import Compressor, FlatReduction, wait_for
+from pypar.data_parallel.reduction import Compressor, FlatReduction, explained
 from pypar.data_parallel.streams import streams_for
 from pypar.mesh import Axis, as_axis
 
@@ -85,7 +86,7 @@ class GradientBuckets:
         self._compressor = self._make_compressor(comm_dtype, power_sgd_rank)
         named = trainable(params, self.axis)
         self._accumulating = False
-        self._on_reduction: Callable[[], None] | None = None  # called when a step's first gradient is final
+        self._on_reduction: weakref.WeakMethod[Callable[[], None]] | None = None
         self._num_backward = 0  # gradients that arrived since zero()
         self._num_steps = 0
         self._next = 0  # the bucket that starts next
@@ -113,6 +114,10 @@ class GradientBuckets:
     @property
     def num_buckets(self) -> int:
         return len(self._buckets)
+
+    @property
+    def is_accumulating(self) -> bool:
+        return self._accumulating
 
     @property
     def padding_bytes(self) -> int:
@@ -183,7 +188,8 @@ class GradientBuckets:
             self._start_next()
         for bucket in self._buckets:
             if bucket.handle is not None:
-                wait_for(bucket, self.axis, self._num_steps)
+                with explained(f"the reduction of gradients in step {self._num_steps + 1}", self.axis):
+                    bucket.handle.wait()
                 self._streams.after(bucket)
         self._num_steps += 1
         seen = self._ready
@@ -220,6 +226,10 @@ class GradientBuckets:
             raise ValueError("carry_over() needs average=True: a sum would be summed again; call zero()")
         self._refuse_in_flight("carry_over()")
         self._mark(is_stale=False)
+
+    def on_reduction(self, call: Callable[[], None]) -> None:
+        """From now on call this method, inside backward, when a step's first gradient is final."""
+        self._on_reduction = weakref.WeakMethod(call)
 
     def close(self) -> None:
         """Take the hooks off the parameters, which may then have other buckets."""
@@ -260,8 +270,9 @@ class GradientBuckets:
             for slot in bucket.slots:
                 slot.is_frozen = not slot.parameter.requires_grad
             bucket.num_frozen = sum(slot.is_frozen for slot in bucket.slots)
-        if self._on_reduction is not None:
-            self._on_reduction()
+        call = self._on_reduction() if self._on_reduction is not None else None
+        if call is not None:
+            call()
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]

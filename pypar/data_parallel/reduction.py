@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -91,15 +92,15 @@ class FlatReduction:
         return all_reduce_start(flat, axis, op)
 
 
-def wait_for(bucket: Bucket, axis: Axis, num_steps: int) -> None:
-    """Wait for a started bucket, after num_steps earlier steps."""
-    assert bucket.handle is not None
+@contextlib.contextmanager
+def explained(what: str, axis: Axis) -> Iterator[None]:
+    """An error of communication inside also says what every rank must do alike."""
     try:
-        bucket.handle.wait()
+        yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"step {num_steps + 1}: the gradients could not be reduced over axis {axis.name!r}; every one of its "
-            f"{axis.size} ranks must run the same number of backward passes that reduce: {error}"
+            f"{what} failed over axis {axis.name!r}; every one of its {axis.size} ranks must run the same number of "
+            f"forward and backward passes that communicate: {error}"
         ) from error
 
 
