@@ -196,7 +196,7 @@ class GradientBuckets:
         self._forget_step()
         if not self._is_rebuilt:
             self._is_rebuilt = True
-            self._fill(agree_on_order(list(self._slots.values()), seen, self.axis))
+            self._fill(agree_on_order([s for b in self._buckets for s in b.slots], seen, self.axis))
         self._mark(is_stale=True)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from pypar.mesh import Axis
 
 
 def agree_on_order(slots: Sequence[Slot], seen: Sequence[Slot], axis: Axis) -> list[Slot]:
-    """The slots in the order that the axis's first rank has `seen`, those that it has not seen at the end.
+    """The slots in the order that the axis's first rank has `seen`; those that it has not seen follow as they stood.
 
     One broadcast; every rank of the axis calls this with the same slots in the same order.
     """
