@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pypar import tensor_parallel as tensor_parallel
     from pypar import train as train
     from pypar.context_parallel.attention import ring_attention as ring_attention
-    from pypar.context_parallel.ring import ring_attention as ring_attention
     from pypar.data_parallel import DataParallel as DataParallel
     from pypar.data_parallel import GradientBuckets as GradientBuckets
     from pypar.mesh import Mesh as Mesh
