@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from pypar.data_parallel.arguments import check_sizes, trainable
 from pypar.data_parallel.arrivals import Hook, accept, settle
-from pypar.data_parallel.flat import Slot, fill_buckets, make_slots, shard_of, take_in
+from pypar.data_parallel.flat import Bucket, Slot, fill_buckets, make_slots, shard_of, take_in
+from pypar.data_parallel.power_sgd import PowerSGD
 from pypar.data_parallel.ready_order import agree_on_order
-from pypar.data_parallel.reduction import Compressor, FlatReduction, explained
+from pypar.data_parallel.reduction import explained, make_compressor
 from pypar.data_parallel.streams import streams_for
 from pypar.mesh import Axis, as_axis
 
@@ -83,7 +84,8 @@ class GradientBuckets:
     ) -> None:
         check_sizes(bucket_bytes, first_bucket_bytes)
         self.axis, self.average, self.reduce_scatter = as_axis(axis), average, reduce_scatter
-        self._compressor = self._make_compressor(comm_dtype, power_sgd_rank)
+        self._compressor = make_compressor(average, comm_dtype, reduce_scatter, power_sgd_rank)
+        self.power_sgd = self._compressor if isinstance(self._compressor, PowerSGD) else None
         named = trainable(params, self.axis)
         self._accumulating = False
         self._on_reduction: weakref.WeakMethod[Callable[[], None]] | None = None
@@ -94,6 +96,7 @@ class GradientBuckets:
         self._slots = {slot.parameter: slot for slot in make_slots(named, gradient_dtype)}
         self._ready: list[Slot] = []  # in the order in which they became final
         self._is_rebuilt = not rebuild or reduce_scatter or self.axis.size == 1
+        self._buckets: list[Bucket] = []
         self._fill(list(reversed(self._slots.values())))
         for slot in self._slots.values():
             take_in(slot)
@@ -101,14 +104,10 @@ class GradientBuckets:
         hook = Hook(self._reached)
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._slots]
 
-    def _make_compressor(self, comm_dtype: torch.dtype | None, power_sgd_rank: int) -> Compressor:
-        flat = FlatReduction(average=self.average, comm_dtype=comm_dtype, scatter=self.reduce_scatter)
-        if not power_sgd_rank:
-            return flat
-        raise ValueError("power_sgd_rank is not there yet; use 0")
-
     def _fill(self, slots: list[Slot]) -> None:
-        self._buckets = fill_buckets(slots, *self._sizes)
+        old, self._buckets = self._buckets, fill_buckets(slots, *self._sizes)
+        for bucket in old:
+            self._streams.before_release(bucket)
         self._streams = streams_for(self._buckets)
 
     @property
@@ -183,7 +182,8 @@ class GradientBuckets:
             )
         for slot in self._slots.values():
             if not slot.is_ready:
-                settle(slot)
+                with self._streams.writing(slot.bucket):
+                    settle(slot)
         while self._next < len(self._buckets):
             self._start_next()
         for bucket in self._buckets:
@@ -204,7 +204,8 @@ class GradientBuckets:
         """Set all gradients to zero, in place. To be called before each step's first backward."""
         self._refuse_in_flight("zero()")
         for bucket in self._buckets:
-            bucket.flat.zero_()
+            with self._streams.writing(bucket):
+                bucket.flat.zero_()
         for slot in self._slots.values():
             slot.parameter.grad = slot.gradient if slot.is_shown else None
         self._forget_step()
@@ -215,7 +216,8 @@ class GradientBuckets:
         """Multiply all gradients, in place (clipping)."""
         self._refuse_in_flight("scale()")
         for bucket in self._buckets:
-            bucket.gradients.mul_(factor)
+            with self._streams.writing(bucket):
+                bucket.gradients.mul_(factor)
 
     def carry_over(self) -> None:
         """After `finish()`: let the next backward add to the means that it left, in place of `zero()`.

@@ -13,6 +13,7 @@ from torch import Tensor
 from pypar.comm import Handle, all_reduce_start, reduce_scatter_start
 from pypar.comm.cpu_group import CpuProcessGroup
 from pypar.data_parallel.flat import Bucket, Started
+from pypar.data_parallel.power_sgd import PowerSGD
 from pypar.mesh import Axis
 from pypar.ops.bucket import bucket as scale_and_cast
 
@@ -33,19 +34,6 @@ class Compressor(Protocol):
 
         The axis has at least two ranks. Runs inside backward, on the thread of the engine, without gradients.
         """
-
-
-class Streams(Protocol):
-    """What makes buckets wait for the streams that wrote them, on a GPU; nothing on a CPU."""
-
-    def wrote(self, bucket: Bucket) -> None:
-        """The current stream has queued a write into the bucket. Called for each gradient that arrived."""
-
-    def before_communication(self, bucket: Bucket) -> None:
-        """Called on the thread that starts the reduction, before it."""
-
-    def after(self, bucket: Bucket) -> None:
-        """In `finish()`, after the reduction's `wait()`: the current stream is the one that reads the result."""
 
 
 class FlatReduction:
@@ -90,6 +78,19 @@ class FlatReduction:
         if self.scatter:
             return reduce_scatter_start(flat, axis, op=op, out=flat[part])
         return all_reduce_start(flat, axis, op)
+
+
+def make_compressor(
+    average: bool, comm_dtype: torch.dtype | None, scatter: bool, power_sgd_rank: int
+) -> Compressor:
+    if not power_sgd_rank:
+        return FlatReduction(average=average, comm_dtype=comm_dtype, scatter=scatter)
+    if comm_dtype is not None or scatter:
+        raise ValueError(
+            f"power_sgd_rank ({power_sgd_rank}) sends factors in fp32 and gives whole gradients; leave out "
+            "comm_dtype and reduce_scatter, or use power_sgd_rank=0"
+        )
+    return PowerSGD(power_sgd_rank, average=average)
 
 
 @contextlib.contextmanager
