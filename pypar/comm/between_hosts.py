@@ -186,18 +186,24 @@ class ProcessGroupBetweenHosts(CpuProcessGroup):
     def _host_of(self, rank: int) -> int:
         return next(i for i, members in enumerate(self._members) if rank in members)
 
+    def _reduce_inside(self, x: Tensor, op: Any) -> None:
+        """x = the sum of this host, on its first rank."""
+        if self._inside.size() > 1:
+            self._inside.reduce([x], _rooted(_reducing(dist.ReduceOptions(), op), 0)).wait()
+
     def _broadcast_inside(self, x: Tensor, root: int) -> None:
-        self._inside.broadcast([x], _rooted(dist.BroadcastOptions(), root)).wait()
+        if self._inside.size() > 1:
+            self._inside.broadcast([x], _rooted(dist.BroadcastOptions(), root)).wait()
 
     def _reduce_into(self, tensor: Tensor, reduce_op: Any, hosts: Any) -> None:
         """tensor = the reduction over all ranks, on the ranks of `hosts`; unspecified on the others."""
         x, op, divisor = _wide(tensor, reduce_op, self._size)
-        self._inside.reduce([x], _rooted(_reducing(dist.ReduceOptions(), op), 0)).wait()
+        self._reduce_inside(x, op)
         if self._between is not None:
             self._between.allreduce([x], _reducing(dist.AllreduceOptions(), op)).wait()
         if self._host in hosts:
             self._broadcast_inside(x, 0)
-            _copy(tensor, x / divisor if divisor != 1 else x)
+            _copy(tensor, _divided(x, divisor))
 
     def _gather_all(self, source: Tensor) -> list[Tensor]:
         """What each rank brought, all of one size."""
@@ -222,7 +228,7 @@ class ProcessGroupBetweenHosts(CpuProcessGroup):
             x, op, divisor = _wide(
                 torch.cat([ins[r].detach().reshape(-1) for r in members]), reduce_op, self._size
             )
-            self._inside.reduce([x], _rooted(_reducing(dist.ReduceOptions(), op), 0)).wait()
+            self._reduce_inside(x, op)
             if self._between is not None:
                 options = _rooted(_reducing(dist.ReduceOptions(), op), host)
                 self._between.reduce([x], options).wait()
@@ -231,7 +237,7 @@ class ProcessGroupBetweenHosts(CpuProcessGroup):
             mine = torch.empty(out.numel(), dtype=x.dtype)
             parts = list(x.split([ins[r].numel() for r in members])) if self._between is not None else []
             self._inside.scatter([mine], [parts], _rooted(dist.ScatterOptions(), 0)).wait()
-            _copy(out, mine / divisor if divisor != 1 else mine)
+            _copy(out, _divided(mine, divisor))
 
 
 def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
@@ -239,13 +245,21 @@ def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
 
 
 def _wide(tensor: Tensor, reduce_op: Any, size: int) -> tuple[Tensor, Any, int]:
-    """(a contiguous copy to reduce in, fp32 for bf16 and fp16; the operation; what to divide by in the end)."""
-    x = tensor.detach()
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    copy = x.to(torch.float32) if narrow else x.clone(memory_format=torch.contiguous_format)
+    """(contiguous numbers to reduce in place, the tensor's own where they will do, fp32 for bf16 and fp16; the
+    operation; what to divide by in the end).
+    """
+    x = tensor.detach().contiguous()
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.to(torch.float32)
     if reduce_op == dist.ReduceOp.AVG:
-        return copy.contiguous(), dist.ReduceOp.SUM, size
-    return copy.contiguous(), reduce_op, 1
+        return x, dist.ReduceOp.SUM, size
+    return x, reduce_op, 1
+
+
+def _divided(x: Tensor, divisor: int) -> Tensor:
+    if divisor == 1:
+        return x
+    return x.div_(divisor) if x.is_floating_point() else x / divisor
 
 
 def _reducing(options: Options, op: Any) -> Options:
