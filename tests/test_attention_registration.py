@@ -134,6 +134,7 @@ BAD = {
     "sinks (3,) must have one number per query head: (2,)": {"sinks": torch.zeros(3)},
     "sinks torch.int64 on cpu must be floating point": {"sinks": torch.zeros(2, dtype=torch.int64)},
     "sinks torch.float32 on meta": {"sinks": torch.zeros(2, device="meta")},
+    "alibi_slopes requires a gradient and gets none": {"alibi_slopes": torch.zeros(2, requires_grad=True)},
     "alibi_slopes (3,) must be (2,) or (1, 2)": {"alibi_slopes": torch.zeros(3)},
     "alibi_slopes (2, 2) must be": {"alibi_slopes": torch.zeros(2, 2)},
     "alibi_slopes torch.float32 on meta": {"alibi_slopes": torch.zeros(2, device="meta")},

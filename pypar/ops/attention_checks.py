@@ -139,6 +139,8 @@ def check_scores(
             raise ValueError(f"{name} {x.dtype} on {x.device} must be floating point on {q.device}")
     if sinks is not None and sinks.shape != (N,):
         raise ValueError(f"sinks {tuple(sinks.shape)} must have one number per query head: ({N},)")
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes requires a gradient and gets none: pass alibi_slopes.detach()")
     if alibi_slopes is not None and alibi_slopes.shape != (N,):
         batch = q.shape[0] if num_sequences is None else num_sequences
         if alibi_slopes.shape != (batch, N):
