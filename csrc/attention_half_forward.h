@@ -1,10 +1,14 @@
 // Attention's forward with bf16 or fp16 products: online softmax over units of 32 rows and 128 keys.
 //
 // Scores are computed as [row][key], so that probabilities are a left operand as they are stored, and what
-// must be transposed is K, which is packed once for all rows. The steps of three consecutive units take turns
-// (scores of the next, exponentials of this one, output of the one before), so that tile and vector
-// instructions stand side by side; on the one processor with AMX that was measured this is neither faster nor
-// slower than one step after the other.
+// must be transposed is K, which is packed once for all rows.
+//
+// What a unit costs for H = Hv = 64, in cycles of the one processor with AMX that was measured: 64 products
+// of tiles at 16 each are 1024, and 256 vectors of exponentials at 8 instructions on two ports another 1024.
+// Standing side by side they were not faster than one after the other, so that is how they are. Measured are
+// 1010 for the scores and 1070 for the output, each twice its products for tiles stored and loaded again, and
+// 1130 for the exponentials. Keys and values are streamed past the first cache, where the scores must stay:
+// storing these costs a third more otherwise.
 #pragma once
 
 #include "attention_half.h"
@@ -47,6 +51,7 @@ struct Panel {
   int64_t keys_begin, keys_end;  // that any row sees
   int64_t most_low, least_high;
   bool ready;  // every row has a sum
+  bool blank;  // nothing has been added to `out`, whose content is any
 };
 
 struct Unit {
@@ -116,13 +121,14 @@ PYPAR_INLINE bool has_sum(__m512 sums) {
 
 // The row's largest score, in powers of two, among the keys that it sees; -inf if there is none. Scores go to
 // `x`, -inf where they are not seen.
+template <bool kMasked>
 PYPAR_INLINE float find_top(const Unit& unit, float factor, int64_t row, __m512* x) {
   const float* s = unit.scores + row / 16 * kUnitSums + row % 16 * 16;
   const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
   __m512 top = lowest;
   int64_t low = unit.panel->low[row] - unit.first_key, high = unit.panel->high[row] - unit.first_key;
   for (int64_t j = 0; j < 2 * unit.blocks; ++j, low -= 16, high -= 16) {
-    const auto seen = static_cast<__mmask16>(keys_below(high + 1) & ~keys_below(low));
+    const auto seen = static_cast<__mmask16>(kMasked ? keys_below(high + 1) & ~keys_below(low) : 0xffff);
     x[j] = _mm512_mask_mul_ps(lowest, seen, _mm512_load_ps(s + j * kTileSums), _mm512_set1_ps(factor));
     top = _mm512_max_ps(top, x[j]);
   }
@@ -134,7 +140,7 @@ static void soften_row(Unit& unit, float factor, int64_t row) {
   Panel& panel = *unit.panel;
   Bits* p = unit.p + row / 16 * kUnitValues + row % 16 * 32;
   __m512 x[kUnitKeys / 16];
-  const float most = find_top(unit, factor, row, x), old = panel.reference[row];
+  const float most = find_top<true>(unit, factor, row, x), old = panel.reference[row];
   __m512 sum = _mm512_load_ps(panel.sums + row * 16);
   if (most > old + kSlackBits) {
     panel.reference[row] = most;
@@ -162,7 +168,8 @@ static void find_references(const ForwardTask& task, const Unit& unit, int64_t f
   __m512 x[kUnitKeys / 16];
   for (int64_t row = first; row < first + 8; ++row) {
     if (has_sum(_mm512_load_ps(panel.sums + row * 16))) continue;
-    const float most = find_top(unit, task.factor, row, x);
+    const float most =
+        unit.masked ? find_top<true>(unit, task.factor, row, x) : find_top<false>(unit, task.factor, row, x);
     if (most > -__builtin_inff()) panel.reference[row] = most;
   }
 }
@@ -231,10 +238,10 @@ PYPAR_INLINE void weigh(const ForwardTask& task, const Unit& unit, int64_t colum
   float* out = unit.panel->out + column * kTileSums;
   if (unit.panel->row_tiles == 2) {
     multiply_tiles<2, 2>(unit.blocks, unit.p, kUnitValues, kTileValues, v, kTileValues,
-                         hv_tiles * kTileValues, out, hv_tiles * kTileSums, kTileSums, true);
+                         hv_tiles * kTileValues, out, hv_tiles * kTileSums, kTileSums, !unit.panel->blank);
   } else {
     multiply_tiles<1, 2>(unit.blocks, unit.p, kUnitValues, kTileValues, v, kTileValues,
-                         hv_tiles * kTileValues, out, hv_tiles * kTileSums, kTileSums, true);
+                         hv_tiles * kTileValues, out, hv_tiles * kTileSums, kTileSums, !unit.panel->blank);
   }
 }
 
@@ -247,6 +254,7 @@ static void run_unit(const ForwardTask& task, Unit& unit) {
   if (!unit.panel->ready) check_ready(*unit.panel);
   if (unit.rescaled) rescale(task, unit);
   for (int64_t column = 0; column < task.sizes.hv_tiles; column += 2) weigh(task, unit, column);
+  unit.panel->blank = false;
 }
 
 struct UnitList {
@@ -276,6 +284,10 @@ struct UnitList {
   }
 };
 
+static void clear(float* begin, const float* end) {
+  for (float* x = begin; x < end; x += 16) _mm512_store_ps(x, _mm512_setzero_ps());
+}
+
 static void begin_panel(const ForwardTask& task, int64_t head, int64_t first, int64_t rows, char* memory,
                         Panel* panel) {
   const AttentionProblem& p = task.a->problem;
@@ -295,7 +307,9 @@ static void begin_panel(const ForwardTask& task, int64_t head, int64_t first, in
   panel->ready = false;
   pack_left(rows_from(p.q, s.batch, s.q_begin, head, group), first, panel->count, panel->row_tiles, p.H,
             panel->q);
-  for (float* x = panel->out; x < panel->reference; x += 16) _mm512_store_ps(x, _mm512_setzero_ps());
+  panel->blank = !task.a->carry;
+  if (task.a->carry) clear(panel->out, panel->sums);
+  clear(panel->sums, panel->reference);
   for (int64_t i = 0; i < kPanelRows; ++i) {
     const int64_t row = first + smaller(i, panel->count - 1);
     const int64_t position = position_of(row, group);
@@ -382,6 +396,7 @@ static void end_panel(const ForwardTask& task, int64_t head, const Panel& panel)
   const AttentionProblem& p = task.a->problem;
   const Sequence& s = *task.sequence;
   const RowSource target = rows_from(task.a->out, s.batch, s.q_begin, head, p.N / p.G);
+  if (panel.blank) clear(panel.out, panel.sums);
   alignas(64) float factors[kPanelRows];
   for (int64_t first = 0; first < panel.count; first += 16) {
     finish_rows(task, head, panel, first, factors + first);
@@ -389,8 +404,10 @@ static void end_panel(const ForwardTask& task, int64_t head, const Panel& panel)
   for (int64_t i = 0; i < panel.count; ++i) {
     const __m512 factor = _mm512_set1_ps(factors[i]);
     const float* from = panel.out + i / 16 * task.sizes.hv_tiles * kTileSums + i % 16 * 16;
-    for (int64_t column = 0; column < p.Hv; column += 16, from += kTileSums) {
-      store_values(target, panel.first + i, column, p.Hv, _mm512_mul_ps(_mm512_load_ps(from), factor));
+    for (int64_t column = 0; column < p.Hv; column += 32, from += 2 * kTileSums) {
+      const __m512 a = _mm512_mul_ps(_mm512_load_ps(from), factor);
+      const __m512 b = _mm512_mul_ps(_mm512_load_ps(from + kTileSums), factor);
+      store_two(target, panel.first + i, column, p.Hv, a, b);
     }
   }
 }

@@ -354,5 +354,16 @@ static void store_values(const RowSource& target, int64_t r, int64_t column, int
   for (int64_t i = 0; i < count; ++i) to[i * step] = values[i];
 }
 
+// The same of 32 values.
+PYPAR_INLINE void store_two(const RowSource& target, int64_t r, int64_t column, int64_t size, __m512 a,
+                            __m512 b) {
+  if (target.dtype == kHalf && target.element_stride == 1) {
+    const __mmask32 mask = _bzhi_u32(~uint32_t{0}, static_cast<uint32_t>(smaller(32, size - column)));
+    return _mm512_mask_storeu_epi16(const_cast<Bits*>(target.row<Bits>(r)) + column, mask, narrow_two(a, b));
+  }
+  store_values(target, r, column, size, a);
+  if (column + 16 < size) store_values(target, r, column + 16, size, b);
+}
+
 }  // namespace half
 }  // namespace pypar::PYPAR_ISA
