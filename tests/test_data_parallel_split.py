@@ -162,6 +162,20 @@ def test_frozen_parameters_count_as_zero_and_hold_up_nothing(ranks, when):
                 assert torch.equal(gradient, sum(parts))
 
 
+def test_a_frozen_parameter_that_is_announced_counts_once():
+    """The bucket waits for the last of the others."""
+    frozen, first, last = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    made = GradientBuckets([frozen, first, last], SINGLE)
+    frozen.requires_grad_(False)
+    first.grad += 1
+    made.arrived(first)
+    made.arrived(frozen)
+    assert made._next == 0
+    last.grad += 1
+    made.arrived(last)
+    assert made._next == 1
+
+
 def test_frozen_between_forward_and_backward_is_an_error():
     """Its gradient comes nevertheless, into a bucket that was not kept waiting for it."""
     axis = Mesh(dp=1).data

@@ -97,6 +97,7 @@ class GradientBuckets:
         self._ready: list[Slot] = []  # in the order in which they became final
         self._is_rebuilt = not rebuild or reduce_scatter or self.axis.size == 1
         self._buckets: list[Bucket] = []
+        self._streams = streams_for(self._buckets)
         self._fill(list(reversed(self._slots.values())))
         for slot in self._slots.values():
             take_in(slot)
@@ -140,8 +141,7 @@ class GradientBuckets:
         """
         if not self.reduce_scatter:
             raise ValueError(
-                "shards() is for buckets made with reduce_scatter=True; here every rank has all of each gradient, "
-                "see gradient(param)"
+                "shards() is for buckets made with reduce_scatter=True; here every rank has all, see gradient(param)"
             )
         return [shard_of(bucket, self.axis.rank, self.axis.size) for bucket in self._buckets]
 

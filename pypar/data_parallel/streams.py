@@ -102,7 +102,7 @@ class BucketStreams:
         """
         self._wait_for_writers(bucket)
         if self._has(bucket):
-            for buffer in filter(lambda x: x is not None, (bucket.flat, bucket.wire)):
+            for buffer in (bucket.flat, *(() if bucket.wire is None else (bucket.wire,))):
                 self._streams.keep(buffer, self._streams.current(buffer.device))
 
     def _wait_for_writers(self, bucket: Bucket) -> None:
