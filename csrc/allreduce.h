@@ -26,6 +26,10 @@
 // whose rank has seen this rank's flag at c + 1, set after this rank left call c: so no flag is overwritten
 // before it was seen. With one set of flags a fast peer's c + 1 could hide c, and the wait never ended.
 //
+// A wait that ends by the time-out. The rank notes whom it waited for, counts the call as not made, and marks
+// its area: its later calls write nothing. A peer that comes late thus still finds the input of that very
+// call; the call after it ends in its own time-out.
+//
 // tests/test_allreduce_protocol.py enumerates the interleavings of this protocol.
 #pragma once
 

@@ -120,13 +120,13 @@ struct Meeting {
   AllReduceSignals* own;
   uint32_t call;
   int64_t data_offset;  // of this call's half in every area
-  bool failed;          // an earlier call did; of thread 0 only
+  bool failed;          // an earlier call did: then nothing is written, since a late peer may still read
 
   __device__ __forceinline__ explicit Meeting(const AllReduceGroup& g)
       : group(g), own(reinterpret_cast<AllReduceSignals*>(g.areas[g.rank])) {
     call = own->calls[blockIdx.x] + 1;
     data_offset = kDataOffset + (planted("one buffer") ? 0 : call % 2) * g.half_bytes;
-    failed = threadIdx.x == 0 && ptx::load_relaxed_system(&own->failed) != 0;
+    failed = __syncthreads_or(threadIdx.x == 0 && ptx::load_relaxed_system(&own->failed) != 0) != 0;
   }
 
   __device__ __forceinline__ unsigned char* data(int rank) const { return group.areas[rank] + data_offset; }
@@ -139,7 +139,7 @@ struct Meeting {
   // What this block's threads wrote before is seen by the peers' blocks of this number behind their meeting,
   // and the other way round. False, on all threads, when a peer did not come.
   __device__ __forceinline__ bool meet(int stage) {
-    if (!planted("no barrier") && __syncthreads_or(failed)) return false;
+    if (!planted("no barrier")) __syncthreads();
     const int peer = static_cast<int>(threadIdx.x);
     bool late = false;
     if (peer < group.num_ranks) {
@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   constexpr int kSize = Pack<Type>::kSize;
   const AllReduceGroup& g = a.group;
   Meeting m(g);
+  if (m.failed) return;
   const Ragged<Type> x(a.x, a.numel), y(a.y, a.numel);
   const int64_t items = (a.numel + kSize - 1) / kSize;
   const int num_slices = a.two_shot != 0 ? g.num_ranks : 1;
@@ -319,6 +320,7 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   auto* kept = reinterpret_cast<uint4*>(memory);
   const AllReduceGroup& g = a.group;
   Meeting m(g);
+  if (m.failed) return;
   const NormRows<Type> rows{a, m, static_cast<int>(a.D) / Pack<Type>::kSize};
   auto* partial = reinterpret_cast<float*>(kept + rows.items);
   const int num_slices = a.two_shot != 0 ? g.num_ranks : 1;

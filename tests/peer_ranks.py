@@ -152,7 +152,9 @@ def check_calls(
         for i in range(len(sizes)):
             two_shot = two_shots[i % len(two_shots)]
             for rank in range(P):
-                ranks.launch(rank, inputs[i][rank], outputs[i][rank], two_shot, num_blocks[i % len(num_blocks)])
+                ranks.launch(
+                    rank, inputs[i][rank], outputs[i][rank], two_shot, num_blocks[i % len(num_blocks)]
+                )
         ranks.run()
         assert ranks.errors() == [None] * P, f"time-outs: {ranks.errors()}"
     for xs, ys in zip(inputs, outputs, strict=True):

@@ -18,7 +18,9 @@ def find_fault(monkeypatch, fault, two_shot, seed):
     monkeypatch.setenv("PYPAR_FAULT", fault)
     module = simt_module("allreduce", "checked", ["PYPAR_PLANT_FAULTS"])
     try:
-        check_calls(module, 2, [130] * 8, torch.float32, [two_shot], seed=seed, num_blocks=[2], timeout_ms=1000)
+        check_calls(
+            module, 2, [130] * 8, torch.float32, [two_shot], seed=seed, num_blocks=[2], timeout_ms=1000
+        )
     except (RuntimeError, AssertionError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -102,14 +104,20 @@ def test_the_time_out_names_the_rank(flavour, absent):
     assert all(torch.equal(y, expected) for y in ys)  # of the first call; the second wrote nothing
 
 
-def test_a_group_that_failed_does_nothing_more():
-    """On the device, whatever the host knows."""
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_a_group_that_failed_does_nothing_more(two_shot):
+    """On the device, whatever the host knows: a peer that comes late does not take one call's input for another's."""
     with peer_ranks(simt_module("allreduce", "fast"), 2, 4096, 1, timeout_ms=20) as ranks:
-        x, y = draw(64, seed=0), torch.full((64,), 7.0)
-        ranks.launch(0, x, y, False)
-        ranks.launch(0, x, y, True)  # queued before the host could know
+        first, second, late = (draw(64, seed=seed) for seed in range(3))
+        y, late_y = torch.full((64,), 7.0), torch.full((64,), 7.0)
+        ranks.launch(0, first, y, two_shot)
+        ranks.launch(0, second, y, two_shot)  # queued before the host could know
         ranks.run()
         assert ranks.errors() == [(1, 1, 0), None] and (y == 7).all()
+        ranks.launch(1, late, late_y, two_shot)
+        ranks.run()
+        assert ranks.errors()[1] == ((0, 1, 1) if two_shot else None)
+    assert torch.equal(late_y, torch.full((64,), 7.0) if two_shot else first + late)
 
 
 def test_no_time_out_means_for_ever():

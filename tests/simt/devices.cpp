@@ -35,7 +35,6 @@ struct Store {
 struct Device {
   std::vector<Store> stores;  // in the order in which they were made
   std::vector<std::unique_ptr<Resident>> running;
-  std::shared_ptr<Call> call;
   Knowledge known;      // at the end of its last kernel
   unsigned weight = 1;  // how often it gets a turn
 };
@@ -44,6 +43,7 @@ std::vector<Device> devices;
 unsigned turn = ~0u;                        // the device whose view memory shows; ~0: what all see
 std::map<const void*, Knowledge> released;  // with the value that the word holds
 std::vector<std::unique_ptr<Resident>> spare;
+std::vector<std::shared_ptr<Call>> calls;  // all of this run, of which findings may tell
 
 constexpr uint64_t kPatience = 20000;  // polls of a machine in which nothing else happens, until time flies
 constexpr uint64_t kEndless = 200000;  // until nothing will ever happen
@@ -90,18 +90,18 @@ bool is_random() { return machine.options.block_order == Order::kRandom; }
 // Another block may get a turn.
 void let_others_run(Thread& t) { devices.empty() ? yield_thread(t) : give_turn_back(t); }
 
-void start_kernel(unsigned index, std::shared_ptr<Call> call) {
+void start_kernel(unsigned index, const std::shared_ptr<Call>& call) {
   Device& device = devices[index];
   check_call(*call);
   ++machine.counters.launches;
-  device.call = std::move(call);
-  const uint64_t blocks = uint64_t{device.call->grid.x} * device.call->grid.y * device.call->grid.z;
+  calls.push_back(call);
+  const uint64_t blocks = uint64_t{call->grid.x} * call->grid.y * call->grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     if (spare.empty()) spare.push_back(std::make_unique<Resident>());
     Resident& resident = *device.running.emplace_back(std::move(spare.back()));
     spare.pop_back();
     resident.device = index;
-    start_block(resident, *device.call, i);
+    start_block(resident, *call, i);
     resident.block.known = device.known;
     put_shared(*resident.memory);
   }
@@ -117,9 +117,7 @@ void end_block(Device& device, size_t at) {
   device.running.erase(device.running.begin() + static_cast<std::ptrdiff_t>(at));
   device.known.join(ended->block.known);
   spare.push_back(std::move(ended));
-  if (!device.running.empty()) return;
-  device.stores.clear();
-  device.call.reset();
+  if (device.running.empty()) device.stores.clear();
 }
 
 // Which device gets the next turn, of those that run something.
@@ -195,6 +193,7 @@ void run_devices(unsigned num_devices, const NextCall& next) {
     throw std::runtime_error("a kernel launches a kernel; the host runtime has no such launches");
   begin_launches();
   devices = std::vector<Device>(num_devices);
+  calls.clear();
   machine.idle_polls = 0;
   try {
     for (uint64_t turns = 0;; ++turns) {
@@ -202,7 +201,7 @@ void run_devices(unsigned num_devices, const NextCall& next) {
       for (unsigned i = 0; i < num_devices; ++i) {
         if (devices[i].running.empty()) {
           show(~0u);
-          if (auto call = next(i)) start_kernel(i, std::move(call));
+          if (const auto call = next(i)) start_kernel(i, call);
         }
         any |= !devices[i].running.empty();
       }
@@ -244,6 +243,8 @@ void store_system(uint32_t* word, uint32_t value, bool release) {
     released[word] = std::move(known);
   }
   *word = value;
+  // What was stored before and is not visible yet is best missed now.
+  if (!devices.empty() && is_random() && next_random() % 2 == 0) give_turn_back(t);
 }
 
 uint32_t load_system(const uint32_t* word, bool acquire) {
