@@ -106,6 +106,33 @@ def test_reduce_scatter_adds_bf16_in_fp32(ranks):
     assert ranks(4, _sum_bf16) == [1 + 2.0**-7] * 4
 
 
+def _reduce_scatter_options(backend, columns, dtype):
+    """The mean, and a result that lies in this rank's part of what is summed; each bit as the definition says."""
+    axis = Axis.of(dist.new_group(backend=backend))
+    inputs = [
+        torch.randn(3 * axis.size, columns, generator=torch.Generator().manual_seed(r)).to(dtype)
+        for r in range(3)
+    ]
+    total = inputs[0].float() + inputs[1].float() + inputs[2].float()
+    for op, exact in ((dist.ReduceOp.SUM, total), (dist.ReduceOp.AVG, total * torch.tensor(1 / 3))):
+        if backend == "gloo" and op == dist.ReduceOp.AVG:
+            exact = total / 3
+        expected = exact.to(dtype).chunk(3)[axis.rank]
+        x = inputs[axis.rank].clone()
+        assert torch.equal(reduce_scatter_start(x, axis, op=op).wait(), expected)
+        assert torch.equal(x, inputs[axis.rank])
+        own = x[3 * axis.rank : 3 * axis.rank + 3]
+        assert reduce_scatter_start(x, axis, op=op, out=own).wait().data_ptr() == own.data_ptr()
+        assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "columns"), [("pypar", 5), ("pypar", 200_001), ("gloo", 5)])
+def test_reduce_scatter_means_and_results_in_place(ranks, backend, columns, dtype):
+    """Also where the backend takes several steps, of which a later one must not read what an earlier one wrote."""
+    ranks(3, _reduce_scatter_options, backend, columns, dtype)
+
+
 def _many_in_flight():
     axis = _axis()
     reduced = [all_reduce_start(torch.full((n,), float(axis.rank + n)), axis) for n in range(1, 20)]
