@@ -30,54 +30,46 @@ TIMEOUT_S = 60.0
 
 
 class _World:
-    """What the ranks share."""
+    """What the ranks share. `changed` is its lock, and is notified when something is done or a rank fails."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
         self.messages: dict[tuple, _Message] = {}
         self.meetings: dict[tuple, _Meeting] = {}
-        self.failed: str | None = None
-        self.waiting: set[threading.Event] = set()
+        self.failed: set[int] = set()
 
-    def fail(self, reason: str) -> None:
-        with self.lock:
-            self.failed = self.failed or reason
-            for event in self.waiting:
-                event.set()
-
-    def wait(self, event: threading.Event, what: str) -> None:
-        with self.lock:
-            if not event.is_set():
-                self.waiting.add(event)
-                if self.failed:
-                    event.set()
-        if not event.wait(TIMEOUT_S):
-            raise RuntimeError(f"{what} did not arrive within {TIMEOUT_S:.0f} s")
-        with self.lock:
-            self.waiting.discard(event)
-        if self.failed:
-            raise RuntimeError(f"{what} will not arrive: {self.failed}")
+    def fail(self, rank: int) -> None:
+        with self.changed:
+            self.failed.add(rank)
+            self.changed.notify_all()
 
 
 class _Message:
     def __init__(self) -> None:
         self.source: Tensor | None = None
         self.buffer: Tensor | None = None
-        self.done = threading.Event()
+        self.done = False
 
 
 class _Meeting:
     def __init__(self) -> None:
         self.posted: dict[int, tuple[str, Tensor, Tensor]] = {}
-        self.done = threading.Event()
+        self.done = False
 
 
 class Work:
-    def __init__(self, world: _World, event: threading.Event, what: str) -> None:
-        self._world, self._event, self._what = world, event, what
+    """Done when `item` is; fails when it is not and one of `others` has failed."""
+
+    def __init__(self, world: _World, item: _Message | _Meeting, others: Sequence[int], what: str) -> None:
+        self._world, self._item, self._others, self._what = world, item, set(others), what
 
     def wait(self) -> None:
-        self._world.wait(self._event, self._what)
+        world = self._world
+        with world.changed:
+            if not world.changed.wait_for(lambda: self._item.done or world.failed & self._others, TIMEOUT_S):
+                raise RuntimeError(f"{self._what} was not done within {TIMEOUT_S:.0f} s")
+        if not self._item.done:
+            raise RuntimeError(f"{self._what} will not be done: ranks {world.failed & self._others} failed")
 
 
 class Group:
@@ -92,7 +84,7 @@ class Group:
         route = (me, peer) if kind == "isend" else (peer, me)
         number = self._counts[(kind, route, tag)]
         self._counts[(kind, route, tag)] += 1
-        with self.world.lock:
+        with self.world.changed:
             item = self.world.messages.setdefault((self.ranks, route, tag, number), _Message())
             if kind == "isend":
                 item.source = tensor
@@ -102,21 +94,23 @@ class Group:
                 sizes = (item.source.numel(), item.source.dtype), (item.buffer.numel(), item.buffer.dtype)
                 assert sizes[0] == sizes[1], f"{route} sends {sizes[0]} where {sizes[1]} is expected"
                 item.buffer.view(-1).copy_(item.source.view(-1))
-                item.done.set()
-        return Work(self.world, item.done, f"{kind} of rank {me} with rank {peer}")
+                item.done = True
+                self.world.changed.notify_all()
+        return Work(self.world, item, (peer,), f"{kind} of rank {me} with rank {peer}")
 
     def meet(self, kind: str, output: Tensor, source: Tensor) -> Work:
         number = self._counts[("meeting",)]
         self._counts[("meeting",)] += 1
-        with self.world.lock:
+        with self.world.changed:
             meeting = self.world.meetings.setdefault((self.ranks, number), _Meeting())
             meeting.posted[self.index] = (kind, output, source)
             if len(meeting.posted) == len(self.ranks):
                 kinds = {posted[0] for posted in meeting.posted.values()}
                 assert len(kinds) == 1, f"ranks {self.ranks} started {sorted(kinds)} as their call {number}"
                 _perform(kind, [meeting.posted[i] for i in range(len(self.ranks))])
-                meeting.done.set()
-        return Work(self.world, meeting.done, f"{kind} of rank {self.ranks[self.index]}")
+                meeting.done = True
+                self.world.changed.notify_all()
+        return Work(self.world, meeting, self.ranks, f"{kind} of rank {self.ranks[self.index]}")
 
 
 def _perform(kind: str, posted: list[tuple[str, Tensor, Tensor]]) -> None:
@@ -164,9 +158,8 @@ def run_ranks(
             results[index] = function(axis, *args)
         except BaseException as error:
             results[index] = error
-            with world.lock:
-                errors[index] = error
-            world.fail(f"rank {index} failed")
+            errors[index] = error
+            world.fail(index)
 
     num_threads = torch.get_num_threads()
     threads = [threading.Thread(target=rank, args=(index,), daemon=True) for index in range(size)]

@@ -37,7 +37,7 @@ def test_equals_one_device_and_sends_what_the_formula_says(name, layout):
     case = CASES[name]
     given = inputs(case, torch.float32)
     expected = one_device(case, given)
-    for size, backend in ((1, "native"), (2, "native"), (3, "native"), (3, "reference"), (8, "native")):
+    for size, backend in ((1, "native"), (2, "native"), (3, "reference"), (4, "native"), (8, "native")):
         actual, sent = many_ranks(case, given, size, layout, backend=backend)
         assert_close(actual, expected, 1e-5, 1e-4)
         formula = _volume(case, size, layout, torch.float32)
@@ -98,11 +98,11 @@ def test_bf16_error_is_at_most_twice_that_of_plain_bf16_attention(name):
 def test_bf16_error_does_not_grow_with_the_degree(layout, backend, growth):
     """The ring adds none. The native op rounds probabilities to bf16, the largest only where it is not exactly 1."""
     case, given, _, exact = _bf16("causal", 512)
-    errors = {}
-    for size in (1, 2, 4, 8, 16):
+    errors, sizes = {}, (1, 2, 4, 8, 16) if backend == "native" else (1, 4, 16)
+    for size in sizes:
         actual, _ = many_ranks(case, given, size, layout, backend=backend)
         errors[size] = {x: (actual[x] - exact[x]).square().mean().sqrt().item() for x in exact}
-    for size in (2, 4, 8, 16):
+    for size in sizes[1:]:
         for result, error in errors[size].items():
             assert error <= growth * errors[1][result], (size, result, errors)
 
@@ -142,8 +142,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name,layout", [("everything", "zigzag"), ("documents", "striped")])
 def test_gradcheck_through_two_ranks(name, layout):
     case = SMALL[name]
     leaves = {x: t for x, t in inputs(case, torch.float64).items() if x in ("q", "k", "v", "sinks", "bias")}
@@ -273,12 +272,9 @@ def test_documents_that_do_not_fit(cu_seqlens, message):
 def test_a_rank_that_fails_is_told_with_the_hop(monkeypatch, direction):
     name = f"add_{direction}"
     original = getattr(ring, name)
-    hops = {rank: 0 for rank in range(4)}
 
     def failing(*arguments):
-        rank = arguments[-1].axis.rank
-        hops[rank] += 1
-        if rank == 2 and hops[rank] == 3:
+        if arguments[-1].axis.rank == 2:
             raise SystemError("this rank is gone")
         original(*arguments)
 
@@ -290,6 +286,10 @@ def test_a_rank_that_fails_is_told_with_the_hop(monkeypatch, direction):
     monkeypatch.setattr(ring, name, failing)
     outcomes = run_ranks(4, attend, outcomes=True)
     assert isinstance(outcomes[2], SystemError)
-    for rank in (0, 1, 3):
+    # Its neighbours miss it at once, the rank opposite when these are gone.
+    hops = {3: 1, 1: 1, 0: 2} if direction == "forward" else {1: 2, 3: 2, 0: 1}
+    for rank, hop in hops.items():
         assert isinstance(outcomes[rank], RuntimeError)
-        assert re.match(rf"ring attention, {direction}, hop [0-3] of 3 on rank {rank}", str(outcomes[rank]))
+        assert str(outcomes[rank]).startswith(
+            f"ring attention, {direction}, hop {hop} of 3 on rank {rank} of axis 'cp': "
+        )

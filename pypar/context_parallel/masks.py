@@ -62,7 +62,7 @@ class Piece:
         return 1 if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def pieces(queries: Segments, keys: Segments, mask: Mask, merge: bool = True) -> tuple[Piece, ...]:
     """The rectangles that together hold every visible pair once; none without a visible pair.
 
@@ -82,7 +82,6 @@ def pieces(queries: Segments, keys: Segments, mask: Mask, merge: bool = True) ->
     return tuple(_merged(found)) if merge else tuple(found)
 
 
-@functools.lru_cache(maxsize=65536)
 def visible(queries: Segments, keys: Segments, mask: Mask) -> bool:
     """Whether any of the queries sees any of the keys."""
     return any(

@@ -62,12 +62,12 @@ class RankRoute(NamedTuple):
     hops: tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def rank_route(queries: tuple[Segments, ...], keys: tuple[Segments, ...], mask: Mask, rank: int) -> RankRoute:
     return route(queries, keys, mask).of(rank)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=8)
 def route(queries: tuple[Segments, ...], keys: tuple[Segments, ...], mask: Mask) -> Route:
     """queries, keys: what each rank holds, by rank."""
     size = len(keys)
