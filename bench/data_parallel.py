@@ -6,9 +6,12 @@ Two ranks, each with one thread on a core of its own, run forward, backward and 
 (plain_llama.py). The contenders take turns in one run; a figure is the median over all steps of the slowest rank's
 time. All must compute the same gradients. Beside it:
 
+    busy      the processor's time in a step, of all threads of a rank: what hiding cannot make smaller
     exposed   step - the same step without communication
     alone     the contender's all-reduces with nothing beside them
-    hidden    1 - exposed / alone; below zero where communication costs more beside backward than alone
+    hidden    1 - exposed / alone; below zero where communication costs more beside backward than alone, as where its
+              processor is the one that computes
+    of max    step / max(the step without communication, alone): 1 is the best that hiding can do
 
 --network puts the ranks into two network namespaces with 1 Gbit/s between them, as root.
 """
@@ -62,8 +65,8 @@ SETTINGS = {
     "compute-bound": Setting(_decoder(512, 8, 512), 2, 512, 1.0),
 }
 NETWORK_SETTINGS = {
-    "network, communication-bound": Setting(_decoder(512, 8, 512), 1, 64),
-    "network, compute-bound": Setting(_decoder(512, 8, 512), 8, 512),
+    "network, few-tokens": Setting(_decoder(512, 8, 512), 1, 32),
+    "network, compute-bound": Setting(_decoder(512, 8, 512), 3, 512),
 }
 FLOOR, GLOO, DDP, OURS = "no communication", "DDP, gloo", "DDP, pypar", "pypar.DataParallel"
 EXPOSED_SHARE = 0.25  # of DDP-over-gloo's exposed communication, at most, with few tokens
@@ -128,21 +131,21 @@ def check_gradients(contenders: list[Contender], tokens: Tensor, targets: Tensor
             torch.testing.assert_close(parameter.grad, mean, rtol=1e-4, atol=1e-6)
 
 
-def seconds(run: Callable[[], None], count: int) -> list[float]:
-    """Of each of `count` calls, on the slowest rank."""
+def seconds(run: Callable[[], None], count: int) -> list[tuple[float, float]]:
+    """(wall, processor) of each of `count` calls, on the slowest rank."""
     times = []
     for _ in range(count):
         dist.barrier()
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
         run()
-        times.append(time.perf_counter() - started)
-    slowest = torch.tensor(times)
+        times.append((time.perf_counter() - started, time.process_time() - processor))
+    slowest = torch.tensor(times, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.tolist()
+    return [(wall, processor) for wall, processor in slowest.tolist()]
 
 
 def measure(setting: Setting, groups: dict[str, dist.ProcessGroup | None], arguments: argparse.Namespace):
-    """(seconds of a step, seconds of its communication alone), by contender."""
+    """(seconds of a step, its processor's, seconds of its communication alone), by contender."""
     torch.manual_seed(0)
     model = PlainLlama(setting.config)
     contenders = [Contender(name, copy.deepcopy(model), groups[name]) for name in groups]
@@ -151,15 +154,18 @@ def measure(setting: Setting, groups: dict[str, dist.ProcessGroup | None], argum
     tokens, targets = torch.randint(setting.config.vocab_size, shape, generator=generator)
     check_gradients(contenders, tokens, targets)
     steps: dict[str, list[float]] = {name: [] for name in groups}
+    processor: dict[str, list[float]] = {name: [] for name in groups}
     alone: dict[str, list[float]] = {name: [] for name in groups if name != FLOOR}
     for contender in contenders:  # buckets are rebuilt after the first step
         seconds(lambda c=contender: c.step(tokens, targets), 2)
     for _ in range(arguments.rounds):
         for contender in contenders:
-            steps[contender.name] += seconds(lambda c=contender: c.step(tokens, targets), arguments.steps)
+            times = seconds(lambda c=contender: c.step(tokens, targets), arguments.steps)
+            steps[contender.name] += [wall for wall, _ in times]
+            processor[contender.name] += [busy for _, busy in times]
             if contender.name != FLOOR:
-                alone[contender.name] += seconds(contender.all_reduces(), 2)[1:]
-    return tuple({n: statistics.median(t) for n, t in times.items()} for times in (steps, alone))
+                alone[contender.name] += [wall for wall, _ in seconds(contender.all_reduces(), 2)[1:]]
+    return tuple({n: statistics.median(t) for n, t in times.items()} for times in (steps, processor, alone))
 
 
 def run(rank: int, size: int, store_path: str, arguments: argparse.Namespace) -> None:
@@ -171,32 +177,46 @@ def run(rank: int, size: int, store_path: str, arguments: argparse.Namespace) ->
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     ours = dist.new_group(backend="pypar")
     groups = {FLOOR: None, GLOO: dist.new_group(backend="gloo"), DDP: ours, OURS: ours}
-    if not hasattr(pypar, "DataParallel"):
-        del groups[OURS]
     for name, setting in (NETWORK_SETTINGS if arguments.network else SETTINGS).items():
         if not arguments.only or any(word in name for word in arguments.only):
-            steps, alone = measure(setting, groups, arguments)
+            results = measure(setting, groups, arguments)
             if rank == 0:
-                report(name, setting, steps, alone)
+                report(name, setting, *results)
     dist.barrier()
     os._exit(0)
 
 
-def report(name: str, setting: Setting, steps: dict[str, float], alone: dict[str, float]) -> None:
-    parameters = setting.config
-    print(f"\n{name}: {setting.sequences} x {setting.length} tokens a rank, D {parameters.d_model}, ")
-    print("| contender | step, ms | x DDP, gloo | exposed, ms | alone, ms | hidden | of max |")
-    print("|---|---|---|---|---|---|---|")
+def report(
+    name: str,
+    setting: Setting,
+    steps: dict[str, float],
+    processor: dict[str, float],
+    alone: dict[str, float],
+) -> None:
+    config = setting.config
+    print(
+        f"\n{name}: {setting.sequences} x {setting.length} tokens a rank; V {config.vocab_size}, D {config.d_model}, "
+        f"{config.num_layers} layers; torch {torch.__version__}"
+    )
+    print("| contender | step, ms | busy, ms | x DDP, gloo | exposed, ms | alone, ms | hidden | of max |")
+    print("|---|---|---|---|---|---|---|---|")
     floor = steps[FLOOR]
     for contender, step in steps.items():
-        ratio = steps[GLOO] / step
+        ratio, busy = steps[GLOO] / step, processor[contender]
         if contender == FLOOR:
-            print(f"| {contender} | {step * 1e3:.1f} | {ratio:.2f} | | | | |")
+            print(f"| {contender} | {step * 1e3:.1f} | {busy * 1e3:.1f} | {ratio:.2f} | | | | |")
             continue
         exposed, time_alone = step - floor, alone[contender]
         print(
-            f"| {contender} | {step * 1e3:.1f} | {ratio:.2f} | {exposed * 1e3:.1f} | {time_alone * 1e3:.1f} "
-            f"| {1 - exposed / time_alone:.0%} | {step / max(floor, time_alone):.2f} |",
+            f"| {contender} | {step * 1e3:.1f} | {busy * 1e3:.1f} | {ratio:.2f} | {exposed * 1e3:.1f} "
+            f"| {time_alone * 1e3:.1f} | {1 - exposed / time_alone:.0%} | {step / max(floor, time_alone):.2f} |",
+            flush=True,
+        )
+    if setting.limit is not None:
+        share = (steps[OURS] - floor) / (steps[GLOO] - floor)
+        print(
+            f"{OURS} against {GLOO}: {steps[GLOO] / steps[OURS]:.2f}x, asked {setting.limit}x; exposed "
+            f"{share:.2f} of its" + (f", asked at most {EXPOSED_SHARE}" if setting.limit > 1 else ""),
             flush=True,
         )
 
