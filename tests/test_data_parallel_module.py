@@ -1,5 +1,6 @@
 """pypar.DataParallel against torch's DistributedDataParallel, both over the backend "pypar", bit by bit."""
 
+import copy
 from datetime import timedelta
 
 import pytest
@@ -227,6 +228,7 @@ def run_refusals():
     messages = []
     for refused in (
         lambda: model.join(),
+        lambda: copy.deepcopy(model),
         lambda: DataParallel(model, axis),
         lambda: DataParallel(nn.Sequential(nn.ReLU(), model), axis),
         lambda: DataParallel(model.module, axis),
@@ -246,6 +248,7 @@ def run_refusals():
 def test_refusals_are_sentences(ranks):
     expected = [
         "every rank must run the same number of steps",
+        "copy model.module and wrap the copy",
         "the module is a DataParallel already",
         "its part '1' is a DataParallel already",
         "parameter 0 (2, 3) has gradient buckets already",

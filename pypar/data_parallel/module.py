@@ -97,6 +97,13 @@ class DataParallel(nn.Module):
             "(torch.utils.data.DistributedSampler does, with drop_last=True), or leave out the last batches everywhere"
         )
 
+    def __getstate__(self) -> Any:
+        """Asked for by copy and pickle."""
+        raise ValueError(
+            "a DataParallel is not copied or pickled, for its hooks and buckets belong to this process; copy "
+            "model.module and wrap the copy, or save model.state_dict()"
+        )
+
     def _finish_with_backward(self) -> None:
         """Called inside backward at its first gradient."""
         Variable._execution_engine.queue_callback(self._finish)
