@@ -62,6 +62,7 @@ CASES = {
     "dropout": Case(dropout_p=0.3, B=2),
     "short": Case(T=5),
     "one position": Case(T=1),
+    "no position": Case(T=0),
     "more keys": Case(T=20, S=37),
     "more queries": Case(T=37, S=20),
     "few keys, full": Case(T=30, S=3, causal=False),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pypar.context_parallel.layouts import LAYOUTS, num_positions, positions_of, segments_of
-from pypar.context_parallel.masks import Mask, pieces, visible
+from pypar.context_parallel.masks import Mask, pieces, visible, work
 from pypar.context_parallel.route import KEYS, SUMS, rank_route, route
 from pypar.ops.attention_arguments import UNBOUNDED
 
@@ -138,6 +138,23 @@ def test_the_route_brings_what_is_seen_and_nothing_else(mask, size, layout):
                 assert sum(t.receiver == rank and t.kind == KEYS for t in expected) <= 1
 
 
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("merge", [True, False])
+def test_segments_of_several_ranks_in_any_order(layout, merge):
+    """As one rank of a ring holds them whose positions others have gathered."""
+    mask = Mask(UNBOUNDED, 0, (0, 21), (0, 21))
+    unions = [sum((segments_of(21, rank, 4, layout) for rank in ranks), ()) for ranks in ((0, 1), (3, 2))]
+    at = [
+        torch.cat([positions_of(21, rank, 4, layout) for rank in ranks]).tolist()
+        for ranks in ((0, 1), (3, 2))
+    ]
+    for queries, t in zip(unions, at, strict=True):
+        for keys, s in zip(unions, at, strict=True):
+            seen = _seen(t, s, mask)
+            covered = _covered(pieces(queries, keys, mask, merge), *seen.shape, mask)
+            assert torch.equal(covered, seen.long())
+
+
 def _route(length, size, layout, left=UNBOUNDED, right=0):
     held = tuple(segments_of(length, rank, size, layout) for rank in range(size))
     return route(held, held, Mask(left, right, (0, length), (0, length)))
@@ -165,13 +182,13 @@ def test_zigzag_and_striped_give_every_rank_the_same_work():
     length, size = 64, 4
     mask = Mask(UNBOUNDED, 0, (0, length), (0, length))
 
-    def work(layout):
+    def shares(layout):
         held = [segments_of(length, rank, size, layout) for rank in range(size)]
-        return [sum(p.pairs for keys in held for p in pieces(queries, keys, mask)) for queries in held]
+        return [sum(work(pieces(queries, keys, mask)) for keys in held) for queries in held]
 
-    assert len(set(work("zigzag"))) == 1
-    assert max(work("striped")) <= 1.1 * min(work("striped"))
-    assert max(work("contiguous")) > 6 * min(work("contiguous"))
+    assert len(set(shares("zigzag"))) == 1
+    assert max(shares("striped")) <= 1.1 * min(shares("striped"))
+    assert max(shares("contiguous")) > 6 * min(shares("contiguous"))
 
 
 @pytest.mark.parametrize("merge", [True, False])

@@ -69,9 +69,7 @@ def pieces(queries: Segments, keys: Segments, mask: Mask, merge: bool = True) ->
     merge: rectangles that nothing but the mask tells apart become one, and positions then count from the
     rectangle. Not where positions have another use: ALiBi, dropout, a bias.
     """
-    plain = merge and len(mask.queries) == 2 and (mask.left, mask.right) == (UNBOUNDED, 0)
-    if plain and queries == keys and mask.length_q == mask.length_k and len(queries) > 1:
-        # Only order matters to a causal mask, and queries and keys ascend alike.
+    if merge and queries == keys and len(queries) > 1 and _only_order_matters(queries, mask):
         n = num_positions(queries)
         return (Piece(slice(0, n), slice(0, n), Positions(), True, n * (n + 1) // 2),)
     found: list[Piece] = []
@@ -90,6 +88,12 @@ def visible(queries: Segments, keys: Segments, mask: Mask) -> bool:
         for k_segment in keys
         for run in _runs(q_segment, k_segment, mask, 0, 0)
     )
+
+
+def _only_order_matters(segments: Segments, mask: Mask) -> bool:
+    """Whether the mask is plainly causal and the positions ascend: then a position may stand for any other."""
+    plain = (mask.left, mask.right) == (UNBOUNDED, 0) and mask.queries == mask.keys and len(mask.keys) == 2
+    return plain and all(a.last < b.start for a, b in zip(segments, segments[1:], strict=False))
 
 
 class _Run(NamedTuple):
