@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pypar.comm import RingExchange, all_gather_start, all_reduce_start, receive_start, send_start
+from pypar.comm import (
+    RingExchange,
+    all_gather_start,
+    all_reduce_start,
+    exchange_start,
+    receive_start,
+    send_start,
+)
 from pypar.mesh import Axis, Mesh
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64]
@@ -35,6 +42,43 @@ def _pass_along(dtype):
 def test_send_and_receive(ranks, world_size, dtype):
     for rank, received in enumerate(ranks(world_size, _pass_along, dtype)):
         assert rank == 0 and received is None or torch.equal(received, _value(rank - 1, 1, dtype=dtype))
+
+
+def _exchanges(dtype):
+    """Two batches: two messages to the next rank and one to the previous, then rank 0 alone sends, to the last."""
+    axis = _axis()
+    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    buffers = [torch.empty(shape, dtype=dtype) for shape in ((3, 5), (7,), (2,))]
+    sent, received = exchange_start(
+        [
+            (_value(axis.rank, 0, dtype=dtype).t().contiguous().t(), after),
+            (_value(axis.rank, 1, (7,), dtype), after),
+            (_value(axis.rank, 2, (2,), dtype), before),
+        ],
+        [(buffers[0], before), (buffers[1], before), (buffers[2], after)],
+        axis,
+    )
+    late = torch.zeros(4, dtype=dtype)
+    more, last = exchange_start(
+        [(_value(0, 3, (4,), dtype), axis.size - 1)] if axis.rank == 0 else [],
+        [(late, 0)] if axis.rank == axis.size - 1 else [],
+        axis,
+    )
+    for handle, buffer in zip([*received, *last], [*buffers, late], strict=False):
+        assert handle.wait() is buffer
+    for handle in [*sent, *more]:
+        handle.wait()
+    for buffer, (peer, index) in zip(buffers, ((before, 0), (before, 1), (after, 2)), strict=True):
+        assert torch.equal(buffer, _value(peer, index, buffer.shape, dtype))
+    assert torch.equal(late, _value(0, 3, (4,), dtype) if last else torch.zeros(4, dtype=dtype))
+    return axis.traffic.snapshot()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_exchanges(ranks, world_size):
+    for rank, traffic in enumerate(ranks(world_size, _exchanges, torch.float32)):
+        assert traffic.bytes_sent == 4 * (15 + 7 + 2) + (16 if rank == 0 else 0)
+        assert traffic.calls == {"exchange": 2 if rank in (0, world_size - 1) else 1}
 
 
 def _many_both_ways():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import assert_accurate
+from context_cases import CASES, assert_close, inputs, on_rank, one_device, together
 
 from pypar.comm import Handle
 from pypar.context_parallel import ring, ring_attention, shard, unshard
@@ -199,3 +200,16 @@ def _gradcheck(causal, layout):
 @pytest.mark.parametrize("causal,layout", list(itertools.product([True, False], sorted(LAYOUTS))))
 def test_gradcheck_through_two_ranks(ranks, causal, layout):
     assert ranks(2, _gradcheck, causal, layout) == [True, True]
+
+
+def _case(name, layout):
+    case = CASES[name]
+    return on_rank(_axis(), case, inputs(case, torch.float32), layout, {})[0]
+
+
+@pytest.mark.parametrize("world_size,layout", [(2, "striped"), (4, "zigzag"), (4, "contiguous")])
+@pytest.mark.parametrize("name", ["everything", "documents, everything", "documents, cross", "short"])
+def test_every_option_between_processes(ranks, world_size, layout, name):
+    case = CASES[name]
+    actual = together(case, layout, ranks(world_size, _case, name, layout))
+    assert_close(actual, one_device(case, inputs(case, torch.float32)), 1e-5, 1e-4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pypar.comm import all_gather_start
 from pypar.mesh import Axis
 
-_TEXT_BYTES = 4096  # of a rank's call, where calls differ
+_TEXT_BYTES = 8192  # of a rank's call, where calls differ
 _SHOWN = 160  # characters of one value in a message
 
 # What an axis of GPUs has agreed on: there, each question would make the host wait for the device.

@@ -121,6 +121,7 @@ class _Walk:
         """Views [.., S, G, H] and [.., S, G, Hv] of the block of a rank; None is this rank's own k and v."""
         k, v = self._own
         if block is None:
+            assert source == self._call.axis.rank, "what is not this rank's own was sent to it"
             return k, v
         shapes = [self._shape(x, source) for x in (k, v)]
         split = block.numel() * shapes[0][-1] // (shapes[0][-1] + shapes[1][-1])
