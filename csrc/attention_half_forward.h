@@ -3,12 +3,12 @@
 // Scores are computed as [row][key], so that probabilities are a left operand as they are stored, and what
 // must be transposed is K, which is packed once for all rows.
 //
-// What a unit costs for H = Hv = 64, in cycles of the one processor with AMX that was measured: 64 products
-// of tiles at 16 each are 1024, and 256 vectors of exponentials at 8 instructions on two ports another 1024.
-// Standing side by side they were not faster than one after the other, so that is how they are. Measured are
-// 1010 for the scores and 1070 for the output, each twice its products for tiles stored and loaded again, and
-// 1130 for the exponentials. Keys and values are streamed past the first cache, where the scores must stay:
-// storing these costs a third more otherwise.
+// What a unit costs for H = Hv = 64, on the one processor with AMX that was measured, in cycles of which a
+// product of tiles is taken to need 16: 64 products are 1024, and 256 vectors of
+// exponentials at 8 instructions on two ports another 1024. Standing side by side they were not faster than
+// one after the other, so that is how they are. Measured are 1010 for the scores and 1070 for the output,
+// each twice its products for tiles stored and loaded again, and 1130 for the exponentials. Keys and values
+// are streamed past the first cache, where the scores must stay: storing these costs a third more otherwise.
 #pragma once
 
 #include "attention_half.h"
