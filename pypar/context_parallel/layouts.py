@@ -91,9 +91,7 @@ def positions(length: int, group: Axis | dist.ProcessGroup, layout: str) -> Tens
 
 def positions_of(length: int, rank: int, size: int, layout: str) -> Tensor:
     """`positions` of any rank of an axis of `size` ranks."""
-    segments = segments_of(length, rank, size, layout)
-    parts = [torch.arange(s.start, s.last + 1, s.step) for s in segments]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return positions_in(segments_of(length, rank, size, layout))
 
 
 def segments_of(length: int, rank: int, size: int, layout: str) -> Segments:
@@ -103,6 +101,12 @@ def segments_of(length: int, rank: int, size: int, layout: str) -> Segments:
         hint = f"did you mean {close[0]!r}?" if close else "use one of them"
         raise ValueError(f"sequence layout {layout!r} is not one of {', '.join(LAYOUTS)}; {hint}")
     return _joined(LAYOUTS[layout](length, rank, size))
+
+
+def positions_in(segments: Segments) -> Tensor:
+    """int64 [T], on CPU."""
+    parts = [torch.arange(s.start, s.last + 1, s.step) for s in segments]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def num_positions(segments: Segments) -> int:
