@@ -103,6 +103,32 @@ def segments_of(length: int, rank: int, size: int, layout: str) -> Segments:
     return _joined(LAYOUTS[layout](length, rank, size))
 
 
+def unions(held: tuple[Segments, ...], size: int, layout: str) -> tuple[Segments, ...]:
+    """What every `size` neighbours hold together. ValueError where these are not chunks of the sequence."""
+    if size == len(held):
+        total = sum(num_positions(segments) for segments in held)
+        return ((Segment(0, total),) if total else (),)
+    if any(segment.step > 1 for segments in held for segment in segments):
+        raise ValueError(
+            f"a ring of neighbours' parts needs a layout of chunks, and {layout!r} has none; use zigzag or contiguous"
+        )
+    groups = (held[first : first + size] for first in range(0, len(held), size))
+    return tuple(
+        _joined(sorted((s for segments in group for s in segments), key=lambda s: s.start))
+        for group in groups
+    )
+
+
+def _union(parts: tuple[Segments, ...]) -> Segments:
+    joined: list[Segment] = []
+    for segment in sorted((s for segments in parts for s in segments), key=lambda s: s.start):
+        if joined and joined[-1].last + 1 == segment.start:
+            joined[-1] = Segment(joined[-1].start, joined[-1].count + segment.count)
+        else:
+            joined.append(segment)
+    return tuple(joined)
+
+
 def positions_in(segments: Segments) -> Tensor:
     """int64 [T], on CPU."""
     parts = [torch.arange(s.start, s.last + 1, s.step) for s in segments]

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from pypar.comm import exchange_start
 from pypar.context_parallel.call import Call, refuse_options
 from pypar.context_parallel.heads import HeadShare, head_share
-from pypar.context_parallel.layouts import Segment, Segments, num_positions, positions_in
+from pypar.context_parallel.layouts import Segments, num_positions, positions_in, unions
 from pypar.context_parallel.ring import ring
 from pypar.mesh import Axis
 
@@ -101,28 +101,6 @@ def _call_of(call: Call, mine: HeadShare, outer: Axis, inner_size: int, bias: Te
         head_start=call.head_start + heads.start,
         method_options={},
     )
-
-
-def unions(held: tuple[Segments, ...], size: int, layout: str) -> tuple[Segments, ...]:
-    """What every `size` neighbours hold together. ValueError where these are not chunks of the sequence."""
-    if size == len(held):
-        total = sum(num_positions(segments) for segments in held)
-        return ((Segment(0, total),) if total else (),)
-    if any(segment.step > 1 for segments in held for segment in segments):
-        raise ValueError(
-            f"a ring of neighbours' parts needs a layout of chunks, and {layout!r} has none; use zigzag or contiguous"
-        )
-    return tuple(_union(held[first : first + size]) for first in range(0, len(held), size))
-
-
-def _union(parts: tuple[Segments, ...]) -> Segments:
-    joined: list[Segment] = []
-    for segment in sorted((s for segments in parts for s in segments), key=lambda s: s.start):
-        if joined and joined[-1].last + 1 == segment.start:
-            joined[-1] = Segment(joined[-1].start, joined[-1].count + segment.count)
-        else:
-            joined.append(segment)
-    return tuple(joined)
 
 
 def _has_rows(bias: Tensor, queries: tuple[Segments, ...], held: int) -> bool:

@@ -7,12 +7,14 @@ causal mask rank r sends (r+1) K forward, the last one nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from pypar.comm import wire_bytes
 from pypar.context_parallel.agreement import agreement_bytes as agreement_bytes
-from pypar.context_parallel.layouts import Segments, num_positions
+from pypar.context_parallel.heads import HeadShare, head_share
+from pypar.context_parallel.layouts import Segments, num_positions, unions
 from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.route import KEYS, Transfer, route
 
@@ -64,3 +66,61 @@ def ring(sizes: Sizes, queries: tuple[Segments, ...], keys: tuple[Segments, ...]
         return tuple(totals)
 
     return Volume(sent(table.forward), sent(table.backward))
+
+
+def all_gather(sizes: Sizes, queries: tuple[Segments, ...], keys: tuple[Segments, ...], mask: Mask) -> Volume:
+    """The mask does not matter: every rank gets all keys. Parts are padded to the longest one's positions."""
+    size, most = len(keys), max(num_positions(part) for part in keys)
+    heads_bytes = [x // sizes.G for x in (sizes.keys_bytes(most), sizes.sums_bytes(most))]
+    gathered, scattered = (
+        sizes.G * wire_bytes(collective, size * part, size)
+        for collective, part in zip(("all_gather", "reduce_scatter"), heads_bytes, strict=True)
+    )
+    return Volume((gathered,) * size, (gathered + scattered,) * size)
+
+
+def ulysses(sizes: Sizes, queries: tuple[Segments, ...], keys: tuple[Segments, ...], mask: Mask) -> Volume:
+    """Without a bias that has rows, which goes with q: [B, T, N, S]."""
+    return hybrid(sizes, queries, keys, mask, len(keys))
+
+
+def hybrid(
+    sizes: Sizes, queries: tuple[Segments, ...], keys: tuple[Segments, ...], mask: Mask, ulysses_size: int
+) -> Volume:
+    """The all-to-alls among ulysses_size neighbours there and back, and their ring."""
+    size, a = len(keys), ulysses_size
+    shares = [head_share(sizes.N, sizes.G, index, a) for index in range(a)]
+    if a == size:
+        rings = [Volume((0,), (0,))] * a
+    else:
+        held = [unions(x, a, "this layout") for x in (queries, keys)]
+        rings = [ring(_of_share(sizes, share), *held, mask) for share in shares]
+    forward, backward = [], []
+    for rank in range(size):
+        mine, inner, first = shares[rank % a], rank % a, rank // a * a
+        others = [i for i in range(a) if i != inner]
+        out_there = sum(_inputs_bytes(sizes, shares[i], queries[rank], keys[rank]) for i in others)
+        out_back = sum(_results_bytes(sizes, mine, queries[first + i]) for i in others)
+        in_there = sum(_results_bytes(sizes, shares[i], queries[rank]) for i in others)
+        in_back = sum(_inputs_bytes(sizes, mine, queries[first + i], keys[first + i]) for i in others)
+        forward.append(out_there + out_back + rings[inner].forward[rank // a])
+        backward.append(in_there + in_back + rings[inner].backward[rank // a])
+    return Volume(tuple(forward), tuple(backward))
+
+
+def _of_share(sizes: Sizes, share: HeadShare) -> Sizes:
+    N, G = (heads.stop - heads.start for heads in (share.queries, share.groups))
+    return replace(sizes, N=N, G=G if share.expanded is None else N)
+
+
+def _inputs_bytes(sizes: Sizes, share: HeadShare, queries: Segments, keys: Segments) -> int:
+    """Of these positions' q, k and v, or of their gradients, for some heads."""
+    N, G = (heads.stop - heads.start for heads in (share.queries, share.groups))
+    q, kv = num_positions(queries) * N * sizes.H, num_positions(keys) * G * (sizes.H + sizes.Hv)
+    return sizes.B * (q + kv) * sizes.dtype.itemsize
+
+
+def _results_bytes(sizes: Sizes, share: HeadShare, queries: Segments) -> int:
+    """Of these positions' out and lse, or of their gradients, for some heads."""
+    N = share.queries.stop - share.queries.start
+    return sizes.B * num_positions(queries) * N * (sizes.Hv * sizes.dtype.itemsize + sizes.wide.itemsize)
