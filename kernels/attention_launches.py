@@ -26,21 +26,7 @@ from .attention_configurations import (
 )
 from .attention_forward import _attention_combine_kernel, _attention_forward_kernel
 from .attention_operands import Sizes, is_plain, operands, options, padded, sizes, strides_of
-
-
-@dataclass(frozen=True)
-class Launch:
-    kernel: Any
-    num_programs: int
-    arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-    def run(self) -> None:
-        if self.num_programs:
-            self.kernel[(self.num_programs,)](
-                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+from .launch import Launch
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pypar
+from pypar.comm.allreduce import ENGINES, MAX_RANKS
+from pypar.comm.allreduce_thresholds import choose as choose_thresholds
 from pypar.ops import native
 from pypar.ops.attention_arguments import AttentionProblem, attention_problem
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
@@ -29,7 +31,7 @@ _SIZE = 64  # of every dimension and count that a backend is asked about: an ord
 
 def main() -> int:
     """Prints the report; returns the exit code, 0 also where parts are missing."""
-    for line in [*machine_lines(), "", *linear_lines(), "", *support_lines()]:
+    for line in [*machine_lines(), "", *linear_lines(), *all_reduce_lines(), "", *support_lines()]:
         print(line)
     return 0
 
@@ -71,6 +73,28 @@ def linear_lines() -> Iterator[str]:
     """Which library multiplies fp32 matrices on the CPU, and why."""
     name, reason = library_choice(cpu_vendor())
     yield f"linear in fp32 on CPU: {name}; {reason}"
+
+
+def all_reduce_lines() -> Iterator[str]:
+    """Which kernels all-reduce between this machine's GPUs, which of these CUDA lets read each other, the sizes."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda", 0) if count else torch.device("cpu")
+    for name, engine in ENGINES.items():
+        yield f"all-reduce between GPUs by {name}: {engine.unsupported(device) or 'yes'}"
+    if count < 2:
+        yield f"peers: {count} GPU{'s' if count != 1 else ''}, and an all-reduce needs two"
+        return
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+    apart = [f"{i} -> {j}" for i, j in pairs if not torch.cuda.can_device_access_peer(i, j)]
+    access = f"no access {', '.join(apart)}" if apart else "access between all"
+    yield f"peers: {access}; PeerAllReduce tries a real copy"
+    size = min(count, MAX_RANKS)
+    for name in ENGINES:
+        at = choose_thresholds(device, name, size)
+        yield (
+            f"all-reduce of {size} GPUs by {name}: one-shot up to {at.one_shot_max_bytes} bytes, two-shot up to "
+            f"{at.two_shot_max_bytes}, beyond that the group's own ({at.source})"
+        )
 
 
 def support_lines() -> Iterator[str]:

@@ -1,8 +1,11 @@
 """The doctor's report."""
 
+from types import SimpleNamespace
+
 import torch
 
 from pypar import doctor
+from pypar.comm.allreduce_thresholds import Thresholds
 from pypar.ops.backend import op_modules
 from pypar.ops.rms_norm import BACKENDS
 
@@ -38,5 +41,22 @@ def test_the_report_names_what_a_user_asks_for(capsys):
         "instruction sets of this CPU",
         "GPU",
         "linear in fp32 on CPU: ",
+        "all-reduce between GPUs by cuda: ",
+        "all-reduce between GPUs by triton: ",
+        "peers: ",
     ):
         assert words in report
+
+
+def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: (i, j) != (2, 0))
+    monkeypatch.setattr(doctor, "ENGINES", {"cuda": SimpleNamespace(unsupported=lambda device: "not built")})
+    seeds = Thresholds(10, 20, "tried")
+    monkeypatch.setattr(doctor, "choose_thresholds", lambda device, name, size: seeds)
+    assert list(doctor.all_reduce_lines()) == [
+        "all-reduce between GPUs by cuda: not built",
+        "peers: no access 2 -> 0; PeerAllReduce tries a real copy",
+        "all-reduce of 3 GPUs by cuda: one-shot up to 10 bytes, two-shot up to 20, beyond that the group's own (tried)",
+    ]

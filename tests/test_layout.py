@@ -23,6 +23,7 @@ LEVELS = {
     "layout": BASE,
     "models": 4,
     "train": 5,
+    "bench": 5,
     "doctor": 5,
     "selftest": 5,
     "cli": 6,

@@ -45,9 +45,8 @@ def source_of(launch: Any) -> ASTSource:
 
 
 def compile_launch(launch: Any, capability: int) -> Any:
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source_of(launch), target=target, options=options)
+    return triton.compile(source_of(launch), target=target, options=launch.options)
 
 
 @dataclass(frozen=True)

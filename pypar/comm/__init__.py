@@ -1,5 +1,6 @@
 """Communication over one mesh axis: started collectives, differentiable pairs, point to point, counters."""
 
+from pypar.comm.allreduce import PeerAllReduce
 from pypar.comm.autograd import (
     copy_to,
     gather_from,
@@ -21,6 +22,7 @@ from pypar.comm.traffic import Traffic, wire_bytes
 
 __all__ = [
     "Handle",
+    "PeerAllReduce",
     "RingExchange",
     "Traffic",
     "all_gather_start",

@@ -1,0 +1,1 @@
+"""What `pypar bench` measures: nothing here is needed to run anything else."""
