@@ -473,8 +473,8 @@ void attention_forward(const AttentionForward& a) {
 
 #else
 
-#  include "attention_half.h"
 #  include "attention_binding.h"
+#  include "attention_half.h"
 
 PYPAR_BIND(attention_forward) {
   pypar::bind_attention_forward(module, pypar::check_attention_lengths, pypar::half::forward_bytes,

@@ -458,8 +458,8 @@ void attention_backward(const AttentionBackward& a) {
 
 #else
 
-#  include "attention_half.h"
 #  include "attention_binding.h"
+#  include "attention_half.h"
 
 PYPAR_BIND(attention_backward) {
   pypar::bind_attention_backward(module, pypar::check_attention_lengths, pypar::half::backward_bytes,

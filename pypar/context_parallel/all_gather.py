@@ -76,12 +76,11 @@ class _AllGather(torch.autograd.Function):
             results = (dout[rows], out[rows], lse[rows], None if dlse is None else dlse[rows])
             share = heads.bias(dbias)
             sums = gathered.empty_sums(wide)
-            for (parts, k_here, v_here), (_, *into) in zip(
-                gathered.blocks(), gathered.blocks(sums), strict=True
-            ):
-                add_backward(
-                    parts, (q[rows], k_here, v_here), results, (dq[rows], *into), share, heads.call(call)
-                )
+            for block, into in zip(gathered.blocks(), gathered.blocks(sums), strict=True):
+                parts, k_here, v_here = block
+                _, dk_here, dv_here = into
+                operands, totals = (q[rows], k_here, v_here), (dq[rows], dk_here, dv_here)
+                add_backward(parts, operands, results, totals, share, heads.call(call))
             gathered.scatter(sums, dk[..., heads.groups, :], dv[..., heads.groups, :])
         gathered.arrive()
         dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None

@@ -75,7 +75,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, inner: Axis, outer: Axis
         index = torch.tensor(mine.expanded, device=q.device)
         whole[1:3] = [x.index_select(-2, index) for x in whole[1:3]]
     there = _call_of(call, mine, outer, inner.size, whole[3].transpose(1, 2) if bias_has_rows else None)
-    out, lse = ring(*whole[:3], there)
+    out, lse = ring(whole[0], whole[1], whole[2], there)
 
     heads = [s.queries.stop - s.queries.start for s in shares]
     back = [out, lse.mT.unsqueeze(-1)]

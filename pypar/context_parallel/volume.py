@@ -93,8 +93,8 @@ def hybrid(
     if a == size:
         rings = [Volume((0,), (0,))] * a
     else:
-        held = [unions(x, a, "this layout") for x in (queries, keys)]
-        rings = [ring(_of_share(sizes, share), *held, mask) for share in shares]
+        held_q, held_k = (unions(x, a, "this layout") for x in (queries, keys))
+        rings = [ring(_of_share(sizes, share), held_q, held_k, mask) for share in shares]
     forward, backward = [], []
     for rank in range(size):
         mine, inner, first = shares[rank % a], rank % a, rank // a * a
