@@ -19,6 +19,7 @@ PYPAR_KERNEL(attention_forward, AttentionForward)
 #  endif
 #  include "attention_fp32.h"
 #  include "attention_scores.h"
+#  include "attention_soften.h"
 #  include "parallel.h"
 
 namespace pypar::PYPAR_ISA {
@@ -26,24 +27,6 @@ namespace {
 
 // Query blocks that share the packed keys and values of one task, at most. Results do not depend on it.
 constexpr int64_t kBlocksPerTask = 4;
-// A row's reference value, subtracted from its scores, follows the row's maximum only when that has grown by
-// more than this (in powers of two), which spares most rescaling. Sums stay below 2^8 times what they would
-// be.
-constexpr float kSlack = 8.0f;
-
-// The state of one block of query rows.
-struct RowBlock {
-  void *queries, *out;          // of the arithmetic
-  float* reference;             // [kBlock], what is subtracted from a row's scores
-  float* sum;                   // [kBlock], of 2^((score - reference) * factor)
-  int32_t *begin, *end;         // [kBlock], the keys that a row sees
-  float* slope;                 // [kBlock], as in RowTerms, like the next three
-  uint32_t *position, *stream;  // [kBlock]
-  int64_t* apart;               // [kBlock]
-  int64_t first, count;         // rows
-  Range keys;                   // that its rows see together
-};
-
 // One task's memory: one block of rows takes block_bytes, what stands before them is used by all.
 template <class Arithmetic>
 struct Layout {
@@ -61,125 +44,10 @@ struct Layout {
     staging = rescale + kRow;
     row = staging + kBlock * padded_size(Hv) * 4;
     blocks = row + padded_size(Hv) * 4;
-    block_bytes = m.queries_bytes() + m.out_bytes() + 9 * kRow;
+    block_bytes = m.queries_bytes() + m.out_bytes() + 10 * kRow;
     total = blocks + kBlocksPerTask * block_bytes;
   }
 };
-
-// The keys of a block, counted from its first, that some of the rows in these lanes see, and all of them.
-struct Seen {
-  Int begin, end;
-  Range some, all;
-
-  Seen(const RowBlock& block, int64_t row, int64_t first_key, int64_t num_keys) {
-    std::memcpy(&begin, block.begin + row, sizeof(begin));
-    std::memcpy(&end, block.end + row, sizeof(end));
-    begin -= static_cast<int32_t>(first_key);
-    end -= static_cast<int32_t>(first_key);
-    some.begin = larger(0, begin[0]);
-    some.end = larger(some.begin, smaller(num_keys, end[kWidth - 1]));
-    all.begin = smaller(some.end, larger(some.begin, begin[kWidth - 1]));
-    all.end = larger(all.begin, smaller(some.end, end[0]));
-  }
-};
-
-PYPAR_INLINE Int visible(const Seen& seen, int64_t key, Float score) {
-  const Int k = broadcast_int(static_cast<int32_t>(key));
-  return (k >= seen.begin) & (k < seen.end) & (Int)(score > broadcast(-__builtin_inff()));
-}
-
-template <bool kMasked>
-PYPAR_INLINE void find_top(const float* column, int64_t begin, int64_t end, const Seen& seen, Float* top) {
-  int64_t key = begin;
-  if (!kMasked) {
-    for (; key + 2 <= end; key += 2) {
-      top[0] = max(top[0], load(column + key * kBlock));
-      top[1] = max(top[1], load(column + (key + 1) * kBlock));
-    }
-  }
-  for (; key < end; ++key) {
-    const Float score = load(column + key * kBlock);
-    top[0] = max(top[0], kMasked ? select(visible(seen, key, score), score, top[0]) : score);
-  }
-}
-
-struct Exponent {
-  Float reference;
-  float factor, least;
-};
-
-PYPAR_INLINE Float power(const Exponent& e, Float score) {
-  return exp2_of_product(score - e.reference, e.factor, e.least);
-}
-
-template <bool kMasked>
-PYPAR_INLINE void exponentiate(float* column, int64_t begin, int64_t end, const Seen& seen, const Exponent& e,
-                               Float* sums) {
-  int64_t key = begin;
-  if (!kMasked) {
-    for (; key + 2 <= end; key += 2) {
-      const Float p0 = power(e, load(column + key * kBlock));
-      const Float p1 = power(e, load(column + (key + 1) * kBlock));
-      store(column + key * kBlock, p0);
-      store(column + (key + 1) * kBlock, p1);
-      sums[0] += p0;
-      sums[1] += p1;
-    }
-  }
-  for (; key < end; ++key) {
-    const Float score = load(column + key * kBlock);
-    Float p = power(e, score);
-    if (kMasked) p = select(visible(seen, key, score), p, zero());
-    store(column + key * kBlock, p);
-    sums[key & 1] += p;
-  }
-}
-
-PYPAR_INLINE void store_zeros(float* column, int64_t begin, int64_t end) {
-  for (int64_t key = begin; key < end; ++key) store(column + key * kBlock, zero());
-}
-
-// scores[key][row] -> 2^((score - reference) * factor), for keys [0, num_keys) of one block, and the rows'
-// new references and sums. Unseen scores become 0. `rescale` [kBlock] receives by how much the rows' output
-// must be multiplied; false if by nothing.
-bool soften(const RowBlock& block, const ScoreTerms& terms, float* scores, int64_t first_key,
-            int64_t num_keys, float* rescale) {
-  bool any_rescale = false;
-  const float factor = terms.factor;
-  const float slack = factor > 1e-30f ? kSlack / factor : kSlack * 1e30f;
-  const float least = factor > 1e-30f ? -200.0f / factor : -200.0f * 1e30f;
-  const Float lowest = broadcast(-__builtin_inff());
-  for (int64_t row = 0; row < block.count; row += kWidth) {
-    float* column = scores + row;
-    Seen seen(block, row, first_key, num_keys);
-    if (terms.hides) seen.all = {seen.some.end, seen.some.end};
-    Float top[2] = {lowest, lowest};
-    find_top<true>(column, seen.some.begin, seen.all.begin, seen, top);
-    find_top<false>(column, seen.all.begin, seen.all.end, seen, top);
-    find_top<true>(column, seen.all.end, seen.some.end, seen, top);
-    top[0] = max(top[0], top[1]);
-    const Float old = load(block.reference + row);
-    const Int grown = top[0] > old + slack;
-    Float reference = old, sum = load(block.sum + row), shrink = broadcast(1.0f);
-    if (any(grown)) {
-      reference = select(grown, top[0], old);
-      shrink = select(grown & (old > lowest), exp2_of_product(old - reference, factor, least), shrink);
-      sum *= shrink;
-      any_rescale = true;
-      store(block.reference + row, reference);
-    }
-    store(rescale + row, shrink);
-    const Exponent e{reference, factor, least};
-    Float sums[2] = {zero(), zero()};
-    store_zeros(column, 0, seen.some.begin);
-    exponentiate<true>(column, seen.some.begin, seen.all.begin, seen, e, sums);
-    exponentiate<false>(column, seen.all.begin, seen.all.end, seen, e, sums);
-    exponentiate<true>(column, seen.all.end, seen.some.end, seen, e, sums);
-    store_zeros(column, seen.some.end, num_keys);
-    store(block.sum + row, sum + (sums[0] + sums[1]));
-  }
-  return any_rescale;
-}
 
 // scores[key][row]: products -> scores. `bias` [key][kBlock]: null without.
 void final_scores(const AttentionProblem& p, const RowBlock& block, float* scores, const float* bias,
@@ -274,7 +142,8 @@ struct Task {
     at += m.queries_bytes() + m.out_bytes();
     block.reference = reinterpret_cast<float*>(at);
     block.sum = block.reference + kBlock;
-    block.begin = reinterpret_cast<int32_t*>(block.sum + kBlock);
+    block.excess = block.sum + kBlock;
+    block.begin = reinterpret_cast<int32_t*>(block.excess + kBlock);
     block.end = block.begin + kBlock;
     block.slope = reinterpret_cast<float*>(block.end + kBlock);
     block.position = reinterpret_cast<uint32_t*>(block.slope + kBlock);
@@ -292,7 +161,7 @@ struct Task {
       block.begin[i] = static_cast<int32_t>(keys.begin);
       block.end[i] = static_cast<int32_t>(keys.end);
       block.reference[i] = -__builtin_inff();
-      block.sum[i] = 0.0f;
+      block.sum[i] = block.excess[i] = 0.0f;
       if (!terms.general && !terms.dropout) continue;
       const RowTerms row_of = row_terms(p, terms, s, head, row);
       block.slope[i] = row_of.slope;
@@ -352,7 +221,7 @@ struct Task {
       double reference[kBlock], sum[kBlock];
       for (int64_t row = 0; row < block.count; ++row) {
         reference[row] = static_cast<double>(block.reference[row]) * terms.unit;
-        sum[row] = block.sum[row];
+        sum[row] = static_cast<double>(block.sum[row]) - block.excess[row];
       }
       int64_t stride = padded_size(p.Hv);
       const float* out = m.read_out(block.out, block.count, floats(layout.staging), &stride);

@@ -61,19 +61,21 @@ struct AttentionProblem {
 struct AttentionForward {
   AttentionProblem problem;
   AttentionTensor out;
-  float* lse;    // contiguous: [B, N, T], with cumulative lengths [N, T]
-  bool carry;    // out (then fp32) and lse hold attention over earlier keys, which this one continues
-  void* memory;  // as many bytes as attention_forward_memory says, 64-byte aligned, of any content
+  float* lse;       // contiguous: [B, N, T], with cumulative lengths [N, T]
+  float* lse_rest;  // the same, or null: what rounding took off lse
+  bool carry;       // out (then fp32) and lse hold attention over earlier keys, which this one continues
+  void* memory;     // as many bytes as attention_forward_memory says, 64-byte aligned, of any content
 };
 
 struct AttentionBackward {
   AttentionProblem problem;
   AttentionTensor dout, out, dq, dk, dv;
-  const float* lse;   // as in AttentionForward
-  const float* dlse;  // the same, or null
-  bool accumulate;    // dq, dk, dv (then fp32) are added to, not overwritten
-  float* dbias;       // [B, N, T, S] contiguous, zero before the call, or null
-  void* memory;       // as many bytes as attention_backward_memory says, 64-byte aligned, of any content
+  const float* lse;       // as in AttentionForward
+  const float* lse_rest;  // the same, or null: zero
+  const float* dlse;      // the same, or null
+  bool accumulate;        // dq, dk, dv (then fp32) are added to, not overwritten
+  float* dbias;           // [B, N, T, S] contiguous, zero before the call, or null
+  void* memory;           // as many bytes as attention_backward_memory says, 64-byte aligned, of any content
 };
 
 }  // namespace pypar

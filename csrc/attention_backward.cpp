@@ -105,7 +105,7 @@ RowExponent row_exponent(const RowValues& values, int64_t row, float factor) {
 PYPAR_INLINE Float probability_of(Float score, const RowExponent& e) {
   const Float x = max(broadcast(e.least), score);  // in this order NaN is kept
   const Float n = round_to_whole(x * e.factor - e.base);
-  const Float f = (x * e.factor - (n + e.whole)) - e.rest;
+  const Float f = product_minus(x, e.factor, n + e.whole) - e.rest;
 #  if defined(__AVX512F__)
   return exp2_of_parts(n, f);
 #  else
@@ -128,6 +128,11 @@ void prepare_row_block(const Plan& plan, const Sequence& s, int64_t head, int64_
        padded);
   transpose(packed, padded, rows.count, padded, out, kBlock);
   const RowValues row = row_values(values);
+  // lse in the unit of the exponents. Not by log2(e): the factor that scores are multiplied by is rounded,
+  // and what matters is their difference.
+  const ScoreTerms terms = score_terms(p);
+  const double factor =
+      terms.unit > 1e-30f ? static_cast<double>(terms.factor) / terms.unit : 1.44269504088896340736;
   for (int64_t i = 0; i < rows.count; i += kWidth) {
     Float total = zero();
     for (int64_t begin = 0; begin < p.Hv; begin += kChunk) {
@@ -141,9 +146,10 @@ void prepare_row_block(const Plan& plan, const Sequence& s, int64_t head, int64_
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t index = lse_index(p, s, head, rows.first + i);
-    const float lse = plan.a.lse[index];
+    double lse = plan.a.lse[index];
+    if (plan.a.lse_rest) lse += plan.a.lse_rest[index];
     // A row that saw no key: p becomes 2^-huge = 0.
-    const double base = lse == -__builtin_inff() ? 1e6 : lse * 1.44269504088896340736;
+    const double base = lse == kNothing ? 1e6 : lse * factor;
     row.base[i] = static_cast<float>(base);
     row.whole[i] = __builtin_rintf(row.base[i]);
     row.rest[i] = static_cast<float>(base - row.whole[i]);
@@ -224,6 +230,7 @@ struct Task {
   const int64_t head, group, key_block, first_key, num_keys;
   const Arithmetic m;
   const ScoreTerms terms;
+  const bool decoded;  // forward was by decoding
   const Rows q, dout, dq;
   char *keys, *rows, *dk, *dv, *scratch;  // of the arithmetic
   float *s_p, *dp_ds;                     // [row][kBlock]: scores, then p; dp, then ds
@@ -243,6 +250,7 @@ struct Task {
         num_keys(smaller(kBlock, s.S - first_key)),
         m(p),
         terms(score_terms(p)),
+        decoded(forward_shape(p, s).decode),
         q(rows_of(p.q, s.batch, s.q_begin, head, group)),
         dout(rows_of(a.dout, s.batch, s.q_begin, head, group)),
         dq(rows_of(a.dq, s.batch, s.q_begin, head, group)) {
@@ -368,6 +376,8 @@ struct Task {
         row_values(plan.values + plan.row_block_index(sequence, head, row_block) * row_block_floats(p));
     m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
     m.products(rows, span.count, keys, num_keys, trim.masked ? trim.vectors : nullptr, s_p, dp_ds);
+    // lse is the logarithm of a sum over these very scores.
+    if (decoded) m.decoded_scores(rows, span.count, keys, num_keys, s_p);
     if (terms.general || terms.dropout || a.dbias) {
       differentiate_general(span, trim, values);
     } else {

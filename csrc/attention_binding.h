@@ -209,8 +209,8 @@ inline void check_attention_lengths(const AttentionProblem& p) {
 }
 
 inline AttentionForward attention_forward_arguments(const AttentionProblem& problem, const py::object& out,
-                                                    const py::object& lse, bool carry,
-                                                    const py::object& memory) {
+                                                    const py::object& lse, const py::object& lse_rest,
+                                                    bool carry, const py::object& memory) {
   AttentionForward a{};
   a.problem = problem;
   const int64_t count = problem.B * problem.T;
@@ -218,6 +218,7 @@ inline AttentionForward attention_forward_arguments(const AttentionProblem& prob
                 : attention_tensor_of(out, "out", count, {problem.q.dtype, kFloat32});
   a.lse = attention_address<float*>(lse, "lse's address");
   if (count > 0 && a.lse == nullptr) throw py::value_error("lse has elements but no address");
+  a.lse_rest = attention_address<float*>(lse_rest, "lse_rest's address");
   a.carry = carry;
   a.memory = attention_address<void*>(memory, "memory's address");
   return a;
@@ -239,10 +240,11 @@ inline AttentionBackward attention_backward_arguments(const AttentionProblem& pr
   a.dv = attention_tensor_of(tensors[4], "dv", keys, {result, kFloat32});
   a.lse = attention_address<const float*>(addresses[0], "lse's address");
   if (queries > 0 && a.lse == nullptr) throw py::value_error("lse has elements but no address");
-  a.dlse = attention_address<const float*>(addresses[1], "dlse's address");
-  a.dbias = attention_address<float*>(addresses[2], "dbias's address");
+  a.lse_rest = attention_address<const float*>(addresses[1], "lse_rest's address");
+  a.dlse = attention_address<const float*>(addresses[2], "dlse's address");
+  a.dbias = attention_address<float*>(addresses[3], "dbias's address");
   if (a.dbias && problem.cu_seqlens_q) throw py::value_error("dbias does not go with cu_seqlens");
-  a.memory = attention_address<void*>(addresses[3], "memory's address");
+  a.memory = attention_address<void*>(addresses[4], "memory's address");
   return a;
 }
 
@@ -260,10 +262,10 @@ void bind_attention_forward(py::module_& module, Check check, Memory memory_byte
     return memory_bytes(p);
   });
   module.def("attention_forward", [=](const py::dict& problem, const py::object& out, const py::object& lse,
-                                      bool carry, const py::object& memory) {
+                                      const py::object& lse_rest, bool carry, const py::object& memory) {
     const AttentionProblem p = attention_problem(problem);
     check(p);
-    const AttentionForward a = attention_forward_arguments(p, out, lse, carry, memory);
+    const AttentionForward a = attention_forward_arguments(p, out, lse, lse_rest, carry, memory);
     if (!attention_memory_fits(a.memory, memory_bytes(p))) {
       throw py::value_error(
           "attention_forward needs the memory of attention_forward_memory, 64-byte aligned");
@@ -279,20 +281,22 @@ void bind_attention_backward(py::module_& module, Check check, Memory memory_byt
     check(p);
     return memory_bytes(p);
   });
-  module.def("attention_backward", [=](const py::dict& problem, const py::object& dout, const py::object& out,
-                                       const py::object& lse, const py::object& dlse, const py::object& dq,
-                                       const py::object& dk, const py::object& dv, bool accumulate,
-                                       const py::object& dbias, const py::object& memory) {
-    const AttentionProblem p = attention_problem(problem);
-    check(p);
-    const AttentionBackward a = attention_backward_arguments(
-        p, py::make_tuple(dout, out, dq, dk, dv), py::make_tuple(lse, dlse, dbias, memory), accumulate);
-    if (!attention_memory_fits(a.memory, memory_bytes(p))) {
-      throw py::value_error(
-          "attention_backward needs the memory of attention_backward_memory, 64-byte aligned");
-    }
-    backward(a);
-  });
+  module.def(
+      "attention_backward",
+      [=](const py::dict& problem, const py::object& dout, const py::object& out, const py::object& lse,
+          const py::object& lse_rest, const py::object& dlse, const py::object& dq, const py::object& dk,
+          const py::object& dv, bool accumulate, const py::object& dbias, const py::object& memory) {
+        const AttentionProblem p = attention_problem(problem);
+        check(p);
+        const AttentionBackward a =
+            attention_backward_arguments(p, py::make_tuple(dout, out, dq, dk, dv),
+                                         py::make_tuple(lse, lse_rest, dlse, dbias, memory), accumulate);
+        if (!attention_memory_fits(a.memory, memory_bytes(p))) {
+          throw py::value_error(
+              "attention_backward needs the memory of attention_backward_memory, 64-byte aligned");
+        }
+        backward(a);
+      });
 }
 
 }  // namespace pypar

@@ -80,23 +80,27 @@ static inline void finish_rows(const AttentionForward& a, const Sequence& s, int
       }
       total += __builtin_exp(sink - top) + __builtin_exp(carried - top);
     }
-    a.lse[index] = static_cast<float>(nothing ? kNothing : top + __builtin_log(total));
+    const double lse = nothing ? kNothing : top + __builtin_log(total);
+    a.lse[index] = static_cast<float>(lse);
+    if (a.lse_rest) a.lse_rest[index] = nothing ? 0.0f : static_cast<float>(lse - a.lse[index]);
     const auto weight = [&](int64_t i) {
-      return parts.sum(i, row) == 0.0
-                 ? 0.0f
-                 : static_cast<float>(__builtin_exp(parts.reference(i, row) - top) / total);
+      return parts.sum(i, row) == 0.0 ? 0.0 : __builtin_exp(parts.reference(i, row) - top) / total;
     };
-    if (parts.count == 1 && !a.carry) {
-      unpack(parts.row(0, row), width, 1, p.Hv, weight(0), out, first + row);
+    if (parts.count == 1 && !a.carry && out.dtype != kFloat32) {
+      unpack(parts.row(0, row), width, 1, p.Hv, static_cast<float>(weight(0)), out, first + row);
       continue;
     }
     for (int64_t j = 0; j < width; j += kWidth) store(scratch + j, zero());
     for (int64_t i = 0; i < parts.count; ++i) {
       const float* from = parts.row(i, row);
-      const float factor = weight(i);
+      const double exact = weight(i);
+      // In two parts: an error of a weight is one that the whole row has.
+      const auto factor = static_cast<float>(exact), rest = static_cast<float>(exact - factor);
       if (factor == 0.0f) continue;
-      for (int64_t j = 0; j < width; j += kWidth)
-        store(scratch + j, load(scratch + j) + load(from + j) * factor);
+      for (int64_t j = 0; j < width; j += kWidth) {
+        const Float x = load(from + j);
+        store(scratch + j, load(scratch + j) + (x * factor + x * rest));
+      }
     }
     if (a.carry) {
       const float factor = nothing ? 0.0f : static_cast<float>(__builtin_exp(carried - top) / total);

@@ -1,7 +1,7 @@
 // The arithmetic in fp32, for inputs of any type; attention_tile.h says what an arithmetic is.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_dots.h"
 
 namespace pypar::PYPAR_ISA {
 
@@ -95,6 +95,16 @@ struct Fp32Arithmetic {
                            kChunk);
     multiply<false, false>(count, vecs, Hv, q + kBlock * padded_h, padded_hv,
                            k_transposed + kBlock * padded_h, kBlock, dp, kBlock, seen, nullptr, kChunk);
+  }
+
+  void decoded_scores(const void* row_operands, int64_t count, const void* key_operands, int64_t num_keys,
+                      float* s) const {
+    Ahead<float> nothing(nullptr, 0, 0, 0, 1, 0);
+    for (int64_t row = 0; row < count; row += kDecodeTile) {
+      decode_products<float, kDecodeTile>(floats(row_operands) + row * padded_h, padded_h,
+                                          floats(key_operands), padded_h, num_keys, &nothing, padded_h,
+                                          s + row * kBlock);
+    }
   }
 
   void clear_sums(void* dk, void* dv) const {

@@ -9,8 +9,7 @@ namespace pypar {
 // Query rows and keys are worked on in blocks of this many.
 constexpr int64_t kBlock = 96;
 // At most this many rows are computed straight from the keys and values in the caller's memory (decoding), if
-// they see enough keys that this pays. It sums scores in another order than backward, which loses a little
-// accuracy there.
+// they see enough keys that this pays.
 constexpr int64_t kDecodeRows = 16;
 constexpr int64_t kDecodeKeys = 2 * kBlock;
 // Few rows split the keys they see, so that all threads have work: at multiples of so many keys.

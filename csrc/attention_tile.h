@@ -30,6 +30,8 @@
 //     products(row operands, count, key operands, num_keys, seen, s, dp)   float [row][kBlock] both:
 //                                                              q . k and dout . v; seen: ranges of keys, in
 //                                                              vectors
+//     decoded_scores(row operands, count, key operands, num_keys, s)   the first of these once more, summed
+//                                                              as decoding sums it
 //     clear_sums(dk, dv)
 //     add_dk_dv(p, ds, row operands, count, num_keys, seen, dk, dv, scratch)   dv += p^T dout, dk += ds^T q;
 //     p and ds

@@ -284,15 +284,27 @@ PYPAR_INLINE Float exp2(Float x) {
   return exp2_of_parts(n, x - n);
 }
 
+// x * factor - y as if the product were exact, where the difference is small.
+PYPAR_INLINE Float product_minus(Float x, float factor, Float y) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return x * factor - y;
+#else
+  // Halves of at most 12 bits each, whose product is exact.
+  const Float x_high = as_float(as_int(x) & static_cast<int32_t>(0xfffff000u));
+  const float factor_high = as_float(as_int(broadcast(factor)) & static_cast<int32_t>(0xfffff000u))[0];
+  return (x_high * factor_high - y) + ((x - x_high) * factor_high + x * (factor - factor_high));
+#endif
+}
+
 // 2^(x * factor) for factor >= 0 and x * factor <= 128, as if the product were exact. `lowest` is -200 /
 // factor or less: what lies below it gives 0.
 PYPAR_INLINE Float exp2_of_product(Float x, float factor, float lowest) {
   x = max(broadcast(lowest), x);  // in this order NaN is kept
   const Float n = round_to_whole(x * factor);
 #if defined(__AVX512F__)
-  return exp2_of_parts(n, x * factor - n);
+  return exp2_of_parts(n, product_minus(x, factor, n));
 #else
-  return exp2_of_parts(max(broadcast(-127.0f), n), x * factor - n);
+  return exp2_of_parts(max(broadcast(-127.0f), n), product_minus(x, factor, n));
 #endif
 }
 

@@ -9,8 +9,23 @@ from torch import Tensor
 from pypar.ops import native
 
 
+# With as few rows or columns there are few numbers, in which PyTorch's largest error is a matter of luck: it is then
+# the largest of so many calculations that differ in the order of what is summed.
+FEW = 3
+ORDERS = 8
+
+
+def farthest(results: list[Tensor], exact: Tensor) -> Tensor:
+    """The one with the largest error."""
+
+    def error(x: Tensor) -> float:
+        return (x - exact).masked_fill(exact.isinf(), 0).abs().max().item() if x.numel() else 0
+
+    return max(results, key=error)
+
+
 def assert_accurate(
-    name: str, actual: Tensor, plain: Tensor, exact: Tensor, *, gradient: bool = False, times: float = 2
+    name: str, actual: Tensor, plain: Tensor, exact: Tensor, *, gradient: bool = False
 ) -> None:
     """`plain` is PyTorch's result in actual's dtype, `exact` the float64 result for the same inputs.
 
@@ -32,7 +47,7 @@ def assert_accurate(
         return
     error = (actual.double() - exact).abs().max().item()
     plain_error = (plain.double() - exact).abs().max().item()
-    allowed = times * plain_error
+    allowed = 2 * plain_error
     if gradient:
         rounded = exact.to(actual.dtype)
         allowed += 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from accuracy import assert_accurate, run_with_gradients
+from accuracy import FEW, ORDERS, assert_accurate, farthest, run_with_gradients
 from attention_cases import Case, operands
 from plain_attention import plain_attention
 from torch import Tensor
@@ -15,17 +15,15 @@ from pypar.ops.attention import attention
 from pypar.ops.attention_arguments import attention_problem
 from pypar.ops.backend import Backend
 
-FEW_KEYS = 3
 
-
-def run(backend: str | Backend, case: Case, device: str = "cpu", times: float = 2) -> None:
+def run(backend: str | Backend, case: Case, device: str = "cpu") -> None:
     """Compares out, lse and every gradient with plain attention's.
 
     backend: a name of pypar.attention's; or a Backend, of which forward and backward are called (a native module
     that a test has built, kernels in an interpreter).
     """
     tensors, keywords = operands(case)
-    compare(backend, tensors, keywords, device, times=times)
+    compare(backend, tensors, keywords, device)
 
 
 def compare(
@@ -34,22 +32,24 @@ def compare(
     keywords: dict,
     device: str = "cpu",
     sinks_by_the_rule: bool = False,
-    times: float = 2,
 ) -> None:
-    """The rule of `run` for any operands. times: how often plain attention's error a gradient's may be."""
+    """The rule of `run` for any operands."""
     *batch, T, N, _ = tensors["q"].shape
     generator = torch.Generator().manual_seed(7)
     dout = torch.randn(*batch, T, N, tensors["v"].shape[-1], generator=generator).to(tensors["q"].dtype)
     dlse = torch.randn(*batch, N, T, generator=generator)
 
     def ask(dlse: Tensor, double: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
-        function = functools.partial(plain_attention, **keywords)
-        return run_with_gradients(function, tensors, [dout, dlse], double)
+        return _plain(tensors, keywords, [dout, dlse], double)
 
-    plain, exact = ask(dlse, False), ask(dlse, True)
+    few = min(T, tensors["k"].shape[-3]) <= FEW
+    plains = [_plain(tensors, keywords, [dout, dlse], False, order) for order in range(ORDERS if few else 1)]
+    exact = ask(dlse, True)
     outputs, gradients = _results(backend, tensors, keywords, [dout, dlse], device)
-    for name, *results in zip(("out", "lse"), outputs, plain[0], exact[0], strict=True):
-        assert_accurate(name, *results)
+    for i, name in enumerate(("out", "lse")):
+        assert_accurate(
+            name, outputs[i], farthest([plain[0][i] for plain in plains], exact[0][i]), exact[0][i]
+        )
     exact_gradients = exact[1]
     assert gradients.keys() == exact_gradients.keys()
     if given_out := _differences(tensors):
@@ -60,9 +60,26 @@ def compare(
         if name == "sinks" and not sinks_by_the_rule:
             check_sinks(gradient, tensors["sinks"], dout, dlse, *outputs)
         else:
-            assert_accurate(
-                f"d{name}", gradient, plain[1][name], exact_gradients[name], gradient=True, times=times
-            )
+            plain = farthest([plain[1][name] for plain in plains], exact_gradients[name])
+            assert_accurate(f"d{name}", gradient, plain, exact_gradients[name], gradient=True)
+
+
+def _plain(
+    tensors: dict[str, Tensor], keywords: dict, douts: list[Tensor], double: bool, order: int = 0
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Plain attention's outputs and gradients, with the elements of heads in one of many orders (0: as given)."""
+    if order == 0:
+        return run_with_gradients(functools.partial(plain_attention, **keywords), tensors, douts, double)
+    generator = torch.Generator().manual_seed(order)
+    H, Hv = tensors["q"].shape[-1], tensors["v"].shape[-1]
+    places = {size: torch.randperm(size, generator=generator) for size in {H, Hv}}
+
+    def function(q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.index_select(-1, places[x.shape[-1]]) for x in (q, k, v))
+        out, lse = plain_attention(q, k, v, **others, **keywords)
+        return out.index_select(-1, places[Hv].argsort()), lse
+
+    return run_with_gradients(function, tensors, douts, double)
 
 
 def _differences(tensors: dict[str, Tensor]) -> set[str]:
@@ -72,7 +89,7 @@ def _differences(tensors: dict[str, Tensor]) -> set[str]:
     not). They are compared with the exact gradients for the out that was returned. So it is with a few keys, and with
     a bias that all of a row's keys share, whose gradient is the sum of a softmax's gradient.
     """
-    chosen = {"q", "k", "bias"} if tensors["k"].shape[-3] <= FEW_KEYS else set()
+    chosen = {"q", "k", "bias"} if tensors["k"].shape[-3] <= FEW else set()
     if "bias" in tensors and tensors["bias"].shape[-1] == 1:
         chosen.add("bias")
     return chosen & tensors.keys()
@@ -115,10 +132,10 @@ def _by_hand(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What the operator does around a backend."""
     problem = attention_problem(**tensors, **keywords)
-    out, lse = backend.forward(problem, None)
+    out, lse, *rest = backend.forward(problem, None)
     dbias = None if problem.bias is None else out.new_zeros(problem.scores_shape, dtype=lse.dtype)
     assert backend.backward is not None
-    gradients = backend.backward(problem, douts[0], out, lse, douts[1], None, dbias)
+    gradients = backend.backward(problem, douts[0], out, lse, douts[1], None, dbias, *rest)
     named = dict(zip(("q", "k", "v"), gradients, strict=True))
     if problem.sinks is not None:
         named["sinks"] = attention_reference.sinks_gradient(problem.sinks, douts[0], out, lse, douts[1])

@@ -118,11 +118,13 @@ class Run:
         carry = self.options.get("carry", False)
         out_dtype = 0 if carry else self.dtype
         out, lse = self.array(self.out_shape, out_dtype), self.array(self.lse_shape)
+        rest = self.array(self.lse_shape)
         memory = self.memory(module.attention_forward_memory(self.problem))
-        module.attention_forward(self.problem, self.tensor(out, out_dtype), lse.ctypes.data, carry, memory)
-        return out, lse
+        addresses = lse.ctypes.data, rest.ctypes.data
+        module.attention_forward(self.problem, self.tensor(out, out_dtype), *addresses, carry, memory)
+        return out, lse, rest
 
-    def backward(self, module, lse):
+    def backward(self, module, lse, rest):
         accumulate = self.options.get("carry", False)
         dtype = 0 if accumulate else self.dtype
         dout, out = (self.tensor(self.array(self.out_shape, self.dtype), self.dtype) for _ in range(2))
@@ -135,6 +137,7 @@ class Run:
             dout,
             out,
             lse.ctypes.data,
+            rest.ctypes.data,
             dlse,
             *(self.tensor(x, dtype) for x in gradients),
             accumulate,
@@ -153,8 +156,8 @@ def run_all(module, only_forward):
                 results = []
                 for num_threads in (1, 2):
                     run = Run(shape, options, dtype, num_threads)
-                    out, lse = run.forward(module)
-                    results.append([out, lse, *([] if only_forward else run.backward(module, lse))])
+                    out, lse, rest = run.forward(module)
+                    results.append([out, lse, *([] if only_forward else run.backward(module, lse, rest))])
                 for one, two in zip(*results, strict=True):
                     assert one.tobytes() == two.tobytes(), (shape, options, dtype)
                 count += 1

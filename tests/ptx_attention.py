@@ -48,7 +48,7 @@ CProblem = _structure(
     "l q_start k_start step batch_start head_start, CBias bias, p sinks alibi_slopes, l alibi_batch_stride,"
     "f dropout_p, u dropout_threshold, p seed, i num_threads, p stream",
 )
-CForward = _structure("CForward", "CProblem problem, CTensor out, p lse, b carry, p memory")
+CForward = _structure("CForward", "CProblem problem, CTensor out, p lse lse_rest, b carry, p memory")
 CPlan = _structure("CPlan", "i blocks_per_head num_splits, p partial_out partial_lse, l num_rows")
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_attention import NAMES, make
 
-from pypar.ops.attention import _flat, attention, attention_backward, attention_forward
+from pypar.ops.attention import attention, attention_backward, attention_forward
 from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention_op import flat
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -40,12 +41,13 @@ def test_opcheck(name):
     }
     for chosen in ({"scale": 0.3}, options):
         problem = attention_problem(**inputs, **chosen)
-        torch.library.opcheck(torch.ops.pypar.attention_forward.default, (*_flat(problem), name))
+        torch.library.opcheck(torch.ops.pypar.attention_forward.default, (*flat(problem), name))
         constants = {n: getattr(x, "detach", lambda x=x: x)() for n, x in (inputs | chosen).items()}
         problem = attention_problem(**constants)
-        out, lse = attention_forward(problem, backend=name)
+        out, lse, lse_rest = torch.ops.pypar.attention_forward.default(*flat(problem), name)
+        assert lse_rest.shape == (lse.shape if name == "native" else (0,))
         for dlse, bias_needs in ((torch.randn_like(lse), problem.bias is not None), (None, False)):
-            arguments = (torch.randn_like(out), out, lse, dlse, bias_needs, *_flat(problem), name)
+            arguments = (torch.randn_like(out), out, lse, lse_rest, dlse, bias_needs, *flat(problem), name)
             torch.library.opcheck(torch.ops.pypar.attention_backward.default, arguments)
 
 

@@ -35,6 +35,7 @@ class CBackward(ctypes.Structure):
         ("problem", CProblem),
         *((name, CTensor) for name in ("dout", "out", "dq", "dk", "dv")),
         ("lse", ctypes.c_void_p),
+        ("lse_rest", ctypes.c_void_p),
         ("dlse", ctypes.c_void_p),
         ("accumulate", ctypes.c_bool),
         ("dbias", ctypes.c_void_p),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from pypar.ops import attention_cuda, attention_native, attention_reference, attention_triton, native
 from pypar.ops.attention_arguments import AttentionProblem, attention_problem, check_results
-from pypar.ops.backend import Backend, choose
-from pypar.ops.register import define, register_gradient
-from pypar.ops.rows import accumulate_dtype, native_refusal
+from pypar.ops.attention_op import BY_NAME, flat, run_forward
+from pypar.ops.backend import choose
+from pypar.ops.rows import accumulate_dtype
 
 Window = tuple[int | None, int | None]
+
+BACKENDS = tuple(BY_NAME.values())
 
 
 @overload
@@ -128,7 +128,7 @@ def attention(
         cu_seqlens_k=cu_seqlens_k,
     )
     chosen = choose("attention", BACKENDS, {"problem": problem}, backend)
-    out, lse = _forward(*_flat(problem), chosen.name)
+    out, lse, _ = run_forward(*flat(problem), chosen.name)
     return (out, lse) if return_lse else out
 
 
@@ -143,7 +143,8 @@ def attention_forward(
     """
     if carry is not None:
         check_results(problem, {"carry[0]": carry[0]}, {"carry[1]": carry[1]}, (accumulate_dtype(problem.q),))
-    return choose("attention", BACKENDS, {"problem": problem}, backend).forward(problem, carry)
+    out, lse, *_ = choose("attention", BACKENDS, {"problem": problem}, backend).forward(problem, carry)
+    return out, lse
 
 
 @torch.no_grad()
@@ -175,125 +176,3 @@ def attention_backward(
     chosen = choose("attention", BACKENDS, {"problem": problem}, backend)
     assert chosen.backward is not None
     return chosen.backward(problem, dout, out, lse, dlse, into, None)
-
-
-# ---- backends
-
-
-def _native_unsupported(problem: AttentionProblem) -> str | None:
-    return native_refusal(problem.q, problem.k, problem.v)
-
-
-def _native_forward(problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    return attention_native.forward(native.module(), problem, carry)
-
-
-def _native_backward(problem: AttentionProblem, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_native.backward(native.module(), problem, *arguments)
-
-
-def _reference_unsupported(problem: AttentionProblem) -> str | None:
-    return None
-
-
-BACKENDS = (
-    Backend("cuda", attention_cuda.forward, attention_cuda.backward, attention_cuda.unsupported),
-    Backend("triton", attention_triton.forward, attention_triton.backward, attention_triton.unsupported),
-    Backend("native", _native_forward, _native_backward, _native_unsupported),
-    Backend("reference", attention_reference.forward, attention_reference.backward, _reference_unsupported),
-)
-_BY_NAME = {backend.name: backend for backend in BACKENDS}
-
-
-# ---- registration
-
-_PROBLEM = (
-    "Tensor q, Tensor k, Tensor v, float scale, int left, int right, float softcap, Tensor? sinks, "
-    "Tensor? alibi_slopes, Tensor? bias, float dropout_p, Tensor? seed, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, str backend"
-)
-
-
-_FIELDS = tuple(argument.split()[1] for argument in _PROBLEM.split(", ")[:-1])
-_TENSORS = tuple(a.split()[1] for a in _PROBLEM.split(", ") if a.startswith("Tensor"))
-
-
-def _flat(problem: AttentionProblem) -> tuple:
-    return tuple(getattr(problem, name) for name in _FIELDS)
-
-
-def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *fields, backend = arguments
-    return _BY_NAME[backend].forward(AttentionProblem(*fields), None)
-
-
-def _run_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, bias_needs: bool, *arguments: Any
-) -> tuple[Tensor, ...]:
-    *fields, backend = arguments
-    problem = AttentionProblem(*fields)
-    q, sinks, bias = problem.q, problem.sinks, problem.bias
-    dscores = q.new_zeros(problem.scores_shape, dtype=lse.dtype) if bias_needs else None
-    run = _BY_NAME[backend].backward
-    assert run is not None
-    dq, dk, dv = run(problem, dout, out, lse, dlse, None, dscores)
-    dsinks = (
-        q.new_empty(0)
-        if sinks is None
-        else attention_reference.sinks_gradient(sinks, dout, out, lse, dlse).to(sinks.dtype)
-    )
-    if dscores is None or bias is None:
-        return dq, dk, dv, dsinks, q.new_empty(0)
-    return dq, dk, dv, dsinks, dscores.sum_to_size(bias.shape).to(bias.dtype)
-
-
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem = AttentionProblem(*arguments[:-1])
-    q = problem.q
-    return q.new_empty(problem.out_shape), q.new_empty(problem.lse_shape, dtype=accumulate_dtype(q))
-
-
-def _fake_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, bias_needs: bool, *arguments: Any
-) -> tuple[Tensor, ...]:
-    p = AttentionProblem(*arguments[:-1])
-    dsinks = p.q.new_empty(0) if p.sinks is None else p.sinks.new_empty(p.sinks.shape)
-    dbias = p.bias.new_empty(p.bias.shape) if bias_needs and p.bias is not None else p.q.new_empty(0)
-    return (*(x.new_empty(x.shape) for x in (p.q, p.k, p.v)), dsinks, dbias)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *fields, ctx.backend = inputs
-    p = AttentionProblem(*fields)
-    ctx.options = replace(p, **dict.fromkeys(_TENSORS))  # type: ignore[arg-type] # autograd keeps the tensors
-    ctx.save_for_backward(*(getattr(p, name) for name in _TENSORS), *output)
-    ctx.set_materialize_grads(False)
-
-
-def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    *tensors, out, lse = ctx.saved_tensors
-    problem = replace(ctx.options, **dict(zip(_TENSORS, tensors, strict=True)))
-    if dout is None:
-        dout = torch.zeros_like(out)
-    bias_needs = problem.bias is not None and ctx.needs_input_grad[_FIELDS.index("bias")]
-    gradients = _backward(dout, out, lse, dlse, bias_needs, *_flat(problem), ctx.backend)
-    dq, dk, dv, dsinks, dbias = gradients
-    named = {
-        "q": dq,
-        "k": dk,
-        "v": dv,
-        "sinks": None if problem.sinks is None else dsinks,
-        "bias": dbias if bias_needs else None,
-    }
-    return (*(named.get(name) for name in _FIELDS), None)
-
-
-_forward = define("attention_forward", f"({_PROBLEM}) -> (Tensor, Tensor)", _run_forward, _fake_forward)
-_backward = define(
-    "attention_backward",
-    f"(Tensor dout, Tensor out, Tensor lse, Tensor? dlse, bool bias_needs, {_PROBLEM}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
-)
-register_gradient("attention", _gradient, _save)

@@ -16,9 +16,15 @@ _GPU_ROW_BYTES = 16  # what one asynchronous copy moves
 
 
 def forward(
-    module: ModuleType, problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None
+    module: ModuleType,
+    problem: AttentionProblem,
+    carry: tuple[Tensor, Tensor] | None,
+    lse_rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse); a carry, fp32 (out, lse) over earlier keys, is continued: updated in place and returned."""
+    """(out, lse); a carry, fp32 (out, lse) over earlier keys, is continued: updated in place and returned.
+
+    lse_rest: like lse, contiguous, receives what rounding takes off it. On the CPU only.
+    """
     q = problem.q
     if carry is None:
         out = q.new_empty(problem.out_shape)
@@ -29,7 +35,12 @@ def forward(
     memory = _memory(module.attention_forward_memory(arguments), q)
     running_lse = lse.contiguous()
     module.attention_forward(
-        arguments, _tensor(out), running_lse.data_ptr(), carry is not None, memory.data_ptr()
+        arguments,
+        _tensor(out),
+        running_lse.data_ptr(),
+        _address(lse_rest),
+        carry is not None,
+        memory.data_ptr(),
     )
     if running_lse is not lse:
         lse.copy_(running_lse)
@@ -45,8 +56,12 @@ def backward(
     dlse: Tensor | None,
     into: tuple[Tensor, Tensor, Tensor] | None,
     dbias: Tensor | None,
+    lse_rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), or, given fp32 tensors to add `into`, these. dbias: as in attention_reference.backward."""
+    """(dq, dk, dv), or, given fp32 tensors to add `into`, these. dbias: as in attention_reference.backward.
+
+    lse_rest: as forward made it.
+    """
     dq, dk, dv = into or (x.new_empty(x.shape) for x in (problem.q, problem.k, problem.v))
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
@@ -57,6 +72,7 @@ def backward(
         _tensor(dout),
         _tensor(out),
         lse.data_ptr(),
+        _address(lse_rest),
         _address(dlse),
         _tensor(dq),
         _tensor(dk),

@@ -1,0 +1,190 @@
+"""Attention as an operator of torch: its backends, schema, fake and gradient.
+
+A backend's forward(problem, carry) returns (out, lse), or (out, lse, lse_rest): lse + lse_rest is the lse before it
+was rounded. Its backward(problem, dout, out, lse, dlse, into, dbias) then takes lse_rest as one more argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pypar.ops import attention_cuda, attention_native, attention_reference, attention_triton, native
+from pypar.ops.attention_arguments import AttentionProblem
+from pypar.ops.backend import Backend
+from pypar.ops.register import define, register_gradient
+from pypar.ops.rows import accumulate_dtype, native_refusal
+
+# ---- backends
+
+
+def _native_unsupported(problem: AttentionProblem) -> str | None:
+    return native_refusal(problem.q, problem.k, problem.v)
+
+
+def _native_forward(
+    problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    if carry is not None or not _makes_rest(problem, "native"):
+        return attention_native.forward(native.module(), problem, carry)
+    lse_rest = problem.q.new_empty(problem.lse_shape)
+    return *attention_native.forward(native.module(), problem, None, lse_rest), lse_rest
+
+
+def _native_backward(problem: AttentionProblem, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_native.backward(native.module(), problem, *arguments)
+
+
+def _reference_unsupported(problem: AttentionProblem) -> str | None:
+    return None
+
+
+def _makes_rest(problem: AttentionProblem, backend: str) -> bool:
+    """Whether a backend's forward returns what rounding took off lse.
+
+    In fp32 it is the largest error of the probabilities that backward recomputes from lse. With inputs of 16 bits
+    it is far below theirs.
+    """
+    return backend == "native" and problem.q.dtype == torch.float32
+
+
+BY_NAME = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", attention_cuda.forward, attention_cuda.backward, attention_cuda.unsupported),
+        Backend("triton", attention_triton.forward, attention_triton.backward, attention_triton.unsupported),
+        Backend("native", _native_forward, _native_backward, _native_unsupported),
+        Backend(
+            "reference", attention_reference.forward, attention_reference.backward, _reference_unsupported
+        ),
+    )
+}
+
+
+# ---- registration
+
+_PROBLEM = (
+    "Tensor q, Tensor k, Tensor v, float scale, int left, int right, float softcap, Tensor? sinks, "
+    "Tensor? alibi_slopes, Tensor? bias, float dropout_p, Tensor? seed, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, str backend"
+)
+
+
+_FIELDS = tuple(argument.split()[1] for argument in _PROBLEM.split(", ")[:-1])
+_TENSORS = tuple(a.split()[1] for a in _PROBLEM.split(", ") if a.startswith("Tensor"))
+
+
+def flat(problem: AttentionProblem) -> tuple:
+    """The problem as the operator's arguments, without the backend's name."""
+    return tuple(getattr(problem, name) for name in _FIELDS)
+
+
+def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, backend = arguments
+    out, lse, *rest = BY_NAME[backend].forward(AttentionProblem(*fields), None)
+    return out, lse, rest[0] if rest else lse.new_empty(0)
+
+
+def _run_backward(  # noqa: PLR0913 # the operator's arguments
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    dlse: Tensor | None,
+    bias_needs: bool,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *fields, backend = arguments
+    problem = AttentionProblem(*fields)
+    q, sinks, bias = problem.q, problem.sinks, problem.bias
+    dscores = q.new_zeros(problem.scores_shape, dtype=lse.dtype) if bias_needs else None
+    run = BY_NAME[backend].backward
+    assert run is not None
+    rest = (lse_rest,) if lse_rest.numel() else ()
+    dq, dk, dv = run(problem, dout, out, lse, dlse, None, dscores, *rest)
+    dsinks = (
+        q.new_empty(0)
+        if sinks is None
+        else attention_reference.sinks_gradient(sinks, dout, out, lse, dlse).to(sinks.dtype)
+    )
+    if dscores is None or bias is None:
+        return dq, dk, dv, dsinks, q.new_empty(0)
+    return dq, dk, dv, dsinks, _bias_gradient(dscores, bias)
+
+
+def _bias_gradient(dscores: Tensor, bias: Tensor) -> Tensor:
+    """The sum over what the bias was broadcast to. In fp64, one head at a time, which needs little memory."""
+    if bias.shape == dscores.shape:
+        return dscores.to(bias.dtype)
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    total = dscores.new_zeros(shape, dtype=torch.float64)
+    for b in range(dscores.shape[0]):
+        for n in range(dscores.shape[1]):
+            total[b % shape[0], n % shape[1]] += dscores[b, n].double().sum_to_size(shape[2:])
+    return total.reshape(bias.shape).to(bias.dtype)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, backend = arguments
+    problem = AttentionProblem(*fields)
+    lse = problem.q.new_empty(problem.lse_shape, dtype=accumulate_dtype(problem.q))
+    rest = lse.new_empty(lse.shape if _makes_rest(problem, backend) else 0)
+    return problem.q.new_empty(problem.out_shape), lse, rest
+
+
+def _fake_backward(  # noqa: PLR0913
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    dlse: Tensor | None,
+    bias_needs: bool,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    p = AttentionProblem(*arguments[:-1])
+    dsinks = p.q.new_empty(0) if p.sinks is None else p.sinks.new_empty(p.sinks.shape)
+    dbias = p.bias.new_empty(p.bias.shape) if bias_needs and p.bias is not None else p.q.new_empty(0)
+    return (*(x.new_empty(x.shape) for x in (p.q, p.k, p.v)), dsinks, dbias)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *fields, ctx.backend = inputs
+    p = AttentionProblem(*fields)
+    ctx.options = replace(p, **dict.fromkeys(_TENSORS))  # type: ignore[arg-type] # autograd keeps the tensors
+    ctx.save_for_backward(*(getattr(p, name) for name in _TENSORS), *output)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
+    *tensors, out, lse, lse_rest = ctx.saved_tensors
+    problem = replace(ctx.options, **dict(zip(_TENSORS, tensors, strict=True)))
+    if dout is None:
+        dout = torch.zeros_like(out)
+    bias_needs = problem.bias is not None and ctx.needs_input_grad[_FIELDS.index("bias")]
+    gradients = _backward_op(dout, out, lse, lse_rest, dlse, bias_needs, *flat(problem), ctx.backend)
+    dq, dk, dv, dsinks, dbias = gradients
+    named = {
+        "q": dq,
+        "k": dk,
+        "v": dv,
+        "sinks": None if problem.sinks is None else dsinks,
+        "bias": dbias if bias_needs else None,
+    }
+    return (*(named.get(name) for name in _FIELDS), None)
+
+
+run_forward = define(
+    "attention_forward", f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)", _run_forward, _fake_forward
+)
+_backward_op = define(
+    "attention_backward",
+    f"(Tensor dout, Tensor out, Tensor lse, Tensor lse_rest, Tensor? dlse, bool bias_needs, {_PROBLEM}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+register_gradient("attention", _gradient, _save)
