@@ -84,25 +84,21 @@ struct Total {
 template <bool kMasked>
 PYPAR_INLINE void exponentiate(float* column, int64_t begin, int64_t end, const Seen& seen, const Exponent& e,
                                Total* total) {
-  int64_t key = begin;
-  if (!kMasked) {
-    for (; key + 4 <= end; key += 4) {
-      Float p[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        p[i] = power(e, load(column + (key + i) * kBlock));
-        store(column + (key + i) * kBlock, p[i]);
-      }
-      total->add((p[0] + p[1]) + (p[2] + p[3]));
-    }
-  }
-  for (; key < end; ++key) {
-    const Float score = load(column + key * kBlock);
+  const auto probability = [&](int64_t key) __attribute__((always_inline)) {
+    float* const at = column + key * kBlock;
+    const Float score = load(at);
     Float p = power(e, score);
     if (kMasked) p = select(visible(seen, key, score), p, zero());
-    store(column + key * kBlock, p);
-    total->add(p);
+    store(at, p);
+    return p;
+  };
+  int64_t key = begin;
+  for (; key + 4 <= end; key += 4) {
+    const Float p0 = probability(key), p1 = probability(key + 1);
+    const Float p2 = probability(key + 2), p3 = probability(key + 3);
+    total->add((p0 + p1) + (p2 + p3));
   }
+  for (; key < end; ++key) total->add(probability(key));
 }
 
 PYPAR_INLINE void store_zeros(float* column, int64_t begin, int64_t end) {

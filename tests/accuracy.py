@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pypar.ops import native
 
-
 # With as few rows or columns there are few numbers, in which PyTorch's largest error is a matter of luck: it is then
 # the largest of so many calculations that differ in the order of what is summed.
 FEW = 3

@@ -171,7 +171,7 @@ def test_few_queries_drop_what_many_drop(backend):
 
 def test_sequences_are_numbered_like_batch_elements(backend):
     q, k, v = draw(B, T, N, H), draw(B, S, G, H), draw(B, S, G, H)
-    dense, _ = backend.forward(attention_problem(q, k, v, **KEYWORDS), None)
+    dense, *_ = backend.forward(attention_problem(q, k, v, **KEYWORDS), None)
     ends = {
         f"cu_seqlens_{n}": torch.tensor([0, x, 2 * x], dtype=torch.int32) for n, x in (("q", T), ("k", S))
     }

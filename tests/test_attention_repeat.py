@@ -58,9 +58,9 @@ def results(problem, dout, dlse, carried):
             draw(*shape, seed=9).masked_fill(draw(*shape) > 1, -math.inf),
         )
         into = tuple(draw(*x.shape, seed=7) for x in (problem.q, problem.k, problem.v))
-    out, lse = NATIVE.forward(problem, before)
+    out, lse, *rest = NATIVE.forward(problem, before)
     dbias = None if problem.bias is None else torch.zeros(problem.scores_shape)
-    gradients = NATIVE.backward(problem, dout, out.to(dout.dtype), lse, dlse, into, dbias)
+    gradients = NATIVE.backward(problem, dout, out.to(dout.dtype), lse, dlse, into, dbias, *rest)
     return [out, lse, *gradients] + ([] if dbias is None else [dbias])
 
 
