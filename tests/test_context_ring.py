@@ -96,15 +96,23 @@ def test_bf16_error_is_at_most_twice_that_of_plain_bf16_attention(name):
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("backend,growth", [("reference", 1.001), ("native", 1.1)])
 def test_bf16_error_does_not_grow_with_the_degree(layout, backend, growth):
-    """The ring adds none. The native op rounds probabilities to bf16, the largest only where it is not exactly 1."""
-    case, given, _, exact = _bf16("causal", 512)
-    errors, sizes = {}, (1, 2, 4, 8, 16) if backend == "native" else (1, 4, 16)
-    for size in sizes:
-        actual, _ = many_ranks(case, given, size, layout, backend=backend)
-        errors[size] = {x: (actual[x] - exact[x]).square().mean().sqrt().item() for x in exact}
+    """The ring adds none: the reference's error is the same at every degree.
+
+    The native op rounds probabilities to bf16, exactly only where a row's largest is first in its block; so from
+    one block to several its error makes one step, measured as 7 % at most, and then stays. It is always below
+    plain attention's on one device.
+    """
+    case, given, plain, exact = _bf16("causal", 512)
+
+    def rms(results):
+        return {x: (results[x] - exact[x]).square().mean().sqrt().item() for x in exact}
+
+    sizes = (2, 4, 8, 16) if backend == "native" else (1, 4, 16)
+    errors = {size: rms(many_ranks(case, given, size, layout, backend=backend)[0]) for size in sizes}
     for size in sizes[1:]:
         for result, error in errors[size].items():
-            assert error <= growth * errors[1][result], (size, result, errors)
+            assert error <= growth * errors[sizes[0]][result], (size, result, errors)
+            assert error <= rms(plain)[result]
 
 
 class _Whole(torch.autograd.Function):
