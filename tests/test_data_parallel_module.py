@@ -1,6 +1,5 @@
 """pypar.DataParallel against torch's DistributedDataParallel, both over the backend "pypar", bit by bit."""
 
-import copy
 from datetime import timedelta
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import pypar
 from pypar.data_parallel import DataParallel
 from pypar.mesh import Axis
 
@@ -220,44 +218,3 @@ def test_a_rank_that_runs_fewer_backwards_is_named(ranks, way, broadcast_buffers
     assert message.startswith(f"{what} failed over axis ")
     assert "must run the same number of forward and backward passes" in message
     assert "these ranks did not come: 1" in message if way == "nothing" else "rank 1" in message
-
-
-def run_refusals():
-    axis = Axis.of(dist.group.WORLD)
-    model = DataParallel(nn.Linear(3, 2), axis)
-    messages = []
-    for refused in (
-        lambda: model.join(),
-        lambda: copy.deepcopy(model),
-        lambda: DataParallel(model, axis),
-        lambda: DataParallel(nn.Sequential(nn.ReLU(), model), axis),
-        lambda: DataParallel(model.module, axis),
-        lambda: DataParallel(nn.ReLU(), axis),
-        lambda: DataParallel(nn.LazyLinear(3), axis),
-        lambda: DataParallel(nn.Linear(3, 2), axis, comm_dtype=torch.float64),
-        lambda: pypar.GradientBuckets([nn.Parameter(torch.ones(3)) * 2], axis),
-    ):
-        with pytest.raises(ValueError) as error:
-            refused()
-        messages.append(str(error.value))
-    model.close()
-    DataParallel(model.module, axis)
-    return messages
-
-
-def test_refusals_are_sentences(ranks):
-    expected = [
-        "every rank must run the same number of steps",
-        "copy model.module and wrap the copy",
-        "the module is a DataParallel already",
-        "its part '1' is a DataParallel already",
-        "parameter 0 (2, 3) has gradient buckets already",
-        "no parameter that requires a gradient",
-        "parameter 'weight' has no shape yet",
-        "comm_dtype (torch.float64) must be",
-        "was computed from other tensors",
-    ]
-    for found, wanted in zip(ranks(2, run_refusals)[0], expected, strict=True):
-        assert wanted in found
-    with pytest.raises(ValueError, match="init_process_group"):
-        DataParallel(nn.Linear(1, 1))

@@ -184,7 +184,7 @@ def test_a_loaded_state_goes_on_with_the_same_bits(ranks):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"power_sgd_rank \(-1\) must be positive"):
+    with pytest.raises(ValueError, match=r"power_sgd_rank \(-1\) must be a positive whole number"):
         PowerSGD(-1)
     state = {"errors": {"w": torch.zeros(4, 4)}, "factors": {"w": torch.zeros(4, 2)}}
     with pytest.raises(ValueError, match=r"'w' was made with power_sgd_rank=2, this run has 3"):

@@ -119,6 +119,9 @@ def _refusals():
         dist.all_reduce(torch.ones(1).to(torch.float8_e4m3fn), group=group)
     with pytest.raises(ValueError, match="dense CPU tensors"):
         dist.all_reduce(torch.ones(2, device="meta"), group=group)
+    mesh = dist.device_mesh.DeviceMesh("cpu", list(range(dist.get_world_size())))
+    with pytest.raises(ValueError, match="a DTensor of shape \\(2,\\) has none"):
+        group.allreduce([dist.tensor.distribute_tensor(torch.ones(2), mesh)])
     with pytest.raises(ValueError, match="must divide by the number of ranks"):
         dist.all_to_all_single(torch.ones(3), torch.ones(3), group=group)
     dist.barrier(group)  # refused before anything was sent: the group goes on

@@ -38,6 +38,11 @@ def dense(tensor: Tensor, copies: list, reads: bool, writes: bool = True) -> Ten
             f'the backend "pypar" is for dense CPU tensors, this one is {tensor.layout} on {tensor.device}; '
             "use nccl for GPUs, gloo for sparse tensors"
         )
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(
+            f'the backend "pypar" needs a tensor with memory, and a {type(tensor).__name__} of shape '
+            f"{tuple(tensor.shape)} has none; pass the local tensor of a DTensor (to_local())"
+        )
     is_plain = not (tensor.is_neg() or tensor.is_conj())  # what memory holds is what the tensor says
     if is_plain and tensor.is_complex():
         tensor = torch.view_as_real(tensor.detach())

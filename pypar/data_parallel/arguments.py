@@ -12,7 +12,7 @@ from pypar.mesh import Axis
 
 
 def check_sizes(bucket_bytes: int, first_bucket_bytes: int) -> None:
-    if bucket_bytes < 1 or first_bucket_bytes < 1:
+    if not (bucket_bytes >= 1 and first_bucket_bytes >= 1):  # NaN too
         raise ValueError(
             f"bucket_bytes ({bucket_bytes}) and first_bucket_bytes ({first_bucket_bytes}) must be "
             "positive; 1 << 20 is one MiB"

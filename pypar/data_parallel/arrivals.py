@@ -31,6 +31,12 @@ class Hook:
 def accept(slot: Slot) -> None:
     """Bring a gradient that was added to parameter.grad into the bucket; RuntimeError where that is too late."""
     where = f"{slot.name} {tuple(slot.parameter.shape)}"
+    grad = slot.parameter.grad
+    if grad is not None and grad.requires_grad:
+        raise RuntimeError(
+            f"the gradient of {where} was made with create_graph=True, and what is reduced has no graph; use "
+            "torch.autograd.grad(..., create_graph=True) for a gradient's gradient, then backward() without it"
+        )
     if slot.is_ready:
         raise RuntimeError(
             f"backward reached {where} again after its gradient was handed to communication; put all but the "
@@ -42,12 +48,12 @@ def accept(slot: Slot) -> None:
             f"backward reached {where} after its bucket was handed to communication without it, since it did not "
             "require a gradient; change requires_grad before forward, not between forward and backward"
         )
-    if slot.is_stale and (slot.parameter.grad is slot.gradient or not slot.is_shown):
+    if slot.is_stale and (grad is slot.gradient or not slot.is_shown):
         raise RuntimeError(
             f"backward added to the sum that finish() left in the gradient of {where}; {_ZERO_FIRST}"
         )
     slot.is_stale = False
-    if slot.parameter.grad is not slot.gradient:
+    if grad is not slot.gradient:
         take_in(slot)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed.tensor import DTensor
 
+from pypar.comm.identical import first_difference
 from pypar.data_parallel.buckets import GradientBuckets
 from pypar.data_parallel.reduction import explained
 from pypar.mesh import Axis, as_axis
@@ -35,12 +37,17 @@ class DataParallel(nn.Module):
     DistributedDataParallel: ``module.`` before every name.
 
     Gradients add up over several backwards until `zero_grad()`, as they do without it. A parameter that this step
-    did not use, or that was frozen, counts as zero on the ranks where that is so, and its gradient is a tensor of
-    zeros where no rank used it. Every rank must run the same number of backwards; where one runs fewer, the others
-    get a RuntimeError that names it once the group's time-out is over, or when it calls something else or ends.
+    did not use counts as zero on the ranks where that is so, and its gradient is a tensor of zeros where no rank
+    used it. One that is frozen later on (requires_grad_(False), on every rank) keeps no gradient, so that no
+    optimizer moves it. Every rank must run the same number of backwards; where one runs fewer, the others get a
+    RuntimeError that names it once the group's time-out is over, or when it calls something else or ends.
 
     With ``gradient_as_bucket_view`` (the default here) param.grad is a part of a bucket; without it, a copy. For
-    bucket sizes, comm_dtype and power_sgd_rank see `GradientBuckets`. torch.autograd.grad does not reduce.
+    bucket sizes, comm_dtype and power_sgd_rank see `GradientBuckets`. torch.autograd.grad does not reduce. The
+    module's parameters are looked up once: convert, move and replace them before.
+
+    Raises ValueError where ranks hold different models, for modules that are sharded or reduced by something else
+    already, or that have nothing to train.
     """
 
     def __init__(
@@ -56,8 +63,9 @@ class DataParallel(nn.Module):
         power_sgd_rank: int = 0,
     ) -> None:
         super().__init__()
-        axis = _axis_of(group)
         _check(module)
+        axis = _axis_of(group)
+        _check_alike(module, axis)
         self.module, self.axis = module, axis
         self.gradient_as_bucket_view, self.broadcast_buffers = gradient_as_bucket_view, broadcast_buffers
         _take_from_first([*module.parameters(), *(module.buffers() if broadcast_buffers else ())], axis)
@@ -72,8 +80,13 @@ class DataParallel(nn.Module):
         )
         self._buckets.on_reduction(self._finish_with_backward)
         self._buffers_may_differ = True
+        self._is_closed = False
+        self._in_backward = False
+        self._without_gradient: list[nn.Parameter] = []  # frozen, and have none
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            self._refuse_use()
         if self.broadcast_buffers and self._buffers_may_differ:
             with explained("taking the buffers of the first rank", self.axis):
                 _take_from_first(list(self.module.buffers()), self.axis)
@@ -89,6 +102,18 @@ class DataParallel(nn.Module):
     def close(self) -> None:
         """Take the hooks off the module's parameters, so that it may be wrapped anew."""
         self._buckets.close()
+        self._is_closed = True
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As every module's; ValueError for assign=True, which replaces parameters."""
+        if assign:
+            raise ValueError(
+                "load_state_dict(assign=True) would replace the parameters whose gradients are reduced; load without "
+                "assign, or load into the module before DataParallel is made of it"
+            )
+        return super().load_state_dict(state_dict, strict=strict)
 
     def join(self, *_: Any, **__: Any) -> Any:
         """Not there: raises ValueError."""
@@ -106,15 +131,34 @@ class DataParallel(nn.Module):
 
     def _finish_with_backward(self) -> None:
         """Called inside backward at its first gradient."""
+        self._in_backward = True
+        self._without_gradient = [
+            p for p in self.module.parameters() if not p.requires_grad and p.grad is None
+        ]
         Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
         self._buckets.finish()
         self._buckets.carry_over()
+        for parameter in self._without_gradient:
+            parameter.grad = None
+        self._in_backward = False
         if not self.gradient_as_bucket_view:
             for parameter in self.module.parameters():
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()
+
+    def _refuse_use(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(
+                "this DataParallel was closed and reduces nothing; use its module, or wrap that anew"
+            )
+        # A backward that recomputes may come here while it reduces.
+        if self._in_backward and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                "an earlier backward ended with an error while gradients were being reduced, and what the ranks hold "
+                "may differ; end the job and go on from a checkpoint"
+            )
 
 
 def _axis_of(group: Axis | dist.ProcessGroup | None) -> Axis:
@@ -130,6 +174,10 @@ def _axis_of(group: Axis | dist.ProcessGroup | None) -> Axis:
 
 
 def _check(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"DataParallel wraps a torch.nn.Module, not a {type(module).__name__}; pass the model itself"
+        )
     for name, inner in module.named_modules():
         if isinstance(inner, (DataParallel, nn.parallel.DistributedDataParallel)):
             where = f"its part {name!r}" if name else "the module"
@@ -140,13 +188,28 @@ def _check(module: nn.Module) -> None:
     lazy = [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise ValueError(f"parameter {lazy[0]!r} has no shape yet; run one forward pass before")
+    sharded = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"parameter {sharded[0]!r} is a DTensor, and what shards it (fully_shard, parallelize_module) reduces its "
+            "gradient; use that alone, over all data ranks, or wrap the plain model"
+        )
+
+
+def _check_alike(module: nn.Module, axis: Axis) -> None:
+    difference = first_difference([*module.named_parameters(), *module.named_buffers()], axis, values=False)
+    if difference is not None:
+        raise ValueError(
+            f"the models are not the same on all {axis.size} ranks of axis {axis.name!r}: {difference} of parameters "
+            "and buffers; make every rank's from one configuration"
+        )
 
 
 @torch.no_grad()
 def _take_from_first(tensors: Sequence[Tensor], axis: Axis) -> None:
     """Overwrite tensors with those of the axis's first rank, by dtype and device, some MiB at a time.
 
-    A tensor that is the same already is not written: backward may have saved it.
+    On a CPU a tensor that is the same already is not written: backward may have saved it.
     """
     if axis.size == 1:
         return
@@ -170,5 +233,5 @@ def _broadcast(tensors: Sequence[Tensor], axis: Axis) -> None:
         return
     for tensor, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
         received = part.view(tensor.shape)
-        if not torch.equal(tensor, received):
+        if tensor.is_cuda or not torch.equal(tensor, received):  # asking a GPU would synchronise it
             tensor.copy_(received)

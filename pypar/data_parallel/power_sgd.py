@@ -45,9 +45,10 @@ class PowerSGD:
     """
 
     def __init__(self, rank: int, *, average: bool = False, seed: int = 0) -> None:
-        if rank < 1:
+        if rank != int(rank) or rank < 1:
             raise ValueError(
-                f"power_sgd_rank ({rank}) must be positive; 1 to 4 are usual, and 0 switches compression off"
+                f"power_sgd_rank ({rank}) must be a positive whole number; 1 to 4 are usual, and 0 switches "
+                "compression off"
             )
         self.rank, self.average, self._seed = rank, average, seed
         self._errors: dict[str, Tensor] = {}
