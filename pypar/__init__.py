@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pypar import tensor_parallel as tensor_parallel
     from pypar import train as train
     from pypar.context_parallel.attention import ring_attention as ring_attention
+    from pypar.context_parallel.context import shard_context as shard_context
     from pypar.data_parallel import DataParallel as DataParallel
     from pypar.data_parallel import GradientBuckets as GradientBuckets
     from pypar.mesh import Mesh as Mesh
@@ -40,6 +41,7 @@ _HOME_OF_NAME = {
     "register_with_transformers": "pypar.models.attention_interface",
     "ring_attention": "pypar.context_parallel.attention",
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
+    "shard_context": "pypar.context_parallel.context",
 }
 _ROOMS = (
     "comm",

@@ -174,7 +174,7 @@ class _Plan:
         if a > sizes.N:
             return MethodCost(method, options, refused=f"{sizes.N} query heads are fewer than {a} ranks")
         try:
-            held = [unions(x, a, "this layout") for x in (self.queries, self.keys)]
+            queries, keys = (unions(x, a, "this layout") for x in (self.queries, self.keys))
         except ValueError as error:
             return MethodCost(method, options, refused=str(error))
         sent = volume.hybrid(sizes, self.queries, self.keys, self.mask, a)
@@ -184,9 +184,9 @@ class _Plan:
         )
         N, G = (heads.stop - heads.start for heads in (most.queries, most.groups))
         share = replaced(sizes, N=N, G=G if most.expanded is None else N)
-        of_ring = volume.ring(share, *held, self.mask)
+        of_ring = volume.ring(share, queries, keys, self.mask)
         outer = self.pairs.unflatten(0, (-1, a)).sum(1).sum(1)
-        hops = max(len(hops) for hops in route(*held, self.mask).hops)
+        hops = max(len(hops) for hops in route(queries, keys, self.mask).hops)
         ring_speed = costs.speed_of(size if a < size else 1)
         times = self._ring_times(of_ring, float(outer.max()), N, hops, ring_speed)
         rows = max(num_positions(x) for x in self.queries) * sizes.B * sizes.N * self.bias_rows_bytes

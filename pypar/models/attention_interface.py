@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pypar.context_parallel.context import ShardContext, active_context
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import under_autocast
 
@@ -113,6 +114,10 @@ def attention_mask(  # noqa: PLR0913 - transformers' signature
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     mask_function = mask_function or causal_mask_function
+    context = active_context()
+    if context is not None and context.axis.size > 1:
+        padded = _hides_padding(attention_mask, kv_length, kv_offset)
+        return _mask_over_ranks(context, mask_function, (q_length, kv_length), padded, options.get("device"))
     # The last query at the last key: what attention takes for granted. A static cache has room behind.
     # Its q_offset may be a tensor.
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
@@ -136,6 +141,47 @@ def attention_mask(  # noqa: PLR0913 - transformers' signature
     )
     if window:
         setattr(mask, _WINDOW, window)
+    return mask
+
+
+def _mask_over_ranks(
+    context: ShardContext,
+    mask_function: Callable,
+    lengths: tuple[int, int],
+    padded: bool,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Under `pypar.shard_context`: all True, as long as the window that it carries says what it hides."""
+    from transformers.masking_utils import (
+        and_masks,
+        bidirectional_mask_function,
+        causal_mask_function,
+        packed_sequence_mask_function,
+        remap_positions_for_packed_sequence,
+    )
+
+    length, _ = context.lengths(*lengths)
+    parts = _closure(mask_function, and_masks).get("mask_functions", ())
+    if len(parts) == 2 and _closure(parts[0], packed_sequence_mask_function):
+        # transformers takes positions that jump, as a rank's may, for documents; then it knows the positions.
+        remapped = _closure(parts[1], remap_positions_for_packed_sequence)
+        own = context.positions(length).to(remapped["position_ids"].device)
+        if bool((remapped["position_ids"] == own).all()):
+            mask_function = remapped["mask_function"]
+    window: Window | None = {causal_mask_function: (None, 0), bidirectional_mask_function: (None, None)}.get(
+        mask_function
+    )
+    window = window or _window(mask_function)
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(1, 1, *lengths)
+    if window is None or padded:
+        what = "padding" if padded else "a mask that is neither causal, full nor a sliding window"
+        error = ValueError(
+            f"{what} over this rank's {lengths[1]} positions has no meaning under shard_context; pass sequences "
+            "without padding, and position_ids of this rank's positions, context.positions(length), without documents"
+        )
+        context.tell(error, mask)
+        raise error
+    setattr(mask, _WINDOW, window)
     return mask
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from pypar.ops.attention_arguments import AttentionProblem, attention_problem, check_results
 from pypar.ops.attention_op import BY_NAME, flat, run_forward
 from pypar.ops.backend import choose
+from pypar.ops.register import overridable
 from pypar.ops.rows import accumulate_dtype
 
 Window = tuple[int | None, int | None]
@@ -59,6 +60,7 @@ def attention(
     deterministic: bool = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def attention(
     q: Tensor,
     k: Tensor,

@@ -7,11 +7,16 @@ that forward ran.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from pypar.ops.backend import Backend
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _library = torch.library.Library("pypar", "FRAGMENT")
 
@@ -54,3 +59,19 @@ def _refuse_second(ctx: object, *_: object) -> None:
 def register_gradient(op: str, gradient: Callable, save: Callable) -> None:
     """Give pypar::<op>_forward its derivative: save(ctx, inputs, output), gradient(ctx, *douts)."""
     torch.library.register_autograd(f"pypar::{op}_forward", gradient, setup_context=save, lib=_library)
+
+
+def overridable(function: Function) -> Function:
+    """Lets a torch.overrides.TorchFunctionMode, or a class of tensors, take the function's place as it may torch's.
+
+    Its first arguments are tensors.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        operands = arguments[:3] or tuple(options.values())
+        if has_torch_function(operands):
+            return handle_torch_function(call, operands, *arguments, **options)
+        return function(*arguments, **options)
+
+    return call  # type: ignore[return-value]

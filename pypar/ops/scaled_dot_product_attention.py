@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from pypar.ops.attention import attention
 from pypar.ops.attention_checks import check_tensor
+from pypar.ops.register import overridable
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # what torch.autocast converts
 
 
+@overridable
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -39,6 +42,24 @@ def scaled_dot_product_attention(
 
     Returns [..., N, T, Hv]. A query that sees no key gives 0. ValueError: arguments that do not fit.
     """
+    options = {"dropout_p": dropout_p, "scale": scale, "backend": backend}
+    return as_torch(attention, (query, key, value), attn_mask, is_causal, enable_gqa, options)
+
+
+def as_torch(
+    attend: Callable[..., Tensor],
+    operands: tuple[Tensor, Tensor, Tensor],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    options: Mapping[str, object],
+    num_keys: int | None = None,
+) -> Tensor:
+    """Torch's arguments for a function that takes those of `pypar.attention`; options goes to it as it is.
+
+    num_keys: keys that attn_mask has a column for, where these are not those of the operands.
+    """
+    query, key, value = operands
     if is_causal and attn_mask is not None:
         raise ValueError(
             "attn_mask and is_causal=True exclude each other; put the causal part into attn_mask"
@@ -55,21 +76,14 @@ def scaled_dot_product_attention(
     k, v = (x.expand(*batch, G, -1, -1).flatten(0, -4) for x in (k, v))
     bias, window = None, None
     if attn_mask is not None:
-        bias = _as_bias(attn_mask, q, (*batch, N, T, S))
+        bias = _as_bias(attn_mask, q, (*batch, N, T, S if num_keys is None else num_keys))
         if bias.dim() > 3 and len(batch) > 1:
             bias = bias.expand(*batch, *bias.shape[-3:]).flatten(0, -4)
     if is_causal:
         # In attention the last query and the last key are at one position, here the first ones are.
         k, v = k[..., :T, :], v[..., :T, :]
         window = (None, T - min(S, T))
-    out = attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        bias=bias,
-        window=window,
-        scale=scale,
-        dropout_p=dropout_p,
-        backend=backend,
-    ).transpose(1, 2)
+    out = attend(*(x.transpose(1, 2) for x in (q, k, v)), bias=bias, window=window, **options).transpose(1, 2)
     return out.unflatten(0, batch) if dims > 4 else out.reshape(out.shape[4 - dims :])
 
 
