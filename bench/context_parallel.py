@@ -1,153 +1,149 @@
-"""Step time of ring attention beside one process that has the whole sequence, on one machine, in one run.
+"""Step time of attention over a sharded sequence, by degree, length, method and layout, beside one process.
 
-    python bench/context_parallel.py [--ranks 2] [--lengths 4096 8192] [--rounds 3] [--full] [--bf16]
+    python bench/context_parallel.py [--ranks 2 4] [--lengths 8192 16384] [--dtypes bf16 fp32]
+        [--methods ring ...] [--layouts zigzag ...] [--rounds 5] [--full] [--backend pypar]
+    python bench/context_parallel.py --timeline FILE.png   compute and communication of each rank, drawn
+    python bench/context_parallel.py --network             over a cable between two network namespaces, as root
+    python bench/context_parallel.py --long                131,072 tokens on 4 ranks
 
-One step is forward and backward of attention: B 1, N 8, G 2, H 64. The ring runs on --ranks processes of one
-thread over gloo; the single process has as many threads. Contenders take turns and the figure is the median
-of all rounds. "ideal" is pypar.attention in the single process: a ring that costs nothing would reach it.
-"peer" is PyTorch's own scaled_dot_product_attention there. First the ring's output and gradients are checked
-against the single process.
+One step is forward and backward of attention: B 1, N 8, G 2, H 64, causal. Each rank has one thread, bound to a core.
+Contenders take turns in one run; a step is timed from its common start to the end of the slowest rank, and the least
+time of all rounds counts. First each contender's output and gradients are compared with the single process's.
+
+    single     pypar.attention of the whole sequence in one process with as many threads as the ranks: what a method
+               without any cost of its own would take
+    of ideal   single / step
+    torch      torch's scaled_dot_product_attention there / step
+    silent     the step of the method with communication left out
+    exposed    1 - silent / step: the share of a step that communication costs
+    waiting    share of a step in which the rank that waits longest is blocked
 """
 
+from __future__ import annotations
+
 import argparse
-import os
 import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+import sys
+from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+import context_long
+import context_network
+import context_timeline
+from context_step import (
+    Contender,
+    Problem,
+    Timed,
+    check,
+    sampled_single,
+    sampled_step,
+    timed_single,
+    timed_step,
+)
+from context_workers import Workers
+from timing import DTYPES
 
-import pypar
-from pypar.context_parallel import ring_attention, shard, unshard
-from pypar.mesh import Axis
+from pypar.context_parallel import methods
+from pypar.context_parallel.layouts import LAYOUTS
 
-N, G, H = 8, 2, 64
-
-
-def inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v, dout of the whole sequence."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, length, heads, H, generator=generator).to(dtype) for heads in (N, G, G, N)]
-
-
-def step(attend: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """(out, dq, dk, dv)."""
-    *leaves, dout = tensors
-    leaves = [x.requires_grad_() for x in leaves]
-    out = attend(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+ASKED = {(2, 8192): 0.9, (2, 16384): 0.9}  # of ideal, by ranks and length, of a zigzag ring
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--methods", nargs="+", choices=sorted(methods()), default=sorted(methods()))
+    parser.add_argument("--layouts", nargs="+", choices=sorted(LAYOUTS), help="of the ring; others zigzag")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--full", action="store_true", help="no causal mask")
+    parser.add_argument("--backend", default="pypar", help="of torch.distributed")
+    parser.add_argument("--timeline", metavar="FILE")
+    parser.add_argument("--network", action="store_true")
+    parser.add_argument("--long", action="store_true")
+    return parser.parse_args()
 
 
-def timed(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def check(ours: list[Tensor], theirs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-    for name, a, b in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
-        error = ((a - b).abs().max() / b.abs().max()).item()
-        allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
-        assert error <= allowed, f"{name} of the ring differs from the single process by {error:.2g}"
-
-
-def run_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
-    torch.set_num_threads(1)
-    if args.ranks <= (os.cpu_count() or 1):
-        os.sched_setaffinity(0, {rank})
-    store = dist.FileStore(str(Path(folder) / "store"), args.ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=args.ranks)
-    axis = Axis.of(dist.group.WORLD, "cp")
-    dtype, causal = torch.bfloat16 if args.bf16 else torch.float32, not args.full
-    if rank == 0:
-        print(
-            f"{args.ranks} ranks, {dtype}, {'causal' if causal else 'full'}; times in ms, forward + backward"
-        )
-        print(
-            f"{'length':>7} {'layout':<11} {'ring':>8} {'ideal':>8} {'peer':>8} {'of ideal':>9} "
-            f"{'waiting':>8}"
-        )
-    for length in args.lengths:
-        for layout in ("contiguous", "zigzag"):
-            figures = measure(axis, length, layout, dtype, causal, args.rounds)
-            if rank == 0:
-                ring_s, ideal_s, peer_s, waiting = figures
-                print(
-                    f"{length:>7} {layout:<11} {ring_s * 1e3:>8.0f} {ideal_s * 1e3:>8.0f} "
-                    f"{peer_s * 1e3:>8.0f}"
-                    f" {ideal_s / ring_s:>9.0%} {waiting:>8.1%}",
-                    flush=True,
-                )
+def contenders_of(arguments: argparse.Namespace, size: int) -> list[Contender]:
+    found = []
+    for method in arguments.methods:
+        if method == "hybrid" and size < 4:
+            continue  # one of the others
+        layouts = arguments.layouts or sorted(LAYOUTS, reverse=True)
+        found += [Contender(method, x) for x in (layouts if method == "ring" else layouts[:1])]
+    return found
 
 
 def measure(
-    axis: Axis, length: int, layout: str, dtype: torch.dtype, causal: bool, rounds: int
-) -> tuple[float, float, float, float]:
-    """Seconds of ring, single process and PyTorch; share of the time that rank 0 waited."""
-    whole = inputs(length, dtype)
-    parts = [shard(x, 1, axis, layout) for x in whole]
-
-    def ring() -> tuple[Tensor, ...]:
-        return step(lambda q, k, v: ring_attention(q, k, v, axis, layout=layout, causal=causal), parts)
-
-    gathered = [unshard(x, 1, axis, layout) for x in ring()]
-    if axis.rank == 0:
-        check(
-            gathered, alone(axis, lambda: step(lambda *t: pypar.attention(*t, causal=causal), whole)), dtype
-        )
-        alone(axis, lambda: step(lambda *t: torch_attention(*t, causal), whole))
-    times: dict[str, list[float]] = {"ring": [], "ideal": [], "peer": [], "waiting": []}
+    workers: Workers, problem: Problem, contenders: list[Contender], rounds: int
+) -> dict[Any, list[Timed]]:
+    """The slowest rank's times of each contender, with and without communication, and of "single" and "torch"."""
+    expected = workers.single(sampled_single, problem)
+    for contender in contenders:
+        check(workers.ranks(sampled_step, problem, contender), expected, problem.dtype)
+    silent = [contender._replace(communicates=False) for contender in contenders]
+    times: dict[Any, list[Timed]] = {name: [] for name in (*contenders, *silent, "single", "torch")}
     for _ in range(rounds):
-        dist.barrier()
-        waited = axis.traffic.wait_seconds
-        times["ring"].append(timed(lambda: (ring(), dist.barrier())))
-        times["waiting"].append(axis.traffic.wait_seconds - waited)
-        if axis.rank == 0:
-            ideal = alone(
-                axis, lambda: timed(lambda: step(lambda *t: pypar.attention(*t, causal=causal), whole))
-            )
-            peer = alone(axis, lambda: timed(lambda: step(lambda *t: torch_attention(*t, causal), whole)))
-            times["ideal"].append(ideal)
-            times["peer"].append(peer)
-        dist.barrier()  # the other ranks sleep in this one while rank 0 has the machine
-    ring_s, ideal_s, peer_s, waited = (statistics.median(times[name] or [0.0]) for name in times)
-    return ring_s, ideal_s, peer_s, waited / ring_s
+        for contender in (*contenders, *silent):
+            times[contender].append(slowest(workers.ranks(timed_step, problem, contender)))
+        times["single"].append(workers.single(timed_single, problem, False))
+        times["torch"].append(workers.single(timed_single, problem, True))
+    return times
 
 
-def alone(axis: Axis, function: Callable[[], object]):
-    """Runs with a thread for each rank, on all cores; the caller sees to it that the other ranks sleep."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    torch.set_num_threads(axis.size)
-    try:
-        return function()
-    finally:
-        torch.set_num_threads(1)
-        os.sched_setaffinity(0, cores)
+def slowest(of_ranks: list[Timed]) -> Timed:
+    return Timed(
+        min(t.began for t in of_ranks),
+        max(t.ended for t in of_ranks),
+        max(t.waited for t in of_ranks),
+        max(t.sent for t in of_ranks),
+    )
+
+
+def seconds(times: list[Timed]) -> float:
+    return min(t.ended - t.began for t in times)
+
+
+def report(size: int, problem: Problem, times: dict[Any, list[Timed]]) -> None:
+    single, torch_s = seconds(times["single"]), seconds(times["torch"])
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == problem.dtype)
+    for contender in [c for c in times if isinstance(c, Contender) and c.communicates is None]:
+        step = seconds(times[contender])
+        silent = seconds(times[contender._replace(communicates=False)])
+        waited = statistics.median(t.waited for t in times[contender]) / step
+        asked = ASKED.get((size, problem.length)) if contender == Contender("ring") else None
+        print(
+            f"| {size} | {problem.length} | {dtype} | {contender.method} | {contender.layout} | {step * 1e3:.0f} "
+            f"| {single * 1e3:.0f} | {single / step:.0%}{f' (asked {asked:.0%})' if asked else ''} "
+            f"| {torch_s / step:.2f}x | {silent * 1e3:.0f} | {1 - silent / step:.1%} | {waited:.1%} "
+            f"| {times[contender][0].sent / 1e6:.1f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help="no causal mask")
-    parser.add_argument("--bf16", action="store_true")
-    args = parser.parse_args()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (args, folder), args.ranks)
+    arguments = parse_arguments()
+    for asked, program in (
+        (arguments.timeline, context_timeline),
+        (arguments.network, context_network),
+        (arguments.long, context_long),
+    ):
+        if asked:
+            sys.exit(program.main(arguments))
+    print(
+        "| ranks | tokens | dtype | method | layout | step, ms | single, ms | of ideal | torch | silent, ms ",
+        end="",
+    )
+    print("| exposed | waiting | sent, MB |\n|" + "---|" * 13)
+    for size in arguments.ranks:
+        with Workers(size, arguments.backend) as workers:
+            for dtype in arguments.dtypes:
+                for length in arguments.lengths:
+                    problem = Problem(length, DTYPES[dtype], not arguments.full)
+                    contenders = contenders_of(arguments, size)
+                    report(size, problem, measure(workers, problem, contenders, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -168,10 +168,18 @@ def _record_order():
 
 def test_the_next_exchange_is_in_flight_while_a_hop_computes(ranks):
     for forward, backward in ranks(3, _record_order):
-        hop = ["start", "compute", "wait", "wait"]
-        assert forward == ["wait", *hop, *hop, "start", "compute"]
-        # Backward: keys for the hop after this one, then sums on their way, then sums that go home.
-        assert backward == [*hop, *hop, *hop]
+        # What a hop needs is waited for before it, after what is sent on has started; what was sent, a hop later.
+        assert forward == [
+            *("wait", "start", "compute"),
+            *("wait", "start", "compute", "wait"),
+            *("start", "wait", "compute", "wait"),
+        ]
+        # Keys for the hop after this one, then sums on their way, then sums that go home.
+        assert backward == [
+            *("start", "compute"),
+            *("start", "wait", "compute", "wait", "wait"),
+            *("start", "compute", "wait", "wait", "wait"),
+        ]
 
 
 def _gradcheck(causal, layout):

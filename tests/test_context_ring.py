@@ -294,8 +294,8 @@ def test_a_rank_that_fails_is_told_with_the_hop(monkeypatch, direction):
     monkeypatch.setattr(ring, name, failing)
     outcomes = run_ranks(4, attend, outcomes=True)
     assert isinstance(outcomes[2], SystemError)
-    # Its neighbours miss it at once, the rank opposite when these are gone.
-    hops = {3: 1, 1: 1, 0: 2} if direction == "forward" else {1: 2, 3: 2, 0: 1}
+    # Its neighbours miss it where they need what it had to do in hop 1 or 3, the rank opposite when these are gone.
+    hops = {3: 2, 1: 2, 0: 3} if direction == "forward" else {1: 2, 3: 1, 0: 1}
     for rank, hop in hops.items():
         assert isinstance(outcomes[rank], RuntimeError)
         assert str(outcomes[rank]).startswith(

@@ -14,6 +14,7 @@ hold nothing. Positions ascend on every rank.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -137,6 +138,19 @@ def positions_in(segments: Segments) -> Tensor:
 
 def num_positions(segments: Segments) -> int:
     return sum(segment.count for segment in segments)
+
+
+@functools.lru_cache(maxsize=1024)
+def cut(segments: Segments, begin: int, end: int) -> Segments:
+    """Of the positions that a rank holds, those from index `begin` to before `end`."""
+    found, first = [], 0
+    for segment in segments:
+        skipped = max(begin - first, 0)
+        count = min(end - first, segment.count) - skipped
+        if count > 0:
+            found.append(Segment(segment.start + segment.step * skipped, count, segment.step))
+        first += segment.count
+    return tuple(found)
 
 
 def check_part(name: str, held: int, length: int, axis: Axis, layout: str, argument: str) -> None:
