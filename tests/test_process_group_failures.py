@@ -188,3 +188,35 @@ def _over_hosts():
 @pytest.mark.parametrize("size", [3, 4])
 def test_several_hosts(ranks, size):
     ranks(size, _over_hosts)
+
+
+def _three_hosts():
+    """Numbers of many sizes, whose sum depends on the order; and outputs of all_gather that differ in size."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ["PYPAR_HOST"] = f"host {rank}"
+    try:
+        group = _group()
+    finally:
+        del os.environ["PYPAR_HOST"]
+    exponents = torch.randint(-9, 9, (size, 1000), generator=torch.Generator().manual_seed(0))
+    values = torch.randn(size, 1000, generator=torch.Generator().manual_seed(1)) * 2.0**exponents
+    in_order = (values[0] + values[1]) + values[2]
+    for pieces in (1, 7, 1000):
+        for part, expected in zip(values[rank].chunk(pieces), in_order.chunk(pieces), strict=True):
+            dist.all_reduce(x := part.clone(), group=group)
+            assert torch.equal(x, expected)
+    own = torch.empty(2)
+    dist.reduce_scatter(own, list(values[rank][:6].split(2)), group=group)
+    assert torch.equal(own, in_order[2 * rank : 2 * rank + 2])
+    outs = [torch.empty(r) for r in range(size)]
+    dist.all_gather(outs, torch.full((rank,), float(rank)), group)
+    assert [out.tolist() for out in outs] == [[], [1.0], [2.0, 2.0]]
+    with pytest.raises(ValueError, match="brings 8 bytes, and the output has 4 for it"):
+        dist.all_gather([torch.empty(1) for _ in range(size)], torch.empty(2), group)
+    with pytest.raises(ValueError, match="cannot reduce torch.int64 with AVG"):
+        dist.all_reduce(torch.ones(2, dtype=torch.int64), dist.ReduceOp.AVG, group)
+
+
+def test_between_hosts_sums_are_made_in_one_order(ranks):
+    """Wherever in a tensor a number stands, so that gradients do not depend on the size of buckets."""
+    ranks(3, _three_hosts)

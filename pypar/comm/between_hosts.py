@@ -1,7 +1,8 @@
 """The backend "pypar" for ranks of several hosts: shared memory inside a host, gloo between one rank of each.
 
 What reduces or spreads goes once over the network for every host: reduce inside, exchange between the hosts' first
-ranks, spread inside. What sends something else to every rank (all_to_all, gather, scatter, messages) is gloo's.
+ranks, spread inside. What sends something else to every rank (all_to_all, gather, scatter, messages) is gloo's. Sums
+are made in one order, the ranks of a host and then the hosts, wherever in a tensor a number stands.
 """
 
 # mypy: disable-error-code="override, assignment"
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from pypar.comm import host_exchange
 from pypar.comm.cpu_group import CpuProcessGroup
+from pypar.comm.operands import reduction
 from pypar.comm.process_group import ProcessGroup
 from pypar.comm.work import ThreadWork
 
@@ -48,6 +51,7 @@ class ProcessGroupBetweenHosts(CpuProcessGroup):
 
     def shutdown(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._inside.shutdown()
 
     abort = shutdown
 
@@ -101,7 +105,8 @@ class ProcessGroupBetweenHosts(CpuProcessGroup):
     ) -> ThreadWork:
         def run() -> None:
             for outs, source in zip(outputs, inputs, strict=True):
-                for out, x in zip(outs, self._gather_all(source), strict=True):
+                sizes = [out.nbytes for out in outs]
+                for out, x in zip(outs, self._gather_all(source, sizes), strict=True):
                     _copy(out, x)
 
         return self._start(run, [out for outs in outputs for out in outs], opts)
@@ -116,7 +121,7 @@ class ProcessGroupBetweenHosts(CpuProcessGroup):
     ) -> ThreadWork:
         def run() -> None:
             for out, source in zip(outputs, inputs, strict=True):
-                _copy(out, torch.cat([x.reshape(-1) for x in self._gather_all(source)]))
+                _copy(out, torch.cat(self._gather_all(source, [source.nbytes] * self._size)))
 
         return self._start(run, outputs, opts)
 
@@ -200,17 +205,23 @@ class ProcessGroupBetweenHosts(CpuProcessGroup):
         x, op, divisor = _wide(tensor, reduce_op, self._size)
         self._reduce_inside(x, op)
         if self._between is not None:
-            self._between.allreduce([x], _reducing(dist.AllreduceOptions(), op)).wait()
+            host_exchange.all_reduce(self._between, x, op)
         if self._host in hosts:
             self._broadcast_inside(x, 0)
             _copy(tensor, _divided(x, divisor))
 
-    def _gather_all(self, source: Tensor) -> list[Tensor]:
-        """What each rank brought, all of one size."""
+    def _gather_all(self, source: Tensor, sizes: list[int]) -> list[Tensor]:
+        """What each rank brought, flat; sizes: in bytes, by rank."""
         x = source.detach().contiguous()
+        if x.nbytes != sizes[self._rank]:
+            raise ValueError(
+                f"all_gather: rank {self._rank} brings {x.nbytes} bytes, and the output has {sizes[self._rank]} for "
+                "it; outputs are as large as the ranks' inputs"
+            )
         bytes_ = x.reshape(-1).view(torch.uint8)
-        blocks = [torch.empty(len(m), bytes_.numel(), dtype=torch.uint8) for m in self._members]
-        here = list(blocks[self._host].unbind())
+        shares = [[sizes[rank] for rank in members] for members in self._members]
+        blocks = [torch.empty(sum(share), dtype=torch.uint8) for share in shares]
+        here = list(blocks[self._host].split(shares[self._host]))
         options = _rooted(dist.GatherOptions(), 0)
         self._inside.gather([here] if self._between is not None else [[]], [bytes_], options).wait()
         for host, block in enumerate(blocks):
@@ -218,26 +229,23 @@ class ProcessGroupBetweenHosts(CpuProcessGroup):
                 self._between.broadcast([block], _rooted(dist.BroadcastOptions(), host)).wait()
             self._broadcast_inside(block, 0)
         gathered = {}
-        for members, block in zip(self._members, blocks, strict=True):
-            for rank, row in zip(members, block, strict=True):
-                gathered[rank] = row.view(x.dtype).view(x.shape)
+        for members, block, share in zip(self._members, blocks, shares, strict=True):
+            for rank, row in zip(members, block.split(share), strict=True):
+                gathered[rank] = row.view(x.dtype)
         return [gathered[rank] for rank in range(self._size)]
 
     def _reduce_scatter(self, out: Tensor, ins: list[Tensor], reduce_op: Any) -> None:
-        for host, members in enumerate(self._members):
-            x, op, divisor = _wide(
-                torch.cat([ins[r].detach().reshape(-1) for r in members]), reduce_op, self._size
-            )
-            self._reduce_inside(x, op)
-            if self._between is not None:
-                options = _rooted(_reducing(dist.ReduceOptions(), op), host)
-                self._between.reduce([x], options).wait()
-            if self._host != host:
-                continue
-            mine = torch.empty(out.numel(), dtype=x.dtype)
-            parts = list(x.split([ins[r].numel() for r in members])) if self._between is not None else []
-            self._inside.scatter([mine], [parts], _rooted(dist.ScatterOptions(), 0)).wait()
-            _copy(out, _divided(mine, divisor))
+        by_host = torch.cat([ins[r].detach().reshape(-1) for members in self._members for r in members])
+        x, op, divisor = _wide(by_host, reduce_op, self._size)
+        self._reduce_inside(x, op)
+        parts: list[Tensor] = []
+        if self._between is not None:
+            lengths = [sum(ins[r].numel() for r in members) for members in self._members]
+            total = host_exchange.reduce_scatter(self._between, x, lengths, op)
+            parts = list(total.split([ins[r].numel() for r in self._members[self._host]]))
+        mine = torch.empty(out.numel(), dtype=x.dtype)
+        self._inside.scatter([mine], [parts], _rooted(dist.ScatterOptions(), 0)).wait()
+        _copy(out, _divided(mine, divisor))
 
 
 def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
@@ -248,6 +256,7 @@ def _wide(tensor: Tensor, reduce_op: Any, size: int) -> tuple[Tensor, Any, int]:
     """(contiguous numbers to reduce in place, the tensor's own where they will do, fp32 for bf16 and fp16; the
     operation; what to divide by in the end).
     """
+    reduction(tensor, reduce_op)  # refuses what cannot be
     x = tensor.detach().contiguous()
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.to(torch.float32)
@@ -257,9 +266,7 @@ def _wide(tensor: Tensor, reduce_op: Any, size: int) -> tuple[Tensor, Any, int]:
 
 
 def _divided(x: Tensor, divisor: int) -> Tensor:
-    if divisor == 1:
-        return x
-    return x.div_(divisor) if x.is_floating_point() else x / divisor
+    return x if divisor == 1 else x.div_(divisor)
 
 
 def _reducing(options: Options, op: Any) -> Options:
