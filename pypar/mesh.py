@@ -69,7 +69,8 @@ def as_axis(group_or_axis: Axis | dist.ProcessGroup) -> Axis:
     if isinstance(group_or_axis, Axis):
         return group_or_axis
     # What new_group returns on ranks outside the group may be an int; `Axis.of` refuses it with the reason.
-    if isinstance(group_or_axis, dist.ProcessGroup) or group_or_axis == dist.GroupMember.NON_GROUP_MEMBER:
+    group: object = group_or_axis
+    if isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER:
         return Axis.of(group_or_axis)
     raise ValueError(
         f"a group must be a pypar Axis (mesh.cp) or a torch.distributed ProcessGroup, not {group_or_axis!r}; "
