@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from pypar.comm import allreduce_cuda, allreduce_triton
 from pypar.comm.allreduce_ranks import Ranks
@@ -80,7 +81,7 @@ class PeerAllReduce:
                 "use for example 64 << 20 and 30.0"
             )
         self.device = _with_index(device)
-        self._ranks = group if isinstance(group, Ranks) else Ranks(group or dist.group.WORLD)
+        self._ranks = group if isinstance(group, Ranks) else Ranks(group or c10d._get_default_group())
         self.max_bytes = max_bytes
         self.reason: str | None = None
         self._peers: Any = None
@@ -252,7 +253,7 @@ class PeerAllReduce:
 def _with_index(device: torch.device | str | None) -> torch.device:
     """The device; None and a CUDA device without a number are the current GPU."""
     found = torch.device("cuda" if device is None and torch.cuda.is_available() else device or "cpu")
-    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+    if str(found) == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return found
 
