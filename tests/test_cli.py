@@ -82,9 +82,9 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
         "model.vocab_size (257) must divide by the tp size (2); use 256 or 258",
     ),
     "layers": (["--mesh", "pp=3"], "model.num_layers (2) must be at least the pp size (3)"),
-    "zigzag": (
-        ["--mesh", "cp=2", "--set", "train.sequence_length=30"],
-        "must divide by 2 x the cp size, two pieces a rank in zigzag (4); use 28 or 32",
+    "heads of ulysses": (
+        ["--mesh", "cp=4,tp=2", "--set", "context.method=ulysses"],
+        "context.method 'ulysses' shares the 2 query heads of a tp rank between 4 cp ranks, which are more",
     ),
     "batch": (
         ["--mesh", "dp=3"],
@@ -156,13 +156,19 @@ def test_a_mesh_that_does_not_fit_the_ranks_of_torchrun(place: Path) -> None:
         ),
         (
             {"context__layout": "zig"},
-            "context.layout 'zig' is not one of zigzag, contiguous; did you mean 'zigzag'?",
+            "context.layout 'zig' is not one of zigzag, contiguous, striped; did you mean 'zigzag'?",
         ),
         ({"model__d_ff": 49, "mesh": "tp=2"}, "model.d_ff (49) must divide by the tp size (2); use 48 or 50"),
         ({"model__num_kv_heads": 3}, "num_heads (4) must divide by num_kv_heads (3)"),
+        ({"mesh": "cp=3", "train__sequence_length": 2}, "(2) must be at least the cp size (3)"),
+        ({"context__method": "rings"}, "context.method 'rings' is not one of ring, all_gather"),
         (
-            {"mesh": "cp=3", "context__layout": "contiguous"},
-            "(32) must divide by the cp size (3)",
+            {"mesh": "cp=4", "context__method": "hybrid", "context__ulysses_size": 3},
+            "context.ulysses_size (3) must divide the cp size (4); use one of 1, 2, 4",
+        ),
+        (
+            {"mesh": "cp=4", "context__method": "hybrid", "context__layout": "striped"},
+            'context.method "hybrid" needs a layout of chunks',
         ),
         (
             {"mesh": "tp=2", "train__sequence_parallel": "true", "train__sequence_length": 31},

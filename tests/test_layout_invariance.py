@@ -1,6 +1,8 @@
 """Parallelism changes nothing but the speed: every layout gives the losses and weights of one process."""
 
 import itertools
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from pypar.train.config import RunConfig
 from pypar.train.trainer import Trainer
 
 NUM_STEPS = 20
+FEW_STEPS = 5  # where what differs is attention alone
 TIMEOUT_S = 600  # eight ranks on two cores wait for each other most of the time
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -42,6 +45,26 @@ def _cases() -> list:
     return cases
 
 
+def _context_cases() -> list:
+    """(mesh, method, layout, changes of the train section)."""
+    sp = {"sequence_parallel": True}
+    odd, documents = {"sequence_length": 29}, {"packed_documents": True, "sequence_length": 29}
+    cases = [
+        ("cp=2", "ulysses", "zigzag", {}),
+        ("cp=2", "auto", "striped", {}),
+        ("cp=2,tp=2", "all_gather", "zigzag", sp),
+        ("cp=2,pp=2", "ulysses", "contiguous", {}),
+        ("cp=2,dp=2", "hybrid", "zigzag", {}),
+        ("cp=4", "hybrid", "zigzag", {}),
+        ("cp=2,pp=2", "ring", "zigzag", odd),
+        ("dp=2", "ring", "zigzag", documents),
+        ("cp=2,pp=2", "ring", "zigzag", documents),
+        ("cp=2,tp=2", "ulysses", "striped", documents),
+        ("cp=4", "all_gather", "contiguous", documents),
+    ]
+    return [pytest.param(*case, id="-".join((*case[:3], *case[3]))) for case in cases]
+
+
 def _config(text: Path, world_size: int, tied: bool = False) -> dict:
     wide = world_size == 8  # eight stages and eight-way heads need eight layers and key/value heads
     return {
@@ -69,13 +92,22 @@ def _config(text: Path, world_size: int, tied: bool = False) -> dict:
     }
 
 
-def train(config: dict) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def _changed(config: dict, text: Path, changes: dict) -> dict:
+    config["train"] |= changes
+    if changes.get("packed_documents"):
+        config["data"]["path"] = str(text.with_name("records.jsonl"))
+    return config
+
+
+def train(
+    config: dict, num_steps: int = NUM_STEPS
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """In each rank: losses (the last one on validation text), gradient norms, this stage's whole weights at the end."""
     run = RunConfig.from_dict(config)
     sizes = dict(part.split("=") for part in run.mesh.split(",") if part)
     mesh = Mesh(**{axis: int(size) for axis, size in sizes.items()})
     trainer = Trainer(run, mesh, torch.device("cpu"))
-    lines = [trainer.train_step() for _ in range(NUM_STEPS)]
+    lines = [trainer.train_step() for _ in range(num_steps)]
     weights = {}
     for name, parameter in trainer.model.global_parameters():
         whole = to_dtensor(parameter.detach(), layout_of(parameter), mesh)
@@ -90,6 +122,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("def", "return", "self", "for", "in", "range", "if", "not", "None", "import", "\n", "    ")
     picks = torch.randint(len(words), (6000,), generator=torch.Generator().manual_seed(0)).tolist()
     path.write_text(" ".join(words[i] for i in picks))
+    parts = (" ".join(words[i] for i in picks[n : n + 1 + n % 7]) for n in range(0, len(picks), 7))
+    path.with_name("records.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
     return path
 
 
@@ -98,10 +132,12 @@ def one_process(ranks, text: Path):
     """The same run on one rank, made once for each model."""
     made: dict = {}
 
-    def get(world_size: int, tied: bool = False):
-        key = (world_size == 8, tied)
+    def get(world_size: int, tied: bool = False, num_steps: int = NUM_STEPS, **changes):
+        changes.pop("sequence_parallel", None)
+        key = (world_size == 8, tied, num_steps, *changes.items())
         if key not in made:
-            made[key] = ranks(1, train, _config(text, world_size, tied), timeout_s=TIMEOUT_S)[0]
+            config = _changed(_config(text, world_size, tied), text, changes)
+            made[key] = ranks(1, train, config, num_steps, timeout_s=TIMEOUT_S)[0]
         return made[key]
 
     return get
@@ -148,6 +184,17 @@ def test_tied_embeddings_train_alike(ranks, text: Path, one_process, mesh: str) 
         world_size *= int(part.split("=")[1])
     config = _config(text, world_size, tied=True) | {"mesh": mesh}
     _assert_equal(ranks(world_size, train, config, timeout_s=TIMEOUT_S), one_process(world_size, tied=True))
+
+
+@pytest.mark.parametrize(("mesh", "method", "layout", "changes"), _context_cases())
+def test_methods_of_context_parallelism_train_alike(
+    ranks, text: Path, one_process, mesh: str, method: str, layout: str, changes: dict
+) -> None:
+    world_size = math.prod(int(part.split("=")[1]) for part in mesh.split(","))
+    config = _config(text, world_size) | {"mesh": mesh, "context": {"method": method, "layout": layout}}
+    _changed(config, text, changes)
+    expected = one_process(world_size, num_steps=FEW_STEPS, **changes)
+    _assert_equal(ranks(world_size, train, config, FEW_STEPS, timeout_s=TIMEOUT_S), expected)
 
 
 def test_training_learns(one_process) -> None:

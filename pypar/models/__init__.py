@@ -1,5 +1,6 @@
 """Models assembled from pypar's layers."""
 
 from .decoder import Decoder, DecoderConfig
+from .sequences import ContextParallel, Sequences
 
-__all__ = ["Decoder", "DecoderConfig"]
+__all__ = ["ContextParallel", "Decoder", "DecoderConfig", "Sequences"]

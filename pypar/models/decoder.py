@@ -7,14 +7,15 @@ F feed-forward width, V vocabulary. Sources: Llama (arXiv 2302.13971), RoPE (arX
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..context_parallel import positions, ring_attention
+from ..context_parallel import positions
 from ..layout import Layout, initial_weight, layout_of, local_part, set_layout
 from ..mesh import Mesh
-from ..ops import attention, rms_norm, rope, swiglu
+from ..ops import rms_norm, rope, swiglu
 from ..tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -22,6 +23,7 @@ from ..tensor_parallel import (
     column_parallel,
 )
 from .cache import KeyValueCache
+from .sequences import ContextParallel, Sequences, causal_attention
 
 INITIAL_STD = (
     0.02  # GPT-2's; the two projections that write into the residual stream are scaled by 1/sqrt(2 layers)
@@ -73,7 +75,7 @@ class _Parts:
 
     mesh: Mesh
     sequence_parallel: bool
-    context_layout: str
+    context: ContextParallel
     dtype: torch.dtype
 
     def column(self, in_features: int, out_features: int) -> ColumnParallelLinear:
@@ -128,7 +130,14 @@ class Attention(nn.Module):
         self.v = parts.column(config.d_model, kv_width)
         self.out = parts.row(width, config.d_model)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KeyValueCache | None = None,
+        sequences: Sequences | None = None,
+    ) -> Tensor:
         mesh = self.parts.mesh
         weights = (self.q.weight, self.k.weight, self.v.weight)
         qkv = column_parallel(x_BTD, weights, mesh.tp, sequence_parallel=self.parts.sequence_parallel)
@@ -136,10 +145,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTGH = rope(q_BTNH, cos, sin), rope(k_BTGH, cos, sin)
         if cache is not None:
             k_BTGH, v_BTGH = cache.append(self, k_BTGH, v_BTGH)
-        if mesh.cp.size > 1:
-            out_BTNH = ring_attention(q_BTNH, k_BTGH, v_BTGH, mesh.cp, layout=self.parts.context_layout)
-        else:
-            out_BTNH = attention(q_BTNH, k_BTGH, v_BTGH, causal=True)
+        out_BTNH = causal_attention(q_BTNH, k_BTGH, v_BTGH, mesh.cp, self.parts.context, sequences)
         return self.out(out_BTNH.flatten(2))
 
 
@@ -171,8 +177,9 @@ class Layer(nn.Module):
         self.feed_forward_norm = parts.norm(config)
         self.feed_forward = FeedForward(config, parts)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, cache)
+    def forward(self, x_BTD: Tensor, *given: Any) -> Tensor:
+        """given: what `Attention.forward` takes."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), *given)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
 
@@ -204,16 +211,16 @@ class Decoder(nn.Module):
         mesh: Mesh,
         *,
         sequence_parallel: bool = False,
-        context_layout: str = "zigzag",
+        context: ContextParallel = ContextParallel(),  # noqa: B008 - frozen
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         sequence_parallel = sequence_parallel and mesh.tp.size > 1
         self.config, self.mesh, self.sequence_parallel = config, mesh, sequence_parallel
-        self.context_layout = context_layout
+        self.context = context
         self.is_first, self.is_last = mesh.pp.rank == 0, mesh.pp.rank == mesh.pp.size - 1
-        parts = _Parts(mesh, sequence_parallel, context_layout, dtype)
+        parts = _Parts(mesh, sequence_parallel, context, dtype)
         if self.is_first:
             self.embedding = VocabParallelEmbedding(
                 config.vocab_size, config.d_model, mesh.tp, sequence_parallel=sequence_parallel, dtype=dtype
@@ -261,24 +268,28 @@ class Decoder(nn.Module):
         angle = positions_T.float()[:, None] * self.config.rope_theta**-exponent
         return angle.cos(), angle.sin()
 
-    def forward(self, x: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, cache: KeyValueCache | None = None, sequences: Sequences | None = None
+    ) -> Tensor:
         """One stage.
 
         x: token ids [B, T] (this cp rank's part) on the first stage, else the hidden state [B, T, D] ([B, T/tp, D]
         with sequence parallel). Returns the hidden state, on the last stage the logits' shard [B, T, V/tp].
         ``cache`` holds keys and values of earlier positions (generation on one rank's whole sequence).
+        ``sequences`` None: every cp rank has equally many positions, and a sequence is one document.
         """
-        length = x.shape[1] * (self.mesh.tp.size if self.sequence_parallel and not self.is_first else 1)
-        if cache is not None:
-            positions_T = torch.arange(cache.length, cache.length + length, device=x.device)
+        held = x.shape[1] * (self.mesh.tp.size if self.sequence_parallel and not self.is_first else 1)
+        if sequences is None and self.mesh.cp.size > 1:
+            sequences = Sequences(held * self.mesh.cp.size)
+        if sequences is not None:
+            positions_T = positions(sequences.length, self.mesh.cp, self.context.layout).to(x.device)
         else:
-            positions_T = positions(length * self.mesh.cp.size, self.mesh.cp, self.context_layout).to(
-                x.device
-            )
+            start = 0 if cache is None else cache.length
+            positions_T = torch.arange(start, start + held, device=x.device)
         cos, sin = self.rope_tables(positions_T)
         hidden_BTD = self.embedding(x) if self.is_first else x
         for layer in self.layers.values():
-            hidden_BTD = layer(hidden_BTD, cos, sin, cache)
+            hidden_BTD = layer(hidden_BTD, cos, sin, cache, sequences)
         if not self.is_last:
             return hidden_BTD
         (logits_BTV,) = column_parallel(

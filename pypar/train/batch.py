@@ -1,5 +1,6 @@
 """From a step's global batch to the microbatches of one rank, and from a model stage to its loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,24 +8,36 @@ from torch import Tensor, nn
 
 from ..context_parallel import shard
 from ..mesh import Mesh
-from ..models import Decoder
+from ..models import Decoder, Sequences
 from ..tensor_parallel import vocab_parallel_cross_entropy
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """tokens, targets: int64 [b, T], this rank's sequences and positions; loss_scale: 1 / targets of the step."""
+    """tokens, targets: int64 [b, T], this rank's sequences and positions; loss_scale: 1 / targets of the step.
+
+    sequences: the whole of them.
+    """
 
     tokens: Tensor
     targets: Tensor
     loss_scale: float
+    sequences: Sequences
 
 
 def split_batch(
-    tokens: Tensor, targets: Tensor, mesh: Mesh, *, microbatch_size: int, layout: str, device: torch.device
+    tokens: Tensor,
+    targets: Tensor,
+    mesh: Mesh,
+    *,
+    microbatch_size: int,
+    layout: str,
+    device: torch.device,
+    documents: Sequence[Tensor] | None = None,
 ) -> list[Microbatch]:
     """This rank's microbatches of a global batch (tokens, targets: [B, T], target -100 = not learned).
 
+    documents: of each sequence, as in `Sequences`.
     Every rank sees the whole batch, so the number of targets, which divides the loss, needs no communication.
     """
     scale = 1.0 / max(1, int((targets != -100).sum()))
@@ -34,7 +47,8 @@ def split_batch(
     for first in range(start, start + local, microbatch_size):
         rows = slice(first, first + microbatch_size)
         pair = [shard(x[rows], 1, mesh.cp, layout).contiguous().to(device) for x in (tokens, targets)]
-        parts.append(Microbatch(pair[0], pair[1], scale))
+        sequences = Sequences(tokens.shape[1], None if documents is None else tuple(documents[rows]))
+        parts.append(Microbatch(pair[0], pair[1], scale, sequences))
     return parts
 
 
@@ -46,7 +60,7 @@ class TrainingStage(nn.Module):
         self.model = model
 
     def forward(self, hidden: Tensor | None, microbatch: Microbatch) -> Tensor:
-        out = self.model(microbatch.tokens if hidden is None else hidden)
+        out = self.model(microbatch.tokens if hidden is None else hidden, sequences=microbatch.sequences)
         if not self.model.is_last:
             return out
         losses_BT = vocab_parallel_cross_entropy(out, microbatch.targets, self.model.mesh.tp)

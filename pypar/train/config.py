@@ -74,6 +74,9 @@ class TrainConfig:
     batch_size: int = 8  # sequences a step, over all ranks
     microbatch_size: int = 2  # sequences
     sequence_length: int = 256  # tokens
+    packed_documents: bool = (
+        False  # tokens see their own document only, and do not predict the next one's first
+    )
     precision: str = "fp32"  # or "bf16" with fp32 master weights
     evaluate_every: int = 50  # steps; 0: only at the end
     evaluate_batches: int = 4
@@ -96,7 +99,9 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class ContextConfig:
-    layout: str = "zigzag"  # or "contiguous"
+    layout: str = "zigzag"  # or "contiguous", "striped"
+    method: str = "ring"  # or "all_gather", "ulysses", "hybrid", "auto": the one that should be fastest
+    ulysses_size: int = 0  # ranks that share heads in "hybrid"; 0: as many as there are key/value heads for
 
 
 @dataclass(frozen=True)

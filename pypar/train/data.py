@@ -7,7 +7,7 @@ import numpy as np
 
 from pypar.train.cache import TokenCache, prepare_cache
 from pypar.train.config import DataConfig
-from pypar.train.tokens import open_tokenizer
+from pypar.train.tokens import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,15 +52,20 @@ class TokenData:
 
     Training sample g of a run is window ``shuffled(g mod W)`` of epoch ``g // W``; each epoch also starts at
     another offset, so that windows are cut elsewhere. Validation windows are cut once, in one random order.
+    packed_documents: the first token of a document is no target.
     """
 
-    def __init__(self, cache: TokenCache, vocab_size: int, sequence_length: int, seed: int) -> None:
-        self.cache, self.vocab_size, self.sequence_length, self.seed = (
-            cache,
-            vocab_size,
-            sequence_length,
-            seed,
-        )
+    def __init__(
+        self,
+        cache: TokenCache,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        seed: int,
+        packed_documents: bool = False,
+    ) -> None:
+        self.cache, self.sequence_length, self.seed = cache, sequence_length, seed
+        self.vocab_size, self.end_token = tokenizer.vocab_size, tokenizer.end_token
+        self.packed_documents = packed_documents
         self.tokens = {part: cache.tokens(part) for part in ("train", "validation")}
         self.learned = {part: cache.learned(part) for part in ("train", "validation")}
         for part, tokens in self.tokens.items():
@@ -113,7 +118,22 @@ class TokenData:
             tokens[row], targets[row] = window[:-1], window[1:]
             if learned is not None:
                 targets[row, learned[start + 1 : start + length + 1] == 0] = IGNORED
+        if self.packed_documents:
+            targets[tokens == self.end_token] = IGNORED
         return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+    def documents(self, tokens: "Tensor") -> "list[Tensor] | None":
+        """Where the documents of each row of tokens [B, T] begin and end, int32 [documents + 1]; None if not packed.
+
+        A document ends with the tokenizer's end token, the last one of a row with the row.
+        """
+        import torch
+
+        if not self.packed_documents:
+            return None
+        length = tokens.shape[1]
+        ends = [torch.nonzero(row[:-1] == self.end_token).view(-1) + 1 for row in tokens]
+        return [torch.cat([x.new_tensor([0]), x, x.new_tensor([length])]).to(torch.int32) for x in ends]
 
     def validation_entropies(self) -> dict[str, float]:
         """What a model of token counts alone would reach on the validation text, in nats a token.
@@ -141,7 +161,7 @@ def _entropy(counts: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def open_data(data: DataConfig, sequence_length: int, seed: int) -> TokenData:
+def open_data(data: DataConfig, sequence_length: int, seed: int, packed_documents: bool = False) -> TokenData:
     """The data of a run, tokenised first where its cache is missing or old."""
     tokenizer = open_tokenizer(data.tokenizer)
-    return TokenData(prepare_cache(data, tokenizer), tokenizer.vocab_size, sequence_length, seed)
+    return TokenData(prepare_cache(data, tokenizer), tokenizer, sequence_length, seed, packed_documents)

@@ -55,12 +55,14 @@ BOUNDS: dict[str, tuple[float | str, float | str]] = {
     "train.keep_checkpoints": _AT_LEAST_0,
     "train.threads": _AT_LEAST_0,
     "train.sample_tokens": _AT_LEAST_0,
+    "context.ulysses_size": _AT_LEAST_0,
     "train.bucket_bytes": _AT_LEAST_1,
     "train.log_every": _AT_LEAST_1,
 }
 CHOICES = {
     "train.precision": ("fp32", "bf16"),
-    "context.layout": ("zigzag", "contiguous"),
+    "context.layout": ("zigzag", "contiguous", "striped"),
+    "context.method": ("ring", "all_gather", "ulysses", "hybrid", "auto"),
 }
 
 
@@ -158,14 +160,10 @@ def _check_layout(config: RunConfig, model: "DecoderConfig", sizes: dict[str, in
             f"model.num_layers ({model.num_layers}) must be at least the pp size ({pp}): each stage holds a "
             f"layer; use pp={model.num_layers} or more layers"
         )
-    length, parts = train.sequence_length, cp
-    if cp > 1 and config.context.layout == "zigzag":
-        parts = 2 * cp
-        _check_divides("train.sequence_length", length, parts, "2 x the cp size, two pieces a rank in zigzag")
-    _check_divides("train.sequence_length", length, cp, "the cp size")
+    if cp > 1:
+        _check_context(config, model.num_heads // tp, cp)
     if train.sequence_parallel and tp > 1:
-        rule = "both the pieces of the cp axis and cp x tp of sequence parallel" if cp > 1 else "the tp size"
-        _check_divides("train.sequence_length", length, math.lcm(parts, cp * tp), rule)
+        _check_sequence_parallel(train.sequence_length, config.context.layout, cp, tp)
     _check_divides(
         "train.batch_size",
         train.batch_size,
@@ -179,6 +177,42 @@ def _check_layout(config: RunConfig, model: "DecoderConfig", sizes: dict[str, in
         count = f"{num_microbatches} microbatch{'es' * (num_microbatches > 1)}"
         return [f"{pp} stages with {count} a step leave each rank idle {idle:.0%} of the time"]
     return []
+
+
+def _check_context(config: RunConfig, heads: int, cp: int) -> None:
+    """heads: query heads of one tp rank."""
+    context, length = config.context, config.train.sequence_length
+    if length < cp:
+        raise ValueError(
+            f"train.sequence_length ({length}) must be at least the cp size ({cp}): each rank holds a position"
+        )
+    a = {"ulysses": cp, "hybrid": context.ulysses_size or 1}.get(context.method, 1)
+    if cp % a:
+        divisors = ", ".join(str(n) for n in range(1, cp + 1) if cp % n == 0)
+        raise ValueError(f"context.ulysses_size ({a}) must divide the cp size ({cp}); use one of {divisors}")
+    if a > heads:
+        raise ValueError(
+            f"context.method {context.method!r} shares the {heads} query heads of a tp rank between {a} cp ranks, "
+            'which are more; use context.method "ring" or "hybrid" with a smaller context.ulysses_size'
+        )
+    if context.method == "hybrid" and context.layout == "striped" and a < cp:
+        raise ValueError(
+            'context.method "hybrid" needs a layout of chunks; use context.layout "zigzag" or "contiguous"'
+        )
+
+
+def _check_sequence_parallel(length: int, layout: str, cp: int, tp: int) -> None:
+    """Each cp rank's positions are split over tp."""
+    from pypar.context_parallel.layouts import num_positions, segments_of
+
+    for rank in range(cp):
+        held = num_positions(segments_of(length, rank, cp, layout))
+        if held % tp:
+            rule = f"cp x tp of sequence parallel ({cp * tp})" if cp > 1 else f"the tp size ({tp})"
+            whose = f": cp rank {rank} holds {held} positions in the {layout} layout" if cp > 1 else ""
+            raise ValueError(
+                f"train.sequence_length ({length}) must divide by {rule}{whose}; use {_nearest(length, cp * tp)}"
+            )
 
 
 def _check_run_directory(config: RunConfig, overwrite: bool) -> None:

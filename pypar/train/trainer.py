@@ -1,5 +1,6 @@
 """One rank of a training run: the model on the mesh, a step, evaluation, checkpoints."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import torch
 
 from ..comm import all_reduce_start
 from ..comm.identical import first_difference
+from ..context_parallel import positions
 from ..data_parallel import GradientBuckets
 from ..mesh import Axis, Mesh
-from ..models import Decoder
+from ..models import ContextParallel, Decoder
 from ..pipeline_parallel import PipelineRuntime, schedules
 from . import checkpoint
 from .batch import TrainingStage, split_batch
@@ -27,7 +29,9 @@ class Trainer:
 
     def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
-        self.data = open_data(config.data, config.train.sequence_length, config.seed)
+        self.data = open_data(
+            config.data, config.train.sequence_length, config.seed, config.train.packed_documents
+        )
         _check_same_data(self.data, mesh)
         dtype = PRECISIONS[config.train.precision]
         self.model_config = config.decoder_config(self.data.vocab_size)
@@ -35,7 +39,7 @@ class Trainer:
             self.model_config,
             mesh,
             sequence_parallel=config.train.sequence_parallel,
-            context_layout=config.context.layout,
+            context=ContextParallel(**dataclasses.asdict(config.context)),
             seed=config.seed,
             dtype=dtype,
         ).to(device)
@@ -60,7 +64,7 @@ class Trainer:
 
     def _pipeline(self, dtype: torch.dtype) -> PipelineRuntime:
         train, mesh = self.config.train, self.mesh
-        length = train.sequence_length // mesh.cp.size
+        length = len(positions(train.sequence_length, mesh.cp, self.config.context.layout))
         if self.model.sequence_parallel:
             length //= mesh.tp.size
         num_microbatches = train.batch_size // mesh.dp.size // train.microbatch_size
@@ -87,6 +91,7 @@ class Trainer:
             microbatch_size=self.config.train.microbatch_size,
             layout=self.config.context.layout,
             device=self.device,
+            documents=self.data.documents(tokens),
         )
 
     def sum_over_world(self, *values: torch.Tensor | float) -> list[float]:
