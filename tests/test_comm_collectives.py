@@ -248,3 +248,8 @@ def test_refusals_are_sentences(ranks):
         "all_gather along dim 0 needs a tensor that has it, but its shape is (); "
         "give it a dimension with x.view(1)",
     ]
+
+
+def test_an_axis_of_one_rank_fills_out_too():
+    x, out = torch.arange(4.0), torch.zeros(4)
+    assert reduce_scatter_start(x, Axis.single("data"), out=out).wait() is out and torch.equal(out, x)

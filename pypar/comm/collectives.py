@@ -122,7 +122,7 @@ def reduce_scatter_start(
     """
     dim = _checked_dim(x, dim, "reduce_scatter")
     if axis.size == 1:
-        return Handle(x)
+        return Handle(x if out is None else out.copy_(x.detach()))
     source = _split_by_rank(x.detach(), axis, dim).contiguous()
     axis.traffic.record("reduce_scatter", wire_bytes("reduce_scatter", source.nbytes, axis.size))
     if x.is_cpu and not isinstance(axis.group, CpuProcessGroup):
