@@ -136,6 +136,12 @@ class Group {
     if (!work.error.empty()) throw std::runtime_error(work.error);
   }
 
+  // Maps this file, of `part_bytes` for every rank.
+  std::shared_ptr<Memory> map(int fd, int64_t part_bytes, int32_t number) {
+    return memories_.add(fd, segment_.rank(), segment_.num_ranks(), part_bytes, number);
+  }
+  Place find(const char* data, int64_t bytes) { return memories_.find(data, bytes); }
+
   Collectives& collectives() { return collectives_; }
   const Segment& segment() const { return segment_; }
 
@@ -250,6 +256,7 @@ class Group {
   Segment segment_;
   Collectives collectives_;
   Streams streams_;
+  Memories memories_;
   double timeout_s_ = 1800;
   std::mutex queue_mutex_;  // guards queue_, background_, is_lane_busy_
   std::condition_variable wake_, ended_;
@@ -304,9 +311,15 @@ PYPAR_BIND(shm) {
   py::class_<Work, std::shared_ptr<Work>>(module, "ShmWork")
       .def_property_readonly("peer",
                              [](const Work& work) { return work.transfer ? work.transfer->peer : -1; });
+  py::class_<Memory, std::shared_ptr<Memory>>(module, "ShmMemory", py::buffer_protocol())
+      .def_buffer([](Memory& memory) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(memory.mine()), memory.part_bytes());
+      });
   py::class_<Group, Self> group(module, "ShmGroup");
   group.def(py::init<int, int, int, int64_t, int64_t, const std::string&>(), py::arg("fd"), py::arg("rank"),
             py::arg("num_ranks"), py::arg("buffer_bytes"), py::arg("stream_bytes"), py::arg("name"));
+  group.def_property_readonly("num_in_place", [](Group& g) { return g.collectives().num_in_place(); });
+  group.def("map", &Group::map, py::arg("fd"), py::arg("part_bytes"), py::arg("number"));
   group.def("set_timeout", &Group::set_timeout);
   group.def("wait", &Group::wait, py::arg("work"), py::arg("seconds") = 0.0,
             py::call_guard<py::gil_scoped_release>());
@@ -314,9 +327,10 @@ PYPAR_BIND(shm) {
   group.def("is_done", &Group::is_done, py::call_guard<py::gil_scoped_release>());
   group.def("all_reduce", [](Group& g, uintptr_t data, int64_t count, int type, int op, bool background) {
     check_reduction(count, type, op);
-    return g.submit(
-        [&g, data, count, type, op] { g.collectives().all_reduce(memory_at(data), count, type, op); },
-        background);
+    const Place place = g.find(memory_at(data), count * pypar::kShmTypeBytes[type]);
+    return g.submit([&g, data, count, type, op,
+                     place] { g.collectives().all_reduce(memory_at(data), count, type, op, place); },
+                    background);
   });
   group.def("reduce",
             [](Group& g, uintptr_t data, int64_t count, int type, int op, int root, bool background) {

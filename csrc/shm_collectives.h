@@ -7,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "shm_memory.h"
 #include "shm_reduce.h"
 #include "shm_segment.h"
 
@@ -50,6 +51,9 @@ class Collectives {
   void set_poll(void (*poll)()) { poll_ = poll; }
   void set_timeout(double seconds) { timeout_s_ = seconds; }
 
+  // Calls that copied nothing.
+  int64_t num_in_place() const { return num_in_place_.load(std::memory_order_relaxed); }
+
   // From any thread: whoever waits in a collective gives it up, for this reason.
   void give_up(const std::string& why) {
     std::lock_guard<std::mutex> lock(reason_mutex_);
@@ -57,18 +61,24 @@ class Collectives {
     gives_up_.store(true, std::memory_order_release);
   }
 
-  // data: in and out.
-  void all_reduce(char* data, int64_t count, int type, int op) {
+  // data: in and out. Where it lies at one place of shared memory on all ranks, nothing is copied.
+  void all_reduce(char* data, int64_t count, int type, int op, const Place& place) {
     const int64_t bytes = count * kShmTypeBytes[type];
-    begin({kAllReduce, op, type, -1, bytes});
     // One shot: everyone reads everything, one step a chunk. Two shots: everyone reduces its share, then
     // collects the others'; two steps, but less traffic.
     const bool two_shots = bytes > kOneShotBytes;
+    const bool is_placed = two_shots && place.memory;
+    begin({kAllReduce, op, type, -1, bytes, place.offset, is_placed ? place.memory->number() : 0});
+    if (is_placed) {
+      leave(enter());
+      if (all_in_place()) return all_reduce_in_place(place, bytes, type, op);
+    }
     const int64_t chunk = segment_.sizes().buffer_bytes;
-    for (int64_t at = 0; at < bytes || is_first_; at += chunk) {
+    for (int64_t at = 0; at < bytes || is_first_;) {
       const int64_t size = std::min(chunk, bytes - at);
-      two_shots ? all_reduce_two_shots(data + at, size, type, op)
-                : all_reduce_one_shot(data + at, size, type, op);
+      const bool done = two_shots ? all_reduce_two_shots(data + at, size, type, op)
+                                  : all_reduce_one_shot(data + at, size, type, op);
+      if (done) at += chunk;
     }
   }
 
@@ -202,6 +212,8 @@ class Collectives {
  private:
   // Above this size two shots cost less traffic than they cost waiting.
   static constexpr int64_t kOneShotBytes = 256 << 10;
+  // What is copied on to further ranks while it is in the nearest cache.
+  static constexpr int64_t kBlockBytes = 16 << 10;
 
   void begin(const Description& call) {
     call_ = call;
@@ -318,6 +330,10 @@ class Collectives {
                int op) {
     inputs_.resize(static_cast<size_t>(size_));
     for (int r = 0; r < size_; ++r) inputs_[r] = r == rank_ ? own : theirs(r, step) + offset;
+    reduce_inputs(out, copy, bytes, type, op);
+  }
+
+  void reduce_inputs(char* out, char* copy, int64_t bytes, int type, int op) {
     const ShmReduce arguments{inputs_.data(), size_, out, copy, bytes / kShmTypeBytes[type], type, op};
     for (int isa = selected_isa(); isa >= 0; --isa) {
       if (auto* kernel = shm_reduce_kernels::of(isa)) return kernel(arguments);
@@ -325,14 +341,18 @@ class Collectives {
     fail("this build has no reduction kernel");
   }
 
-  void all_reduce_one_shot(char* data, int64_t bytes, int type, int op) {
+  bool all_reduce_one_shot(char* data, int64_t bytes, int type, int op) {
     const uint32_t step = enter();
     if (bytes > 0) std::memcpy(mine(step), data, static_cast<size_t>(bytes));
     leave(step);
     if (bytes > 0) combine(step, 0, data, data, nullptr, bytes, type, op);
+    return true;
   }
 
-  void all_reduce_two_shots(char* data, int64_t bytes, int type, int op) {
+  // False, and nothing done, where some other rank brought no data to the call's first step: its tensor is in
+  // shared memory.
+  bool all_reduce_two_shots(char* data, int64_t bytes, int type, int op) {
+    const bool first = is_first_;
     const int64_t piece = (bytes + size_ * 64 - 1) / (size_ * 64) * 64;
     const auto begin_of = [&](int r) { return std::min(bytes, r * piece); };
     const auto bytes_of = [&](int r) { return begin_of(r + 1) - begin_of(r); };
@@ -343,6 +363,7 @@ class Collectives {
       }
     }
     leave(step);
+    if (first && any_in_place()) return false;
     const uint32_t next = step + 1;
     // All others are seen at `step` below, which is what entering the next step asks for.
     char* const share = data + begin_of(rank_);
@@ -352,6 +373,40 @@ class Collectives {
       if (r == rank_ || bytes_of(r) == 0) continue;
       std::memcpy(data + begin_of(r), theirs(r, next), static_cast<size_t>(bytes_of(r)));
     }
+    return true;
+  }
+
+  // Whether the ranks' tensors lie in shared memory, by what all said in the call's first step: all ranks
+  // find the same.
+  bool any_in_place() const {
+    return std::any_of(described_.begin(), described_.end(), [](const auto& d) { return d.memory != 0; });
+  }
+  bool all_in_place() const {
+    const Description& own = described_[static_cast<size_t>(rank_)];
+    return std::all_of(described_.begin(), described_.end(),
+                       [&](const auto& d) { return d.memory == own.memory && d.offset == own.offset; });
+  }
+
+  // Everyone has come, so all may be read; nobody reads or writes another's share. Everyone reduces its share
+  // and writes it to all. The second step says that this rank has done so.
+  void all_reduce_in_place(const Place& place, int64_t bytes, int type, int op) {
+    const int64_t piece = (bytes + size_ * 64 - 1) / (size_ * 64) * 64;
+    const int64_t end = std::min(bytes, (rank_ + 1) * piece);
+    const int other = rank_ == 0 ? 1 : 0;
+    inputs_.resize(static_cast<size_t>(size_));
+    for (int64_t at = std::min(bytes, rank_ * piece); at < end; at += kBlockBytes) {
+      const int64_t size = std::min(kBlockBytes, end - at);
+      const auto part = [&](int r) { return place.memory->part(r) + place.offset + at; };
+      for (int r = 0; r < size_; ++r) inputs_[r] = part(r);
+      reduce_inputs(part(rank_), size_ > 1 ? part(other) : nullptr, size, type, op);
+      for (int r = other + 1; r < size_; ++r) {
+        if (r != rank_) std::memcpy(part(r), part(rank_), static_cast<size_t>(size));
+      }
+    }
+    const uint32_t step = enter();
+    leave(step);
+    for (int r = 0; r < size_; ++r) await_step(r, step);
+    num_in_place_.fetch_add(1, std::memory_order_relaxed);
   }
 
   void gather_steps(const Part& source, const std::vector<Part>& outs) {
@@ -394,6 +449,7 @@ class Collectives {
   double timeout_s_ = 1800;
   uint32_t step_ = 0;
   uint64_t number_ = 0;
+  std::atomic<int64_t> num_in_place_{0};
   bool is_first_ = false;
   Description call_{};
   Clock::time_point deadline_;

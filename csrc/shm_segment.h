@@ -33,11 +33,13 @@ static_assert(Word::is_always_lock_free && sizeof(Word) == 4, "a flag is one mac
 // What a rank says of the call whose first step this is; all ranks must say the same, apart from `bytes`
 // where a collective takes different sizes.
 struct Description {
-  int32_t kind;   // Kind
-  int32_t op;     // ReduceOp, or 0
-  int32_t dtype;  // -1 where bytes are moved only
-  int32_t root;   // -1 where there is none
-  int64_t bytes;  // of this rank's contribution
+  int32_t kind;        // Kind
+  int32_t op;          // ReduceOp, or 0
+  int32_t dtype;       // -1 where bytes are moved only
+  int32_t root;        // -1 where there is none
+  int64_t bytes;       // of this rank's contribution
+  int64_t offset = 0;  // in memory that the ranks share
+  int32_t memory = 0;  // the number of that memory, 0 where the tensor is not in any
 };
 
 struct alignas(128) RankLine {

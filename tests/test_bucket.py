@@ -7,7 +7,7 @@ import torch
 from accuracy import instruction_set
 
 from pypar.ops import native
-from pypar.ops.bucket import BACKENDS, bucket
+from pypar.ops.bucket import BACKENDS, bucket, move
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,3 +103,23 @@ def test_opcheck(name):
 def test_bad_input_is_named(src, out, sentence):
     with pytest.raises(ValueError, match=sentence):
         bucket(src, out=out)
+
+
+@pytest.mark.parametrize("isa", native.module().supported_isas())
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_large_copy_has_the_bits_of_the_source(isa, dtype):
+    """Streamed in blocks from wherever source and target begin; nothing is written beside them."""
+    for count, source_at, target_at in itertools.product([65_536, 200_003], [0, 3], [0, 5]):
+        src = make(count + source_at, dtype)[source_at:]
+        out = torch.full((count + 40,), 7.0, dtype=dtype)
+        with instruction_set(isa):
+            move(src, out[target_at : target_at + count])
+        assert torch.equal(out[target_at : target_at + count], src)
+        assert (out[:target_at] == 7).all() and (out[target_at + count :] == 7).all()
+
+
+def test_a_copy_of_another_layout_is_a_copy():
+    src = make(400 * 300, torch.float32).view(400, 300)
+    out = torch.empty(300, 400, dtype=torch.float64).t()
+    move(src, out)
+    assert torch.equal(out, src.double())

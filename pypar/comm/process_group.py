@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pypar.comm.cpu_group import CpuProcessGroup
 from pypar.comm.operands import dense, equal_parts, in_background, part, reduction, row_parts, type_code
-from pypar.comm.shared_memory import open_group
+from pypar.comm.shared_memory import map_together, open_group
 from pypar.comm.work import FinishedWork, Work, complete
 
 Options = Any  # torch's per-collective option structs
@@ -38,6 +38,7 @@ class ProcessGroup(CpuProcessGroup):
         super().__init__(rank, size, name)
         self._timeout = timeout
         self.native = open_group(store, list(range(size)), rank, timeout, name)
+        self._num_memories = 0
         self._started: deque[Work] = deque()  # keeps tensors alive while they are in use
         self._sweep_at = 64
         self._to_complete: queue.SimpleQueue[Work | None] | None = None
@@ -60,6 +61,13 @@ class ProcessGroup(CpuProcessGroup):
         if self._to_complete is not None:
             self._to_complete.put(None)
             self._to_complete = None
+
+    def map_memory(self, part_bytes: int) -> Any:
+        """Memory of `part_bytes` that all ranks see; every rank of the group calls this, in one order."""
+        self._num_memories += 1
+        return map_together(
+            self.native, self._rank, self._size, part_bytes, self._num_memories, self._timeout
+        )
 
     # ---- collectives
 

@@ -92,7 +92,7 @@ class GradientBuckets:
         self._num_backward = 0  # gradients that arrived since zero()
         self._num_steps = 0
         self._next = 0  # the bucket that starts next
-        self._sizes = bucket_bytes, first_bucket_bytes, self.axis.size
+        self._sizes = bucket_bytes, first_bucket_bytes, self.axis, comm_dtype
         self._slots = {slot.parameter: slot for slot in make_slots(named, gradient_dtype)}
         self._ready: list[Slot] = []  # in the order in which they became final
         self._is_rebuilt = not rebuild or reduce_scatter or self.axis.size == 1

@@ -9,6 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pypar.comm import shared_empty
+from pypar.mesh import Axis
+from pypar.ops.bucket import move
+
 # Each rank's part of a bucket starts on a cache line, and parts are equal.
 PART_BYTES = 64
 
@@ -95,11 +99,16 @@ def make_slots(named: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | N
 
 @torch.no_grad()
 def fill_buckets(
-    slots: Iterable[Slot], bucket_bytes: int, first_bucket_bytes: int, num_parts: int
+    slots: Iterable[Slot],
+    bucket_bytes: int,
+    first_bucket_bytes: int,
+    axis: Axis,
+    comm_dtype: torch.dtype | None = None,
 ) -> list[Bucket]:
     """Slots in the order given, cut into buckets of one dtype and device; a bucket closes once it has its bytes.
 
-    What a slot's gradient holds moves with it.
+    What a slot's gradient holds moves with it. What travels lies in memory that the ranks of a host share, if they can:
+    the buckets, or wires of comm_dtype. So all ranks call this with the same slots.
     """
     closed: list[list[Slot]] = []
     is_open: dict[tuple[torch.dtype, torch.device], list[Slot]] = {}
@@ -112,15 +121,20 @@ def fill_buckets(
             closed.append(is_open.pop(kind))
             sizes[kind] = 0
     closed += is_open.values()
-    return [_bucket(members, num_parts) for members in closed]
+    return [_bucket(members, axis, comm_dtype) for members in closed]
 
 
-def _bucket(members: list[Slot], num_parts: int) -> Bucket:
+def _bucket(members: list[Slot], axis: Axis, comm_dtype: torch.dtype | None) -> Bucket:
     old = members[0].gradient
     num_elements = sum(slot.parameter.numel() for slot in members)
-    unit = num_parts * PART_BYTES // old.itemsize
-    flat = old.new_zeros(-(-num_elements // unit) * unit)
-    bucket = Bucket(flat, num_elements, members)
+    unit = axis.size * PART_BYTES // old.itemsize
+    length = -(-num_elements // unit) * unit
+    if comm_dtype is None or comm_dtype == old.dtype or axis.size == 1:
+        bucket = Bucket(shared_empty(length, old.dtype, axis, old.device).zero_(), num_elements, members)
+    else:
+        wire = shared_empty(length, comm_dtype, axis, old.device).zero_()
+        bucket = Bucket(old.new_zeros(length), num_elements, members, wire=wire)
+    flat = bucket.flat
     offset = 0
     for slot in members:
         place = flat[offset : offset + slot.parameter.numel()].view(slot.parameter.shape)
@@ -158,5 +172,5 @@ def take_in(slot: Slot) -> None:
         slot.parameter.grad = None
         return
     if grad is not None and grad is not slot.gradient:
-        slot.gradient.copy_(grad.detach().to_dense() if grad.is_sparse else grad.detach())
+        move(grad.detach().to_dense() if grad.is_sparse else grad.detach(), slot.gradient)
     slot.parameter.grad = slot.gradient

@@ -57,13 +57,11 @@ class FlatReduction:
     def reduce_start(self, bucket: Bucket, axis: Axis) -> Started:
         flat = bucket.flat if self.scatter else bucket.gradients
         part = bucket.part(axis.rank, axis.size) if self.scatter else slice(None)
-        if self.comm_dtype is None or self.comm_dtype == flat.dtype:
-            return self._reduce_in_place(flat, part, axis)
         if bucket.wire is None:
-            bucket.wire = torch.zeros(flat.shape, dtype=self.comm_dtype, device=flat.device)
-        scale_and_cast(flat, 1.0 / axis.size if self.average else 1.0, out=bucket.wire)
-        started = self._sum_in_place(bucket.wire, part, axis, dist.ReduceOp.SUM)
-        wire = bucket.wire
+            return self._reduce_in_place(flat, part, axis)
+        wire = bucket.wire[: flat.numel()]
+        scale_and_cast(flat, 1.0 / axis.size if self.average else 1.0, out=wire)
+        started = self._sum_in_place(wire, part, axis, dist.ReduceOp.SUM)
         return _Then(started, lambda: scale_and_cast(wire[part], out=flat[part]))
 
     def _reduce_in_place(self, flat: Tensor, part: slice, axis: Axis) -> Started:

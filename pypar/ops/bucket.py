@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pypar.ops import native
 from pypar.ops.backend import Backend, choose
 from pypar.ops.register import register
 from pypar.ops.rows import accumulate_dtype, native_refusal
+
+_MOVED = (torch.float32, torch.bfloat16, torch.float16)
+_LARGE_BYTES = 256 << 10  # kStreamBytes in csrc/bucket.cpp
 
 
 def bucket(src: Tensor, scale: float = 1.0, *, out: Tensor, backend: str | None = None) -> Tensor:
@@ -28,6 +32,23 @@ def bucket(src: Tensor, scale: float = 1.0, *, out: Tensor, backend: str | None 
     chosen = choose("bucket", BACKENDS, {"src": src, "scale": scale, "out": out}, backend)
     _forward(src, scale, out, chosen.name)
     return out
+
+
+def move(src: Tensor, out: Tensor) -> None:
+    """out.copy_(src), past the caches where a large CPU tensor is only copied: nobody reads it soon."""
+    is_plain = src.is_cpu and out.is_cpu and src.dtype == out.dtype and not src.is_sparse
+    if (
+        is_plain
+        and src.nbytes >= _LARGE_BYTES
+        and src.dtype in _MOVED
+        and src.shape == out.shape
+        and src.is_contiguous()
+        and out.is_contiguous()
+        and native.missing() is None
+    ):
+        _native_forward(src, 1.0, out)
+    else:
+        out.copy_(src)
 
 
 def reference_forward(src: Tensor, scale: float, out: Tensor) -> None:
