@@ -121,7 +121,8 @@ def timed_single(axis: Axis, problem: Problem, peer: bool) -> Timed:
     return Timed(began, time.perf_counter())
 
 
-def _sample(problem: Problem) -> Tensor:
+def sample(problem: Problem) -> Tensor:
+    """Some positions of the whole sequence, ascending."""
     generator = torch.Generator().manual_seed(1)
     return torch.randperm(problem.length, generator=generator)[:SAMPLED].sort().values
 
@@ -129,12 +130,12 @@ def _sample(problem: Problem) -> Tensor:
 def sampled_step(axis: Axis, problem: Problem, contender: Contender) -> list[dict[int, Tensor]]:
     """Of (out, dq, dk, dv): position -> [heads, H], the sampled positions of this rank."""
     held = positions_of(problem.length, axis.rank, axis.size, contender.layout)
-    rows = torch.isin(held, _sample(problem)).nonzero().flatten()
+    rows = torch.isin(held, sample(problem)).nonzero().flatten()
     return [{int(held[row]): x[0, row].float() for row in rows} for x in step(axis, problem, contender)]
 
 
 def sampled_single(axis: Axis, problem: Problem) -> list[dict[int, Tensor]]:
-    return [{int(t): x[0, t].float() for t in _sample(problem)} for x in single_step(problem)]
+    return [{int(t): x[0, t].float() for t in sample(problem)} for x in single_step(problem)]
 
 
 def check(

@@ -63,6 +63,9 @@ class Work:
     def __init__(self, world: _World, item: _Message | _Meeting, others: Sequence[int], what: str) -> None:
         self._world, self._item, self._others, self._what = world, item, set(others), what
 
+    def is_completed(self) -> bool:
+        return self._item.done
+
     def wait(self) -> None:
         world = self._world
         with world.changed:

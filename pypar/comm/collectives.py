@@ -49,6 +49,10 @@ class Handle:
         self._finish = finish
         self._keep = keep
 
+    def is_done(self) -> bool:
+        """Whether `wait()` would return at once. gloo says so of messages only after a `wait()`."""
+        return all(work.is_completed() for work in self._works)
+
     def wait(self) -> Tensor:
         """Wait until the communication is complete and return its tensor; later calls return it at once."""
         if self._works:

@@ -86,7 +86,7 @@ class _Ring(torch.autograd.Function):
             walk.keys[(rank - route.hops[-1]) % size] = kept
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         wide = accumulate_dtype(q)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (q, k, v))
+        dq = torch.zeros(q.shape, dtype=wide, device=q.device)
         dbias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[4] else None
         results = (dout, out, lse, dlse)
         for hop in reversed(range(size)):
@@ -95,10 +95,11 @@ class _Ring(torch.autograd.Function):
                 walk.start(walk.batch(hop, step))
                 if hop in route.hops:
                     operands = (q, *walk.block(source, step))
-                    into = (dk, dv) if hop == 0 else walk.empty_share(source, step)
+                    into = walk.empty_share(source, step)
                     add_backward(walk.pieces(source, step), operands, results, (dq, *into), dbias, call)
                     walk.add_arrived(source, step, into)
             walk.leave(hop)
+        dk, dv = into  # the own block comes last
         walk.finish()
         dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None
         return (
@@ -169,7 +170,11 @@ class _Walk:
         return pieces(call.queries[rank], keys, call.mask, call.merges)
 
     def empty_share(self, source: int, step: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Zeros for dk and dv of a part of another rank's block."""
+        """Zeros for dk and dv of the own block, or of a part of another rank's."""
+        if source == self._call.axis.rank:
+            wide = accumulate_dtype(self._own[0])
+            dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in self._own)
+            return dk, dv
         share = self._buffer(SUMS, source, step[0]).zero_()
         self.sums[source, step[0]] = share
         return self._unpack(share, source, step[0])
@@ -202,7 +207,7 @@ class _Walk:
                 arriving.append((kind, source, part))
         with self._named():
             sent, received = exchange_start(sends, receives, self._call.axis, _TAG)
-        self._sent += sent
+        self._sent = [handle for handle in self._sent if not self._let_go(handle)] + sent
         self._arriving.update(zip(arriving, received, strict=True))
 
     def leave(self, hop: int) -> None:
@@ -216,6 +221,13 @@ class _Walk:
 
     def finish(self) -> None:
         self._wait(self._sent_before)
+
+    def _let_go(self, handle: Handle) -> bool:
+        """Whether it is done; then its memory is free."""
+        if not handle.is_done():
+            return False
+        self._wait([handle])
+        return True
 
     def _wait(self, handles: list[Handle]) -> None:
         with self._named():
