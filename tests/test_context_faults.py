@@ -1,4 +1,4 @@
-"""A rank is killed in the middle of a ring: the others say so within seconds, and name the hop."""
+"""A rank of a ring is killed or fails: the others say so within seconds, and name the hop."""
 
 import multiprocessing
 import os
@@ -10,7 +10,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from context_cases import Case, inputs
 from ranks import PRELOAD
+from simulated_ranks import run_ranks
 
 from pypar.context_parallel import ring, ring_attention
 from pypar.mesh import Axis
@@ -65,3 +67,30 @@ def test_a_killed_rank_is_noticed_and_the_hop_named(tmp_path, backend, direction
         assert float(at) - killed < 10
         told[rank] = direction in error.split(":")[0]
     assert told[2] if direction == "forward" else all(told.values())
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_rank_that_fails_is_told_with_the_hop(monkeypatch, direction):
+    name = f"add_{direction}"
+    original = getattr(ring, name)
+
+    def failing(*arguments):
+        if arguments[-1].axis.rank == 2:
+            raise SystemError("this rank is gone")
+        original(*arguments)
+
+    def attend(axis):
+        given = inputs(Case(T=4), torch.float32)
+        q = given["q"].requires_grad_()
+        ring_attention(q, given["k"], given["v"], axis, causal=False).sum().backward()
+
+    monkeypatch.setattr(ring, name, failing)
+    outcomes = run_ranks(4, attend, outcomes=True)
+    assert isinstance(outcomes[2], SystemError)
+    # Its neighbours miss it where they need what it had to do in hop 1 or 3, the rank opposite when these are gone.
+    hops = {3: 2, 1: 2, 0: 3} if direction == "forward" else {1: 2, 3: 1, 0: 1}
+    for rank, hop in hops.items():
+        assert isinstance(outcomes[rank], RuntimeError)
+        assert str(outcomes[rank]).startswith(
+            f"ring attention, {direction}, hop {hop} of 3 on rank {rank} of axis 'cp': "
+        )
