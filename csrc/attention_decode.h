@@ -8,14 +8,17 @@
 
 namespace pypar::PYPAR_ISA {
 
-// All heads take turns at so few keys, and meanwhile fetch the next ones in the order of the memory, which a
-// walk along one head is not: with 8 heads of 256 bytes it meets a new page every other key.
+// Scores of so many keys of all heads are there at once: a multiple of kWidth and of kTurnKeys.
 constexpr int64_t kDecodeBlock = 32;
+// Where a key's heads lie side by side, they take turns at so few keys, so that memory is read nearly in its
+// own order: one head's rows are 256 bytes of every 2 KiB, and each other one lies in a new page.
+constexpr int64_t kTurnKeys = 4;
 
-// out[row][kVecs of it] += sum of p[row][key] v[key].
-template <class Element, int kTile, int kUsed>
-static void decode_values(const float* p, const Element* v, int64_t key_stride, int64_t num_keys,
-                          Ahead<Element>* ahead, int64_t size, float* out, int64_t out_stride) {
+// out[row][2 * kPairs vectors, or one of `size` elements if 0] += sum of p[row][key] v[key].
+template <class Element, int kTile, int kPairs>
+static void decode_values(const float* p, int64_t p_stride, const Element* v, int64_t key_stride,
+                          int64_t num_keys, int64_t size, float* out, int64_t out_stride) {
+  constexpr int kUsed = kPairs == 0 ? 1 : 2 * kPairs;
   Float sums[kTile][kUsed];
 #pragma GCC unroll 4
   for (int r = 0; r < kTile; ++r) {
@@ -24,12 +27,17 @@ static void decode_values(const float* p, const Element* v, int64_t key_stride, 
   }
   for (int64_t key = 0; key < num_keys; ++key) {
     const Element* row = v + key * key_stride;
-    if (ahead) fetch_next(ahead);
-#pragma GCC unroll 8
-    for (int j = 0; j < kUsed; ++j) {
-      const Float x = kUsed == 1 ? load_up_to(row, size) : load(row + j * kWidth);
+    Float x[kUsed];
+    if (kPairs == 0) {
+      x[0] = load_up_to(row, size);
+    } else {
 #pragma GCC unroll 4
-      for (int r = 0; r < kTile; ++r) sums[r][j] += x * p[r * kBlock + key];
+      for (int j = 0; j < kPairs; ++j) load_pair(row + 2 * j * kWidth, x + 2 * j);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kTile; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kUsed; ++j) sums[r][j] += x[j] * p[r * p_stride + key];
     }
   }
 #pragma GCC unroll 4
@@ -44,18 +52,18 @@ static void decode_values(const float* p, const Element* v, int64_t key_stride, 
 
 // A panel is as wide as the registers allow, so that one row's values are read in one go.
 template <class Element, int kTile>
-static void decode_all_values(const float* p, const Element* v, int64_t key_stride, int64_t num_keys,
-                              Ahead<Element>* ahead, int64_t size, float* out, int64_t out_stride) {
-  constexpr int kWide = kTile == 1 ? 8 : kVecs;
-  for (int64_t j = 0; j < size;) {
-    const bool wide = j + kWide * kWidth <= size;
-    if (wide) {
-      decode_values<Element, kTile, kWide>(p, v + j, key_stride, num_keys, ahead, size, out + j, out_stride);
-    } else {
-      decode_values<Element, kTile, 1>(p, v + j, key_stride, num_keys, ahead, size - j, out + j, out_stride);
-    }
-    j += wide ? kWide * kWidth : kWidth;
-    ahead = nullptr;
+static void decode_all_values(const float* p, int64_t p_stride, const Element* v, int64_t key_stride,
+                              int64_t num_keys, int64_t size, float* out, int64_t out_stride) {
+  constexpr int kWide = kTile == 1 ? 4 : kNumRegisters == 32 ? 2 : 1;
+  int64_t j = 0;
+  for (; j + 2 * kWide * kWidth <= size; j += 2 * kWide * kWidth) {
+    decode_values<Element, kTile, kWide>(p, p_stride, v + j, key_stride, num_keys, 0, out + j, out_stride);
+  }
+  for (; kWide > 1 && j + 2 * kWidth <= size; j += 2 * kWidth) {
+    decode_values<Element, kTile, 1>(p, p_stride, v + j, key_stride, num_keys, 0, out + j, out_stride);
+  }
+  for (; j < size; j += kWidth) {
+    decode_values<Element, kTile, 0>(p, p_stride, v + j, key_stride, num_keys, size - j, out + j, out_stride);
   }
 }
 
@@ -106,7 +114,7 @@ struct Decoder {
   const AttentionForward& a;
   const AttentionProblem& p;
   const Sequence& s;
-  const int64_t rows, padded_h, padded_hv;
+  const int64_t rows, padded_rows, padded_h, padded_hv;
   const ScoreTerms terms;
   DecodeHead* heads;
   float *scores, *bias, *keep, *row_scratch;
@@ -117,16 +125,18 @@ struct Decoder {
         p(arguments.problem),
         s(sequence),
         rows(num_rows),
+        padded_rows(num_rows == 1 ? 1 : round_up(num_rows, kDecodeTile)),
         padded_h(round_up(p.H, kWidth)),
         padded_hv(padded_size(p.Hv)),
         terms(score_terms(p)) {
-    const int64_t head_floats = kDecodeRows * (padded_h + padded_hv), shared = (kDecodeRows + 2) * kBlock;
+    const int64_t head_floats = padded_rows * (padded_h + padded_hv),
+                  shared = p.G * padded_rows * kDecodeBlock + 2 * kBlock;
     const int64_t heads_bytes = round_up(p.G * static_cast<int64_t>(sizeof(DecodeHead)), 64);
     char* memory =
         static_cast<char*>(thread_scratch(heads_bytes + (p.G * head_floats + shared + padded_hv) * 4));
     heads = reinterpret_cast<DecodeHead*>(memory);
     scores = reinterpret_cast<float*>(memory + heads_bytes);
-    bias = scores + kDecodeRows * kBlock;
+    bias = scores + p.G * padded_rows * kDecodeBlock;
     keep = bias + kBlock;
     row_scratch = keep + kBlock;
     float* operands = row_scratch + padded_hv;
@@ -141,7 +151,7 @@ struct Decoder {
   void begin_head(int64_t index, float* operands) {
     DecodeHead& head = heads[index];
     head.q = operands;
-    head.out = operands + kDecodeRows * padded_h;
+    head.out = operands + padded_rows * padded_h;
     const Rows source = rows_of(p.q, s.batch, s.q_begin, index, p.N / p.G);
     for (int64_t row = 0; row < rows; ++row) {
       float* q = head.q + row * padded_h;
@@ -149,6 +159,7 @@ struct Decoder {
       if (terms.sign < 0.0f) {
         for (int64_t i = 0; i < p.H; ++i) q[i] = -q[i];
       }
+      part_pairs<Element>(q, p.H);
       head.row[row] = row_terms(p, terms, s, index, row);
       head.reference[row] = -__builtin_inff();
       head.sum[row] = 0.0f;
@@ -159,42 +170,80 @@ struct Decoder {
     return rows_of(x, s.batch, s.k_begin, head, 1).template row<Element>(key);
   }
 
-  // Keys [begin, end) of all heads.
+  // Keys [begin, end) of all heads. While a block's keys are read, its values are fetched, and with those the
+  // next block's keys.
   void run(int64_t begin, int64_t end) {
     for (int64_t key = begin; key < end; key += kDecodeBlock) {
       const int64_t count = smaller(kDecodeBlock, end - key);
-      const int64_t next = smaller(kDecodeBlock, end - key - count);
-      Ahead<Element> k(at(p.k, 0, key + count), p.H, p.k.position_stride, p.k.head_stride, p.G, next);
-      Ahead<Element> v(at(p.v, 0, key + count), p.Hv, p.v.position_stride, p.v.head_stride, p.G, next);
-      for (int64_t head = 0; head < p.G; ++head) attend(head, key, count, &k, &v);
+      in_turns(p.k, count, [&](int64_t head, int64_t first, int64_t num_keys) {
+        fetch(p.v, p.Hv, head, key + first, num_keys);
+        multiply_keys(head, first, at(p.k, head, key + first), num_keys);
+      });
+      for (int64_t head = 0; head < p.G; ++head) {
+        for (int64_t row = 0; row < rows; ++row) soften_one(head, row, key, count);
+      }
+      in_turns(p.v, count, [&](int64_t head, int64_t first, int64_t num_keys) {
+        const int64_t next = key + kDecodeBlock + first;
+        fetch(p.k, p.H, head, next, smaller(num_keys, end - next));
+        add_values(head, first, at(p.v, head, key + first), num_keys);
+      });
     }
   }
 
-  void attend(int64_t index, int64_t first_key, int64_t num_keys, Ahead<Element>* k_ahead,
-              Ahead<Element>* v_ahead) {
-    DecodeHead& head = heads[index];
-    const Element *k = at(p.k, index, first_key), *v = at(p.v, index, first_key);
-    const int64_t k_stride = p.k.position_stride, v_stride = p.v.position_stride;
+  // body(head, first key, number of keys) of a block's keys.
+  template <class Body>
+  void in_turns(const AttentionTensor& x, int64_t count, const Body& body) const {
+    const bool side_by_side = x.head_stride < x.position_stride;
+    const int64_t step = side_by_side ? kTurnKeys : kDecodeBlock;
+    for (int64_t key = 0; key < count; key += step) {
+      for (int64_t head = 0; head < p.G; ++head) body(head, key, smaller(step, count - key));
+    }
+  }
+
+  // Asks the second-level cache for rows of one head.
+  void fetch(const AttentionTensor& x, int64_t size, int64_t head, int64_t key, int64_t num_keys) const {
+    const int64_t bytes = size * static_cast<int64_t>(sizeof(Element));
+    for (int64_t i = 0; i < num_keys; ++i) {
+      const auto* row = reinterpret_cast<const char*>(at(x, head, key + i));
+      for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(row + j, 0, 2);
+    }
+  }
+
+  float* scores_of(int64_t head, int64_t row) const {
+    return scores + (head * padded_rows + row) * kDecodeBlock;
+  }
+
+  void multiply_keys(int64_t head, int64_t first, const Element* k, int64_t num_keys) const {
+    const float* q = heads[head].q;
+    const int64_t stride = p.k.position_stride;
+    float* x = scores_of(head, 0) + first;
     if (rows == 1) {
-      decode_products<Element, 1>(head.q, padded_h, k, k_stride, num_keys, k_ahead, p.H, scores);
-      soften_one(index, 0, first_key, num_keys);
-      decode_all_values<Element, 1>(scores, v, v_stride, num_keys, v_ahead, p.Hv, head.out, padded_hv);
+      decode_products<Element, 1>(q, padded_h, k, stride, num_keys, p.H, x, kDecodeBlock);
       return;
     }
     for (int64_t row = 0; row < rows; row += kDecodeTile) {
-      decode_products<Element, kDecodeTile>(head.q + row * padded_h, padded_h, k, k_stride, num_keys, k_ahead,
-                                            p.H, scores + row * kBlock);
+      decode_products<Element, kDecodeTile>(q + row * padded_h, padded_h, k, stride, num_keys, p.H,
+                                            x + row * kDecodeBlock, kDecodeBlock);
     }
-    for (int64_t row = 0; row < rows; ++row) soften_one(index, row, first_key, num_keys);
+  }
+
+  void add_values(int64_t head, int64_t first, const Element* v, int64_t num_keys) const {
+    float* out = heads[head].out;
+    const int64_t stride = p.v.position_stride;
+    const float* x = scores_of(head, 0) + first;
+    if (rows == 1) {
+      decode_all_values<Element, 1>(x, kDecodeBlock, v, stride, num_keys, p.Hv, out, padded_hv);
+      return;
+    }
     for (int64_t row = 0; row < rows; row += kDecodeTile) {
-      decode_all_values<Element, kDecodeTile>(scores + row * kBlock, v, v_stride, num_keys, v_ahead, p.Hv,
-                                              head.out + row * padded_hv, padded_hv);
+      decode_all_values<Element, kDecodeTile>(x + row * kDecodeBlock, kDecodeBlock, v, stride, num_keys, p.Hv,
+                                              out + row * padded_hv, padded_hv);
     }
   }
 
   void soften_one(int64_t index, int64_t row, int64_t first_key, int64_t num_keys) {
     DecodeHead& head = heads[index];
-    float* const x = scores + row * kBlock;
+    float* const x = scores_of(index, row);
     const int64_t begin = smaller(num_keys, larger(0, seen[row].begin - first_key));
     const int64_t end = larger(begin, smaller(num_keys, seen[row].end - first_key));
     if (terms.general) {
@@ -217,6 +266,7 @@ struct Decoder {
   // `splits`: where the sums of one split of this head go; null if it is the only one.
   void finish(int64_t index, const Parts* splits, int64_t split) const {
     const DecodeHead& head = heads[index];
+    for (int64_t row = 0; row < rows; ++row) join_pairs<Element>(head.out + row * padded_hv, p.Hv);
     double references[kDecodeRows], sums[kDecodeRows];
     for (int64_t row = 0; row < rows; ++row) {
       references[row] = static_cast<double>(head.reference[row]) * terms.unit;

@@ -99,11 +99,10 @@ struct Fp32Arithmetic {
 
   void decoded_scores(const void* row_operands, int64_t count, const void* key_operands, int64_t num_keys,
                       float* s) const {
-    Ahead<float> nothing(nullptr, 0, 0, 0, 1, 0);
     for (int64_t row = 0; row < count; row += kDecodeTile) {
       decode_products<float, kDecodeTile>(floats(row_operands) + row * padded_h, padded_h,
-                                          floats(key_operands), padded_h, num_keys, &nothing, padded_h,
-                                          s + row * kBlock);
+                                          floats(key_operands), padded_h, num_keys, padded_h,
+                                          s + row * kBlock, kBlock);
     }
   }
 
