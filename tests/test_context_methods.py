@@ -79,17 +79,19 @@ def test_hybrid_equals_one_device(name, layout):
             assert [sent for _, sent in outcome] == totals
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("name", ["causal", "full", "alibi", "softcap", "dropout", "documents"])
-def test_all_gather_has_the_bits_of_one_device(name, layout):
-    """Of dk and dv only the order of the sum over ranks is another."""
-    case = CASES[name]
-    given = inputs(case, torch.float32)
+@pytest.mark.parametrize(("layout", "size"), [("contiguous", 2), ("contiguous", 4), ("zigzag", 2)])
+@pytest.mark.parametrize("option", ["causal", "full", "alibi", "softcap", "sinks", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_gather_has_the_bits_of_one_device(option, layout, size, dtype):
+    """Chunks of whole tiles of the native kernel; of dk and dv the order of the sum over ranks is another."""
+    options = {"full": {"causal": False}, "alibi": {"alibi": "N"}, "softcap": {"softcap": 2.0}}
+    options |= {"sinks": {"sinks": True}, "dropout": {"dropout_p": 0.3}}
+    case = Case(T=512, H=32, Hv=32, **options.get(option, {}))
+    given = inputs(case, dtype)
     expected = one_device(case, given, "native")
-    for size in (2, 3, 4):
-        actual, _ = many_ranks(case, given, size, layout, method="all_gather", backend="native")
-        for result in ("out", "lse", "dq"):
-            assert torch.equal(actual[result], expected[result]), (result, size)
+    actual, _ = many_ranks(case, given, size, layout, method="all_gather", backend="native")
+    for result in ("out", "lse", "dq"):
+        assert torch.equal(actual[result], expected[result]), result
 
 
 def test_all_gather_of_several_heads_at_once():

@@ -2,7 +2,8 @@
 
 While some heads compute, the next ones are being gathered (Llama 3, arXiv 2407.21783, section 3.3.2, gathers all at
 once and first); backward gathers them again and scatters the sums of their gradients. Every rank then sees its
-queries' keys in the order in which one device sees them, so out, lse and dq have the bits of one device.
+queries' keys in the order in which one device sees them: where its chunks are whole tiles of the kernel (128 rows),
+and no window cuts tiles, out, lse and dq have the bits of one device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from pypar.comm import Handle, all_gather_start, reduce_scatter_start
 from pypar.context_parallel.call import Call, refuse_options
 from pypar.context_parallel.layouts import Segment, num_positions, positions_in
 from pypar.context_parallel.masks import Piece, pieces
-from pypar.context_parallel.partial import add_backward, add_forward, empty_sums, finish, sinks_share
+from pypar.context_parallel.partial import (
+    add_backward,
+    add_forward,
+    empty_sums,
+    finish,
+    forward_once,
+    sinks_share,
+)
 from pypar.ops.rows import accumulate_dtype
 
 
@@ -48,14 +56,10 @@ class _AllGather(torch.autograd.Function):
         call: Call,
         at_once: int,
     ) -> tuple[Tensor, Tensor]:
-        sums = empty_sums(q, v)
         gathered = _Gathered(q, k, v, call, at_once, "forward")
-        for heads in gathered.walk():
-            rows = (..., heads.queries, slice(None))  # of [.., T, N, H] and of [.., N, T] alike
-            for parts, k_here, v_here in gathered.blocks():
-                add_forward(parts, q[rows], k_here, v_here, (sums[0][rows], sums[1][rows]), heads.call(call))
-        out, lse = finish(sums, sinks, q.dtype)
-        ctx.save_for_backward(q, k, v, sinks, bias, out, lse)
+        run = _forward_once if gathered.in_order else _forward_by_rank
+        out, lse, lse_rest = run(gathered, q, v, call)
+        ctx.save_for_backward(q, k, v, sinks, bias, out, lse, lse_rest)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.at_once = replace(call, sinks=None, bias=None), at_once  # autograd keeps the tensors
         return out, lse
@@ -63,7 +67,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, bias, out, lse = ctx.saved_tensors
+        q, k, v, sinks, bias, out, lse, lse_rest = ctx.saved_tensors
         call = replace(ctx.call, bias=bias)
         dout = torch.zeros_like(out) if dout is None else dout
         wide = accumulate_dtype(q)
@@ -80,7 +84,8 @@ class _AllGather(torch.autograd.Function):
                 parts, k_here, v_here = block
                 _, dk_here, dv_here = into
                 operands, totals = (q[rows], k_here, v_here), (dq[rows], dk_here, dv_here)
-                add_backward(parts, operands, results, totals, share, heads.call(call))
+                rest = None if lse_rest is None else lse_rest[rows]
+                add_backward(parts, operands, results, totals, share, heads.call(call), rest)
             gathered.scatter(sums, dk[..., heads.groups, :], dv[..., heads.groups, :])
         gathered.arrive()
         dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None
@@ -91,6 +96,35 @@ class _AllGather(torch.autograd.Function):
             None,
             None,
         )
+
+
+Results = tuple[Tensor, Tensor, Tensor | None]
+"""out, lse, and what rounding took off lse where the backend says it."""
+
+
+def _forward_once(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Results:
+    """All keys are one block, so every row is finished by one call of the op, as on one device."""
+    *batch, T, N, _ = q.shape
+    out = q.new_zeros((*batch, T, N, v.shape[-1]))
+    lse = empty_sums(q, v)[1]
+    if call.sinks is not None:
+        lse.copy_(call.sinks.detach().unsqueeze(-1).expand_as(lse))  # of a row that sees nothing else
+    lse_rest, makes_rest = torch.zeros_like(lse), False
+    for heads in gathered.walk():
+        rows = (..., heads.queries, slice(None))  # of [.., T, N, H] and of [.., N, T] alike
+        for parts, k_here, v_here in gathered.blocks():
+            results = (out[rows], lse[rows], lse_rest[rows])
+            makes_rest |= forward_once(parts, q[rows], k_here, v_here, results, heads.call(call))
+    return out, lse, lse_rest if makes_rest else None
+
+
+def _forward_by_rank(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Results:
+    sums = empty_sums(q, v)
+    for heads in gathered.walk():
+        rows = (..., heads.queries, slice(None))
+        for parts, k_here, v_here in gathered.blocks():
+            add_forward(parts, q[rows], k_here, v_here, (sums[0][rows], sums[1][rows]), heads.call(call))
+    return *finish(sums, call.sinks, q.dtype), None
 
 
 @dataclass(frozen=True)
@@ -105,6 +139,7 @@ class _Heads:
             call,
             alibi_slopes=None if slopes is None else slopes[..., self.queries],
             bias=self.bias(call.bias),
+            sinks=None if call.sinks is None else call.sinks[self.queries],
             head_start=call.head_start + self.queries.start,
         )
 
@@ -121,8 +156,8 @@ class _Gathered:
         self._counts = [num_positions(segments) for segments in call.keys]
         self._most = max(self._counts)  # all parts of one gather have one size
         rows = torch.cat([torch.arange(n) + r * self._most for r, n in enumerate(self._counts)])
-        self._in_order = all(segment.step == 1 for segments in call.keys for segment in segments)
-        if self._in_order:  # one block, the whole sequence as one device has it
+        self.in_order = all(segment.step == 1 for segments in call.keys for segment in segments)
+        if self.in_order:  # one block, the whole sequence as one device has it
             whole = (Segment(0, sum(self._counts)),) if self._most else ()
             self._parts = [pieces(call.queries[rank], whole, call.mask, call.merges)]
             rows = rows[torch.cat([positions_in(segments) for segments in call.keys]).argsort()]
@@ -149,7 +184,7 @@ class _Gathered:
         """(pieces, k, v) of each block that the rank's queries see; of x, shaped alike, instead of what is here."""
         x = self._here if x is None else x
         H, first = self._k.shape[-1], 0
-        counts = [x.shape[-3]] if self._in_order else self._counts
+        counts = [x.shape[-3]] if self.in_order else self._counts
         for parts, count in zip(self._parts, counts, strict=True):
             block = x.narrow(-3, first, count)
             yield parts, block[..., :H], block[..., H:]

@@ -41,6 +41,30 @@ def add_forward(
         attention_forward(_problem(piece, q, k, v, call), (out, lse), call.backend)
 
 
+def forward_once(
+    pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, results: tuple[Tensor, Tensor, Tensor], call: Call
+) -> bool:
+    """Where no two pieces share a row: what the op makes without a carry, in the bits of one device; with sinks.
+
+    results: out in q's dtype, lse and what rounding took off lse, of all of q; rows of pieces are overwritten.
+    Returns whether the backend makes the last of them.
+    """
+    makes_rest = False
+    for piece in pieces:
+        problem = replace(_problem(piece, q, k, v, call), sinks=_op_sinks(call, q))
+        backend = choose("attention", BACKENDS, {"problem": problem}, call.backend)
+        out, lse, *rest = backend.forward(problem, None)
+        _rows(results[0], piece, piece.rows).copy_(out)
+        for held, made in zip(results[1:], (lse, *rest), strict=False):
+            _lse_rows(held, piece).copy_(made)
+        makes_rest |= bool(rest)
+    return makes_rest
+
+
+def _op_sinks(call: Call, q: Tensor) -> Tensor | None:
+    return None if call.sinks is None else call.sinks.detach().to(accumulate_dtype(q)).contiguous()
+
+
 def add_backward(
     pieces: Pieces,
     operands: tuple[Tensor, Tensor, Tensor],
@@ -48,11 +72,12 @@ def add_backward(
     into: tuple[Tensor, Tensor, Tensor],
     dbias: Tensor | None,
     call: Call,
+    lse_rest: Tensor | None = None,
 ) -> None:
     """Add the gradients of the pieces into fp32 (dq, dk, dv), shaped as q, k and v.
 
     operands: q, k, v. results: dout, final out and lse of q over all keys and sinks, dlse or None.
-    dbias: fp32 like call.bias, added to; None where it is not wanted.
+    dbias: fp32 like call.bias, added to; None where it is not wanted. lse_rest: as the backend's forward made it.
     """
     dout, out, lse, dlse = results
     for piece in pieces:
@@ -69,6 +94,7 @@ def add_backward(
             None if dlse is None else _lse_rows(dlse, piece),
             tuple(_rows(x, piece, span) for x, span in zip(into, spans, strict=True)),
             scores,
+            *(() if lse_rest is None else (_lse_rows(lse_rest, piece).contiguous(),)),
         )
         if dbias is not None and scores is not None:
             part = _bias(dbias, piece)
