@@ -93,8 +93,9 @@ def sound_problem(memory, chosen):
     }
     lse, dlse = memory.floats(B * N * T, 1.0), chosen.choice([0, memory.floats(B * N * T)])
     dbias = 0 if bias is None else memory.floats(B * N * T * S, 0.0)
-    forward = [tensors["out"], lse, chosen.random() < 0.3]
-    backward = [tensors["dout"], tensors["out"], lse, dlse, *(tensors[f"d{x}"] for x in "qkv"),
+    lse_rest = chosen.choice([0, memory.floats(B * N * T, 0.0)])
+    forward = [tensors["out"], lse, lse_rest, chosen.random() < 0.3]
+    backward = [tensors["dout"], tensors["out"], lse, lse_rest, dlse, *(tensors[f"d{x}"] for x in "qkv"),
                 chosen.random() < 0.5, dbias]  # fmt: skip
     return problem, forward, backward
 

@@ -103,3 +103,44 @@ def test_bad_arguments_get_a_sentence():
         GradientBuckets(nn.Linear(1, 1).parameters(), SINGLE, bucket_bytes=0)
     with pytest.raises(ValueError, match="not among the parameters"):
         GradientBuckets(nn.Linear(1, 1).parameters(), SINGLE).gradient(nn.Parameter(torch.ones(2)))
+
+
+def run_converted(way):
+    made, layer = None, nn.Linear(3, 2)
+    axis = Mesh(dp=2).data
+    nn.init.ones_(layer.weight), nn.init.ones_(layer.bias)
+    made = GradientBuckets(layer.parameters(), axis)
+    if way == "without gradients":
+        layer.zero_grad()
+    if way == "in half":
+        with made.accumulate():
+            backward(layer)
+    layer.to(torch.float64)
+    with pytest.raises(RuntimeError) as caught:
+        layer(torch.ones(3, dtype=torch.float64)).sum().backward()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["with gradients", "without gradients", "in half"])
+def test_parameters_that_were_converted_are_refused(ranks, way):
+    """Their gradients are no longer in the buckets, and every rank would go on with its own."""
+    for message in ranks(2, run_converted, way):
+        assert "was converted or moved" in message
+
+
+def run_frozen_without_zero():
+    """A bucket of a frozen and a trained gradient starts before finish(), with what the frozen one holds."""
+    frozen, trained = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    made = GradientBuckets([frozen, trained], Mesh(dp=2).data, comm_dtype=torch.bfloat16, rebuild=False)
+    (frozen * trained).sum().backward()
+    made.finish()
+    frozen.grad = trained.grad = None  # what optimizer.zero_grad() does
+    frozen.requires_grad_(False)
+    (frozen * trained).sum().backward()
+    in_flight = made._next
+    made.finish()
+    return in_flight, made.gradient(frozen).tolist(), made.gradient(trained).tolist()
+
+
+def test_a_frozen_gradient_is_zero_before_its_bucket_starts(ranks):
+    assert ranks(2, run_frozen_without_zero) == [(1, [0.0, 0.0], [2.0, 2.0])] * 2

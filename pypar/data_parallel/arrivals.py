@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from pypar.data_parallel.flat import Slot, take_in
+from pypar.data_parallel.flat import Bucket, Slot, take_in
+from pypar.data_parallel.streams import BucketStreams, NoStreams
 
 _ZERO_FIRST = "call buckets.zero() before each step's first backward"
 
@@ -28,9 +29,20 @@ class Hook:
             method(parameter)  # type: ignore[arg-type]
 
 
+def _refuse_moved(slot: Slot) -> None:
+    gradient, flat = slot.gradient, slot.bucket.flat
+    in_place = gradient.data_ptr() == flat.data_ptr() + slot.offset * flat.itemsize or not gradient.numel()
+    if slot.parameter.dtype != slot.parameter_dtype or not in_place:
+        raise RuntimeError(
+            f"{slot.name} {tuple(slot.parameter.shape)} was converted or moved (model.to(), half(), double()) after "
+            "its gradient buckets were made, and would not be reduced; convert the model first"
+        )
+
+
 def accept(slot: Slot) -> None:
     """Bring a gradient that was added to parameter.grad into the bucket; RuntimeError where that is too late."""
     where = f"{slot.name} {tuple(slot.parameter.shape)}"
+    _refuse_moved(slot)
     grad = slot.parameter.grad
     if grad is not None and grad.requires_grad:
         raise RuntimeError(
@@ -57,8 +69,17 @@ def accept(slot: Slot) -> None:
         take_in(slot)
 
 
-def settle(slot: Slot) -> None:
-    """A gradient that was not announced as final: what it holds is what this rank contributes."""
+def settle_rest(bucket: Bucket, streams: BucketStreams | NoStreams) -> None:
+    """Gradients that were not announced as final: what they hold is what this rank contributes."""
+    rest = [slot for slot in bucket.slots if not slot.is_ready]
+    if rest:
+        with streams.writing(bucket):
+            for slot in rest:
+                _settle(slot)
+
+
+def _settle(slot: Slot) -> None:
+    _refuse_moved(slot)
     grad = slot.parameter.grad
     if slot.is_stale and (grad is slot.gradient or not slot.is_shown):
         raise RuntimeError(

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pypar.data_parallel.arguments import check_sizes, trainable
-from pypar.data_parallel.arrivals import Hook, accept, settle
+from pypar.data_parallel.arrivals import Hook, accept, settle_rest
 from pypar.data_parallel.flat import Bucket, Slot, fill_buckets, make_slots, shard_of, take_in
 from pypar.data_parallel.power_sgd import PowerSGD
 from pypar.data_parallel.ready_order import agree_on_order
@@ -180,12 +180,10 @@ class GradientBuckets:
                 "finish() was called, but no backward reached the parameters since the last step; call "
                 "loss.backward() first"
             )
-        for slot in self._slots.values():
-            if not slot.is_ready:
-                with self._streams.writing(slot.bucket):
-                    settle(slot)
+        for bucket in self._buckets[self._next :]:
+            settle_rest(bucket, self._streams)
         while self._next < len(self._buckets):
-            self._start_next()
+            self._start_next(settled=True)
         for bucket in self._buckets:
             if bucket.handle is not None:
                 with explained(f"the reduction of gradients in step {self._num_steps + 1}", self.axis):
@@ -276,8 +274,10 @@ class GradientBuckets:
         if call is not None:
             call()
 
-    def _start_next(self) -> None:
+    def _start_next(self, settled: bool = False) -> None:
         bucket = self._buckets[self._next]
+        if not settled:
+            settle_rest(bucket, self._streams)  # frozen ones: not once it is under way
         if self.axis.size > 1:
             self._streams.before_communication(bucket)
             bucket.handle = self._compressor.reduce_start(bucket, self.axis)

@@ -41,6 +41,10 @@ class Slot:
     is_frozen: bool = False  # its parameter takes no gradient in this step
     is_stale: bool = False  # holds the sum of an earlier step, not cleared since
     version: int = 0  # of `gradient` when this step began
+    parameter_dtype: torch.dtype = field(init=False)  # when the slot was made
+
+    def __post_init__(self) -> None:
+        self.parameter_dtype = self.parameter.dtype
 
     @property
     def is_shown(self) -> bool:
