@@ -30,8 +30,7 @@ PYPAR_INLINE Float load_up_to(const Element* p, int64_t count) {
   return count >= kWidth ? load(p) : load_partial(p, count);
 }
 
-// 2 * kWidth elements. Those of bf16 come as the even ones and the odd ones, which a shift and a mask part:
-// half the instructions that widening takes.
+// 2 * kWidth elements. Those of bf16 come as the even ones and the odd ones, which a shift and a mask part.
 template <class Element>
 PYPAR_INLINE void load_pair(const Element* p, Float* x) {
   x[0] = load(p);
