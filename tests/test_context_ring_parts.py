@@ -13,7 +13,7 @@ from pypar.context_parallel.layouts import LAYOUTS, Segment, cut, shard
 
 
 def test_how_many_parts():
-    assert [ring.num_parts(2, n) for n in (0, 1, 2047, 2048, 4096, 1 << 20)] == [1, 1, 1, 2, 4, 4]
+    assert [ring.num_parts(2, n) for n in (0, 1, 8191, 8192, 16384, 1 << 20)] == [1, 1, 1, 2, 4, 4]
     assert [ring.num_parts(size, 1 << 20) for size in (1, 2, 3, 4, 5, 8)] == [4, 4, 2, 2, 1, 1]
 
 
