@@ -95,7 +95,7 @@ def attention(
             None leaves a side open. Keys outside cost no time.
         softcap: c > 0 turns a score x into c * tanh(x / c) (Gemma 2, arXiv 2408.00118).
         sinks: [N], a score that takes part in the softmax without a value (arXiv 2309.17453); differentiable.
-        alibi_slopes: [N] or [B, N]; slope * |distance| is subtracted (arXiv 2108.12409).
+        alibi_slopes: [N] or [B, N]; slope * |distance| is subtracted (arXiv 2108.12409); no gradient.
         bias: added to the scores, broadcasts to [B, N, T, S], of q's dtype or float32; -inf hides a key;
             differentiable (its gradient takes B * N * T * S floats of memory).
         dropout_p: probabilities are dropped with this probability, the others divided by 1 - dropout_p. Which
@@ -107,7 +107,7 @@ def attention(
         deterministic: False permits sums in the order of arrival; no backend makes use of it yet.
         backend: one of the names that `pypar doctor` lists.
 
-    A query that sees no key gives 0, lse -inf and zero gradients.
+    A query that sees no key gives 0, lse -inf and zero gradients. Autocast does not apply: q, k and v have one dtype.
 
     Returns out, like q with Hv for H, contiguous; with return_lse also lse [B, N, T] ([N, T] with cu_seqlens_q)
     in fp32 (fp64 for fp64), the natural logarithm of the softmax's denominator. Both are differentiable, once.
