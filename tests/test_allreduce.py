@@ -205,6 +205,8 @@ def test_tensors_that_the_kernels_do_not_take(group_of, caplog):
             peer.all_reduce(torch.ones(3, dtype=torch.float64), method="one-shot")
         with pytest.raises(ValueError, match="must be like x"):
             peer.all_reduce(torch.ones(3), torch.ones(4))
+        with pytest.raises(ValueError, match="x requires a gradient"):
+            peer.all_reduce(torch.ones(3, requires_grad=True))
         with pytest.raises(ValueError, match="is none of one-shot, two-shot, group"):
             peer.all_reduce(torch.ones(3), method="three-shot")
 

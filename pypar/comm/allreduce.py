@@ -201,7 +201,7 @@ class PeerAllReduce:
         chosen = self._chosen(x, method)
         if chosen == "group" or not x.numel() or self._peers.norm_refusal(x, weight):
             total = x.float() if x.dtype != torch.float32 else x.clone()
-            total = self.all_reduce(total, total, method="group" if chosen == "group" else None)
+            total = self.all_reduce(total, total, method="group" if chosen == "group" else method)
             return residual_norm_reference([total], residual, weight, eps)
         tensors = {"x": x, "residual": residual, "weight": weight}
         tensors = {name: _aligned(tensor) for name, tensor in tensors.items()}
@@ -211,6 +211,8 @@ class PeerAllReduce:
         return out, kept
 
     def _chosen(self, x: Tensor, method: str | None) -> str:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("x requires a gradient, which this all-reduce does not have; pass x.detach()")
         if method is None:
             self._tell(x)
             return self.method(x)[0]
