@@ -13,6 +13,8 @@ constexpr int64_t kDecodeBlock = 32;
 // Where a key's heads lie side by side, they take turns at so few keys, so that memory is read nearly in its
 // own order: one head's rows are 256 bytes of every 2 KiB, and each other one lies in a new page.
 constexpr int64_t kTurnKeys = 4;
+// Values take longer turns: each turn's sum is added to out, and few additions lose less.
+constexpr int64_t kTurnValues = 16;
 
 // out[row][2 * kPairs vectors, or one of `size` elements if 0] += sum of p[row][key] v[key].
 template <class Element, int kTile, int kPairs>
@@ -175,14 +177,14 @@ struct Decoder {
   void run(int64_t begin, int64_t end) {
     for (int64_t key = begin; key < end; key += kDecodeBlock) {
       const int64_t count = smaller(kDecodeBlock, end - key);
-      in_turns(p.k, count, [&](int64_t head, int64_t first, int64_t num_keys) {
+      in_turns(p.k, kTurnKeys, count, [&](int64_t head, int64_t first, int64_t num_keys) {
         fetch(p.v, p.Hv, head, key + first, num_keys);
         multiply_keys(head, first, at(p.k, head, key + first), num_keys);
       });
       for (int64_t head = 0; head < p.G; ++head) {
         for (int64_t row = 0; row < rows; ++row) soften_one(head, row, key, count);
       }
-      in_turns(p.v, count, [&](int64_t head, int64_t first, int64_t num_keys) {
+      in_turns(p.v, kTurnValues, count, [&](int64_t head, int64_t first, int64_t num_keys) {
         const int64_t next = key + kDecodeBlock + first;
         fetch(p.k, p.H, head, next, smaller(num_keys, end - next));
         add_values(head, first, at(p.v, head, key + first), num_keys);
@@ -190,11 +192,11 @@ struct Decoder {
     }
   }
 
-  // body(head, first key, number of keys) of a block's keys.
+  // body(head, first key, number of keys) of a block's keys, `turn` at a time.
   template <class Body>
-  void in_turns(const AttentionTensor& x, int64_t count, const Body& body) const {
+  void in_turns(const AttentionTensor& x, int64_t turn, int64_t count, const Body& body) const {
     const bool side_by_side = x.head_stride < x.position_stride;
-    const int64_t step = side_by_side ? kTurnKeys : kDecodeBlock;
+    const int64_t step = side_by_side ? turn : kDecodeBlock;
     for (int64_t key = 0; key < count; key += step) {
       for (int64_t head = 0; head < p.G; ++head) body(head, key, smaller(step, count - key));
     }
