@@ -93,38 +93,79 @@ static inline int64_t backward_row_blocks(const AttentionProblem& p, const Seque
   return blocks_of(s.T * (p.N / p.G), kBackwardRows);
 }
 
-// Per sequence and once more, where its blocks of rows and its parts begin; the blocks of rows; for each of
-// them which block of keys its dq takes next.
+// Long sequences are gone through in several chunks of rows, each against all keys: the operands made of a
+// head's rows then stay near the core, and need little memory.
+constexpr int64_t kChunkBytes = 3 << 20;
+
+// How the blocks of rows of each sequence and head are divided.
+struct Chunks {
+  int64_t count, num_blocks;  // of one chunk
+
+  explicit Chunks(const AttentionProblem& p) {
+    int64_t most = 1;
+    for (int64_t i = 0; i < count_sequences(p); ++i)
+      most = most_of(most, backward_row_blocks(p, sequence_of(p, i)));
+    count = blocks_of(most, most_of(1, kChunkBytes / RowBlockLayout(p).bytes));
+    num_blocks = blocks_of(most, count);
+  }
+  Range blocks(const AttentionProblem& p, const Sequence& s, int64_t chunk) const {
+    const int64_t all = backward_row_blocks(p, s);
+    return {least_of(all, chunk * num_blocks), least_of(all, (chunk + 1) * num_blocks)};
+  }
+  // The chunks whose rows see some of the keys [first, last]; the first one if none does.
+  Range seeing(const AttentionProblem& p, const Sequence& s, int64_t first, int64_t last) const {
+    const Range queries = queries_seeing(s, first, last);
+    if (queries.begin == queries.end) return {0, 1};
+    const int64_t rows = num_blocks * kBackwardRows, group = p.N / p.G;
+    return {queries.begin * group / rows, (queries.end * group - 1) / rows + 1};
+  }
+};
+
+// Per sequence and once more, where its blocks of rows of this chunk and its parts begin; the blocks of rows;
+// with several chunks, the sums of dk and dv of each part; for each block of rows which block of keys its dq
+// takes next.
 struct BackwardMemory {
   int64_t* first_row_block;
   int64_t* first_part;
   int64_t num_row_blocks, num_parts;
   char* row_blocks;
+  float* sums;
   int32_t* progress;
   float* gradient_scales;  // per sequence and head
 
-  static int64_t count(const AttentionProblem& p) {
-    int64_t blocks = 0;
-    for (int64_t i = 0; i < count_sequences(p); ++i)
-      blocks += backward_row_blocks(p, sequence_of(p, i)) * p.G;
-    return blocks;
+  static int64_t part_floats(const AttentionProblem& p) {
+    return kBackwardKeys * 32 * (blocks_of(p.H, 32) + blocks_of(p.Hv, 32));
   }
   static int64_t bytes(const AttentionProblem& p) {
-    return index_bytes(p) + count(p) * (RowBlockLayout(p).bytes + 4) + count_sequences(p) * p.G * 4;
-  }
-  BackwardMemory(const AttentionProblem& p, void* memory) : num_row_blocks(0), num_parts(0) {
-    first_row_block = static_cast<int64_t*>(memory);
-    first_part = first_row_block + count_sequences(p) + 1;
+    const Chunks chunks(p);
+    int64_t rows = 0, parts = 0;
     for (int64_t i = 0; i < count_sequences(p); ++i) {
       const Sequence s = sequence_of(p, i);
+      rows += chunks.blocks(p, s, 0).end * p.G;
+      parts += blocks_of(s.S, kBackwardKeys) * p.G;
+    }
+    return index_bytes(p) + rows * (RowBlockLayout(p).bytes + 4) + count_sequences(p) * p.G * 4 +
+           (chunks.count > 1 ? parts * part_floats(p) * 4 : 0);
+  }
+  BackwardMemory(const AttentionProblem& p, const Chunks& chunks, int64_t chunk, void* memory)
+      : num_row_blocks(0), num_parts(0) {
+    first_row_block = static_cast<int64_t*>(memory);
+    first_part = first_row_block + count_sequences(p) + 1;
+    int64_t most_row_blocks = 0;
+    for (int64_t i = 0; i < count_sequences(p); ++i) {
+      const Sequence s = sequence_of(p, i);
+      const Range blocks = chunks.blocks(p, s, chunk);
       first_row_block[i] = num_row_blocks;
       first_part[i] = num_parts;
-      num_row_blocks += backward_row_blocks(p, s) * p.G;
+      num_row_blocks += (blocks.end - blocks.begin) * p.G;
+      most_row_blocks += chunks.blocks(p, s, 0).end * p.G;
       num_parts += blocks_of(s.S, kBackwardKeys) * p.G;
     }
     row_blocks = static_cast<char*>(memory) + index_bytes(p);
-    progress = reinterpret_cast<int32_t*>(row_blocks + num_row_blocks * RowBlockLayout(p).bytes);
-    gradient_scales = reinterpret_cast<float*>(progress + num_row_blocks);
+    sums = reinterpret_cast<float*>(row_blocks + most_row_blocks * RowBlockLayout(p).bytes);
+    const int64_t num_sums = chunks.count > 1 ? num_parts * part_floats(p) : 0;
+    progress = reinterpret_cast<int32_t*>(sums + num_sums);
+    gradient_scales = reinterpret_cast<float*>(progress + most_row_blocks);
   }
 };
 

@@ -20,7 +20,10 @@ struct BackwardTask {
   const AttentionBackward* a;
   const Sequence* s;
   const BackwardMemory* memory;
-  RowBlockLayout layout;
+  const RowBlockLayout* layout;
+  Range row_blocks;        // of this chunk
+  bool is_first, is_last;  // of the chunks whose rows see these keys
+  float* sums;             // of dk and dv, over the chunks before
   int64_t head, key_block, first_key, num_keys;
   int64_t h_tiles, hv_tiles;  // of 16
   float gradient_scale;       // of dS, a power of two
@@ -76,11 +79,6 @@ static __m512 load_values(const RowSource& source, int64_t r, int64_t column, in
   alignas(32) Bits bits[16] = {};
   for (int64_t i = 0; i < count; ++i) bits[i] = from[i * step];
   return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)));
-}
-
-static int64_t row_block_index(const BackwardMemory& m, const AttentionProblem& p, const Sequence& s,
-                               int64_t index, int64_t head, int64_t block) {
-  return m.first_row_block[index] + head * backward_row_blocks(p, s) + block;
 }
 
 // The blocks of keys that a block of rows sees: [begin, end).
@@ -171,13 +169,13 @@ static float bound_values(const RowSource& v, int64_t num_keys, int64_t size) {
 // The power of two that a head's dS is multiplied by, from a bound of |dP - delta|: the sum of a row's |dout|
 // times the largest |v|, and |delta|. 1 if that is not finite.
 static float find_gradient_scale(const AttentionBackward& a, const BackwardMemory& m,
-                                 const RowBlockLayout& layout, const Sequence& s, int64_t index,
-                                 int64_t head) {
+                                 const RowBlockLayout& layout, const Sequence& s, const Range& row_blocks,
+                                 int64_t index, int64_t head) {
   const AttentionProblem& p = a.problem;
   if (kScoreGradientBits == 0) return 1.0f;
   RowBounds most = {0.0f, 0.0f};
-  const int64_t first = row_block_index(m, p, s, index, head, 0);
-  for (int64_t i = first; i < first + backward_row_blocks(p, s); ++i) {
+  const int64_t count = row_blocks.end - row_blocks.begin, first = m.first_row_block[index] + head * count;
+  for (int64_t i = first; i < first + count; ++i) {
     const auto& bounds = *reinterpret_cast<const RowBounds*>(m.row_blocks + i * layout.bytes + layout.bounds);
     most.dout = larger_float(most.dout, bounds.dout);
     most.delta = larger_float(most.delta, bounds.delta);
@@ -256,7 +254,7 @@ static void add_dq(const BackwardTask& task, int64_t block, int64_t index, int64
   const Sequence& s = *task.s;
   const int64_t group = p.N / p.G, first = block * kBackwardRows;
   int32_t* progress = task.memory->progress + index;
-  auto* dq = reinterpret_cast<float*>(task.memory->row_blocks + index * task.layout.bytes + task.layout.dq);
+  auto* dq = reinterpret_cast<float*>(task.memory->row_blocks + index * task.layout->bytes + task.layout->dq);
   const Range blocks = key_blocks_of(p, s, block);
   if (!await_block(progress, static_cast<int32_t>(task.key_block))) return;
   multiply(task.h_tiles, kRowTiles, key_groups, task.k_transposed, kTileValues, task.h_tiles * kTileValues,
@@ -282,15 +280,15 @@ static void propagate(const BackwardTask& task, int64_t block, int64_t index) {
   const Sequence& s = *task.s;
   const int64_t group = p.N / p.G, first = block * kBackwardRows, rows = s.T * group;
   const int64_t k_tiles = task.h_tiles / 2, v_tiles = task.hv_tiles / 2;
-  const char* const memory = task.memory->row_blocks + index * task.layout.bytes;
-  const auto* q_transposed = reinterpret_cast<const Bits*>(memory + task.layout.q_transposed);
-  const auto* q = reinterpret_cast<const Bits*>(memory + task.layout.q);
-  const auto* dout_transposed = reinterpret_cast<const Bits*>(memory + task.layout.dout_transposed);
-  const auto* dout = reinterpret_cast<const Bits*>(memory + task.layout.dout);
-  const auto* base = reinterpret_cast<const float*>(memory + task.layout.base);
+  const char* const memory = task.memory->row_blocks + index * task.layout->bytes;
+  const auto* q_transposed = reinterpret_cast<const Bits*>(memory + task.layout->q_transposed);
+  const auto* q = reinterpret_cast<const Bits*>(memory + task.layout->q);
+  const auto* dout_transposed = reinterpret_cast<const Bits*>(memory + task.layout->dout_transposed);
+  const auto* dout = reinterpret_cast<const Bits*>(memory + task.layout->dout);
+  const auto* base = reinterpret_cast<const float*>(memory + task.layout->base);
   alignas(64) float delta[kBackwardRows];
   for (int64_t i = 0; i < kBackwardRows; i += 16) {
-    const __m512 x = _mm512_load_ps(reinterpret_cast<const float*>(memory + task.layout.delta) + i);
+    const __m512 x = _mm512_load_ps(reinterpret_cast<const float*>(memory + task.layout->delta) + i);
     _mm512_store_ps(delta + i, _mm512_mul_ps(x, _mm512_set1_ps(task.gap_scale)));
   }
   alignas(64) int32_t low[kBackwardRows], high[kBackwardRows];
@@ -373,18 +371,32 @@ static void run_key_block(BackwardTask& task, int64_t sequence_index) {
   pack_right<false>(k, task.first_key, task.num_keys, kKeyTiles / 2, p.H, task.k_transposed);
   for (int64_t i = 0; i < kKeyTiles / 2 * task.h_tiles; ++i)
     transpose_tile(task.k_transposed + i * kTileValues, task.k_transposed + i * kTileValues);
-  for (float* x = task.dk; x < task.scores; x += 16) _mm512_store_ps(x, _mm512_setzero_ps());
-  const int64_t group = p.N / p.G;
-  const Range queries = queries_seeing(s, task.first_key, task.first_key + task.num_keys - 1);
-  {
-    const TileScope tiles;
-    if (queries.begin < queries.end) {
-      const int64_t end = (queries.end * group - 1) / kBackwardRows + 1;
-      for (int64_t block = queries.begin * group / kBackwardRows; block < end; ++block)
-        propagate(task, block, row_block_index(*task.memory, p, s, sequence_index, task.head, block));
-    }
+  const int64_t num_sums = task.scores - task.dk;
+  const float gradient_scale = task.gradient_scale;
+  for (int64_t i = 0; i < num_sums; i += 16) {
+    const __m512 x = task.is_first ? _mm512_setzero_ps() : _mm512_load_ps(task.sums + i);
+    _mm512_store_ps(task.dk + i,
+                    i < task.dv - task.dk ? _mm512_mul_ps(x, _mm512_set1_ps(gradient_scale)) : x);
   }
-  store_tiles(task.dk, task.h_tiles * kTileSums, kTileSums, task.num_keys, p.H, p.scale / task.gradient_scale,
+  const int64_t group = p.N / p.G, num_row_blocks = task.row_blocks.end - task.row_blocks.begin;
+  const Range queries = queries_seeing(s, task.first_key, task.first_key + task.num_keys - 1);
+  if (queries.begin < queries.end) {
+    const TileScope tiles;
+    const int64_t begin = larger(task.row_blocks.begin, queries.begin * group / kBackwardRows);
+    const int64_t end = smaller(task.row_blocks.end, (queries.end * group - 1) / kBackwardRows + 1);
+    const int64_t index = task.memory->first_row_block[sequence_index] + task.head * num_row_blocks;
+    for (int64_t block = begin; block < end; ++block)
+      propagate(task, block, index + block - task.row_blocks.begin);
+  }
+  if (!task.is_last) {
+    const __m512 factor = _mm512_set1_ps(1.0f / gradient_scale);
+    for (int64_t i = 0; i < num_sums; i += 16) {
+      const __m512 x = _mm512_load_ps(task.dk + i);
+      _mm512_store_ps(task.sums + i, i < task.dv - task.dk ? _mm512_mul_ps(x, factor) : x);
+    }
+    return;
+  }
+  store_tiles(task.dk, task.h_tiles * kTileSums, kTileSums, task.num_keys, p.H, p.scale / gradient_scale,
               a.accumulate, rows_from(a.dk, s.batch, s.k_begin, task.head, 1), task.first_key);
   store_tiles(task.dv, task.hv_tiles * kTileSums, kTileSums, task.num_keys, p.Hv,
               1.0f / (1 << kProbabilityBits), a.accumulate, rows_from(a.dv, s.batch, s.k_begin, task.head, 1),
@@ -397,23 +409,26 @@ static bool takes(const AttentionBackward& a) {
          (kHalf != kFloat16 || a.dout.dtype == kFloat16);
 }
 
-static void attention_backward(const AttentionBackward& a) {
+// One chunk of the rows against all keys.
+static void run_chunk(const AttentionBackward& a, const Chunks& chunks, int64_t chunk) {
   const AttentionProblem& p = a.problem;
-  const BackwardMemory memory(p, a.memory);
+  const BackwardMemory memory(p, chunks, chunk, a.memory);
   const RowBlockLayout layout(p);
   const int64_t num_sequences = count_sequences(p);
   parallel_for(memory.num_row_blocks, 1, p.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t index = find_entry(memory.first_row_block, num_sequences, i);
       const Sequence s = sequence_of(p, index);
-      const int64_t rest = i - memory.first_row_block[index], blocks = backward_row_blocks(p, s);
-      prepare_rows(a, memory, layout, s, rest / blocks, rest % blocks, i);
+      const Range blocks = chunks.blocks(p, s, chunk);
+      const int64_t rest = i - memory.first_row_block[index], count = blocks.end - blocks.begin;
+      prepare_rows(a, memory, layout, s, rest / count, blocks.begin + rest % count, i);
     }
   });
   parallel_for(num_sequences * p.G, 1, p.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Sequence s = sequence_of(p, i / p.G);
-      memory.gradient_scales[i] = find_gradient_scale(a, memory, layout, s, i / p.G, i % p.G);
+      memory.gradient_scales[i] =
+          find_gradient_scale(a, memory, layout, s, chunks.blocks(p, s, chunk), i / p.G, i % p.G);
     }
   });
   // Blocks of keys in order, and for each of them all heads, so that threads rarely meet in one head's dq.
@@ -422,29 +437,26 @@ static void attention_backward(const AttentionBackward& a) {
       const int64_t index = find_entry(memory.first_part, num_sequences, part);
       const Sequence s = sequence_of(p, index);
       const int64_t rest = part - memory.first_part[index], block = rest / p.G;
-      const float scale = memory.gradient_scales[index * p.G + rest % p.G];
-      BackwardTask task{&a,
-                        &s,
-                        &memory,
-                        layout,
-                        rest % p.G,
-                        block,
-                        block * kBackwardKeys,
-                        smaller(kBackwardKeys, s.S - block * kBackwardKeys),
-                        round_up(p.H, 32) / 16,
-                        round_up(p.Hv, 32) / 16,
-                        scale,
-                        scale / (1 << kProbabilityBits),
-                        {},
-                        {},
-                        {},
-                        {},
-                        {},
-                        {},
-                        {},
-                        {},
-                        {},
-                        {}};
+      const int64_t first_key = block * kBackwardKeys, num_keys = smaller(kBackwardKeys, s.S - first_key);
+      const Range seeing = chunks.seeing(p, s, first_key, first_key + num_keys - 1);
+      if (chunk < seeing.begin || chunk >= seeing.end) continue;
+      BackwardTask task{};
+      task.a = &a;
+      task.s = &s;
+      task.memory = &memory;
+      task.layout = &layout;
+      task.row_blocks = chunks.blocks(p, s, chunk);
+      task.is_first = chunk == seeing.begin;
+      task.is_last = chunk == seeing.end - 1;
+      task.sums = memory.sums + part * BackwardMemory::part_floats(p);
+      task.head = rest % p.G;
+      task.key_block = block;
+      task.first_key = first_key;
+      task.num_keys = num_keys;
+      task.h_tiles = round_up(p.H, 32) / 16;
+      task.hv_tiles = round_up(p.Hv, 32) / 16;
+      task.gradient_scale = memory.gradient_scales[index * p.G + task.head];
+      task.gap_scale = task.gradient_scale / (1 << kProbabilityBits);
       try {
         run_key_block(task, index);
       } catch (...) {
@@ -455,6 +467,11 @@ static void attention_backward(const AttentionBackward& a) {
       }
     }
   });
+}
+
+static void attention_backward(const AttentionBackward& a) {
+  const Chunks chunks(a.problem);
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) run_chunk(a, chunks, chunk);
 }
 
 }  // namespace half

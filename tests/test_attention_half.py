@@ -204,9 +204,45 @@ def split_in_two(problem):
         yield keys, Positions(q_start=start, k_start=keys.start)
 
 
+@pytest.mark.parametrize("low, high", [(None, None), (None, 50), (-300, 250)], ids=str)
+def test_rows_in_several_chunks(isa, low, high):
+    """The backward goes through 1,000 positions of 8 heads of 128 in several chunks; their gradients differ in size."""
+    ramp = 2.0 ** torch.linspace(-8, 8, 1000).round()[:, None, None].to(DTYPES[isa])
+    left, right = None if low is None else 50 - low, None if high is None else high - 50
+    for factor in (ramp, ramp.flip(0)):
+        with instruction_set(isa):
+            check_operator(
+                lambda **x: attention(**x, window=(left, right)) * factor,  # noqa: B023
+                lambda **x: plain(**x, low=low, high=high)[0] * factor,  # noqa: B023
+                make(isa, 1000, 1050, N=8, G=1, H=128),
+            )
+
+
+def test_a_long_sequence_among_short_ones(isa):
+    """Only the long ones have a second chunk; with some queries that see no key."""
+    ends_q, ends_k = [0, 30, 930, 930, 1000, 1900], [0, 40, 700, 701, 800, 1700]
+    lengths = [torch.tensor(ends, dtype=torch.int32) for ends in (ends_q, ends_k)]
+    inputs = {name: x.detach()[0].requires_grad_() for name, x in make(isa, 1900, 1700, N=8, G=1).items()}
+
+    def ours(q, k, v):
+        return attention(q, k, v, causal=True, cu_seqlens_q=lengths[0], cu_seqlens_k=lengths[1])
+
+    def each(q, k, v):
+        spans = zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
+        parts = [
+            plain(q[None, a:b], k[None, c:d], v[None, c:d], high=d - c - (b - a))[0][0]
+            for a, b, c, d in spans
+        ]
+        return torch.cat(parts)
+
+    with instruction_set(isa):
+        check_operator(ours, each, inputs)
+
+
+@pytest.mark.parametrize("length", [500, 2200])
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": (100, 20)}], ids=str)
-def test_same_for_any_threads(isa, options):
+def test_same_for_any_threads(isa, options, length):
     with instruction_set(isa):
         assert_same_for_any_threads(
-            lambda **x: attention(**x, return_lse=True, **options), make(isa, 500, 500, N=4)
+            lambda **x: attention(**x, return_lse=True, **options), make(isa, length, length, N=4, G=2)
         )
