@@ -63,24 +63,6 @@ static void multiply(int64_t row_tiles, int64_t column_tiles, int64_t num_k, con
   }
 }
 
-// 16 values of a row from `column` on as fp32, zero from `size` on.
-static __m512 load_values(const RowSource& source, int64_t r, int64_t column, int64_t size) {
-  const int64_t count = smaller(16, size - column), step = source.element_stride;
-  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-  if (source.dtype == kFloat32) {
-    const float* from = source.row<float>(r) + column * step;
-    if (step == 1) return _mm512_maskz_loadu_ps(mask, from);
-    alignas(64) float values[16] = {};
-    for (int64_t i = 0; i < count; ++i) values[i] = from[i * step];
-    return _mm512_load_ps(values);
-  }
-  const Bits* from = source.row<Bits>(r) + column * step;
-  if (step == 1) return widen(_mm256_maskz_loadu_epi16(mask, from));
-  alignas(32) Bits bits[16] = {};
-  for (int64_t i = 0; i < count; ++i) bits[i] = from[i * step];
-  return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)));
-}
-
 // The blocks of keys that a block of rows sees: [begin, end).
 static Range key_blocks_of(const AttentionProblem& p, const Sequence& s, int64_t block) {
   const int64_t group = p.N / p.G, first = block * kBackwardRows;
@@ -96,10 +78,11 @@ static void store_tiles(const float* tiles, int64_t row_step, int64_t column_ste
                         int64_t size, float factor, bool accumulate, const RowSource& target, int64_t first) {
   for (int64_t i = 0; i < count; ++i) {
     const float* from = tiles + i / 16 * row_step + i % 16 * 16;
+    const int64_t offset = target.offset(first + i);
     for (int64_t column = 0; column < size; column += 16, from += column_step) {
       __m512 x = _mm512_mul_ps(_mm512_load_ps(from), _mm512_set1_ps(factor));
-      if (accumulate) x = _mm512_add_ps(x, load_values(target, first + i, column, size));
-      store_values(target, first + i, column, size, x);
+      if (accumulate) x = _mm512_add_ps(x, load_values(target, offset, column, size));
+      store_values(target, offset, column, size, x);
     }
   }
 }
@@ -140,10 +123,11 @@ static void prepare_rows(const AttentionBackward& a, const BackwardMemory& m, co
     const int64_t at = lse_index(p, s, head, first + i);
     if (a.lse[at] > -__builtin_inff())
       base[i] = a.lse[at] * 1.44269504088896340736f - (kShift + kProbabilityBits);
+    const int64_t of_dout = dout.offset(first + i), of_out = out.offset(first + i);
     __m512 sum = _mm512_setzero_ps(), size = sum;
     for (int64_t column = 0; column < p.Hv; column += 16) {
-      const __m512 x = load_values(dout, first + i, column, p.Hv);
-      sum = _mm512_fmadd_ps(x, load_values(out, first + i, column, p.Hv), sum);
+      const __m512 x = load_values(dout, of_dout, column, p.Hv);
+      sum = _mm512_fmadd_ps(x, load_values(out, of_out, column, p.Hv), sum);
       size = _mm512_add_ps(size, _mm512_abs_ps(x));
     }
     delta[i] = _mm512_reduce_add_ps(sum) - (a.dlse ? a.dlse[at] : 0.0f);

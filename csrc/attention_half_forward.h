@@ -329,9 +329,10 @@ static void begin_panel(const ForwardTask& task, int64_t head, int64_t first, in
     panel->reference[i] = lse * kLog2E;
     panel->sums[i * 16] = 1.0f + kRoundUp;
     const RowSource out = rows_from(task.a->out, s.batch, s.q_begin, head, group);
-    const float* from = out.row<float>(row);
+    const int64_t offset = out.offset(row);
     float* to = panel->out + i / 16 * task.sizes.hv_tiles * kTileSums + i % 16 * 16;
-    for (int64_t j = 0; j < p.Hv; ++j) to[j / 16 * kTileSums + j % 16] = from[j * out.element_stride];
+    for (int64_t column = 0; column < p.Hv; column += 16, to += kTileSums)
+      _mm512_store_ps(to, load_values(out, offset, column, p.Hv));
   }
 }
 
@@ -404,10 +405,11 @@ static void end_panel(const ForwardTask& task, int64_t head, const Panel& panel)
   for (int64_t i = 0; i < panel.count; ++i) {
     const __m512 factor = _mm512_set1_ps(factors[i]);
     const float* from = panel.out + i / 16 * task.sizes.hv_tiles * kTileSums + i % 16 * 16;
+    const int64_t offset = target.offset(panel.first + i);
     for (int64_t column = 0; column < p.Hv; column += 32, from += 2 * kTileSums) {
       const __m512 a = _mm512_mul_ps(_mm512_load_ps(from), factor);
       const __m512 b = _mm512_mul_ps(_mm512_load_ps(from + kTileSums), factor);
-      store_two(target, panel.first + i, column, p.Hv, a, b);
+      store_two(target, offset, column, p.Hv, a, b);
     }
   }
 }

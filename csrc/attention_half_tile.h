@@ -232,10 +232,6 @@ struct RowSource {
     const int64_t position = group == 1 ? r : r / group;
     return position * position_stride + (r - position * group) * head_stride;
   }
-  template <class Element>
-  const Element* row(int64_t r) const {
-    return reinterpret_cast<const Element*>(data) + offset(r);
-  }
 };
 
 PYPAR_INLINE RowSource rows_from(const AttentionTensor& x, int64_t batch, int64_t position, int64_t head,
@@ -334,19 +330,39 @@ static void pack_right(const RowSource& source, int64_t first, int64_t count, in
   }
 }
 
-// 16 values of a row from `column` on, as far as `size`, rounded once.
-static void store_values(const RowSource& target, int64_t r, int64_t column, int64_t size, __m512 x) {
+// 16 values of the row at `offset` from `column` on as fp32, zero from `size` on.
+PYPAR_INLINE __m512 load_values(const RowSource& source, int64_t offset, int64_t column, int64_t size) {
+  const int64_t count = smaller(16, size - column), step = source.element_stride;
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if (source.dtype == kFloat32) {
+    const float* from = reinterpret_cast<const float*>(source.data) + offset + column * step;
+    if (step == 1) return _mm512_maskz_loadu_ps(mask, from);
+    alignas(64) float values[16] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = from[i * step];
+    return _mm512_load_ps(values);
+  }
+  const Bits* from = reinterpret_cast<const Bits*>(source.data) + offset + column * step;
+  if (step == 1) return widen(_mm256_maskz_loadu_epi16(mask, from));
+  alignas(32) Bits bits[16] = {};
+  for (int64_t i = 0; i < count; ++i) bits[i] = from[i * step];
+  return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)));
+}
+
+// The same the other way, rounded once.
+PYPAR_INLINE void store_values(const RowSource& target, int64_t offset, int64_t column, int64_t size,
+                               __m512 x) {
   const int64_t count = smaller(16, size - column), step = target.element_stride;
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  char* const data = const_cast<char*>(target.data);
   if (target.dtype == kFloat32) {
-    auto* to = const_cast<float*>(target.row<float>(r)) + column * step;
+    auto* to = reinterpret_cast<float*>(data) + offset + column * step;
     if (step == 1) return _mm512_mask_storeu_ps(to, mask, x);
     alignas(64) float values[16];
     _mm512_store_ps(values, x);
     for (int64_t i = 0; i < count; ++i) to[i * step] = values[i];
     return;
   }
-  auto* to = const_cast<Bits*>(target.row<Bits>(r)) + column * step;
+  auto* to = reinterpret_cast<Bits*>(data) + offset + column * step;
   const __m256i rounded = narrow(x);
   if (step == 1) return _mm256_mask_storeu_epi16(to, mask, rounded);
   alignas(32) Bits values[16];
@@ -355,14 +371,15 @@ static void store_values(const RowSource& target, int64_t r, int64_t column, int
 }
 
 // The same of 32 values.
-PYPAR_INLINE void store_two(const RowSource& target, int64_t r, int64_t column, int64_t size, __m512 a,
+PYPAR_INLINE void store_two(const RowSource& target, int64_t offset, int64_t column, int64_t size, __m512 a,
                             __m512 b) {
   if (target.dtype == kHalf && target.element_stride == 1) {
     const __mmask32 mask = _bzhi_u32(~uint32_t{0}, static_cast<uint32_t>(smaller(32, size - column)));
-    return _mm512_mask_storeu_epi16(const_cast<Bits*>(target.row<Bits>(r)) + column, mask, narrow_two(a, b));
+    auto* to = reinterpret_cast<Bits*>(const_cast<char*>(target.data)) + offset + column;
+    return _mm512_mask_storeu_epi16(to, mask, narrow_two(a, b));
   }
-  store_values(target, r, column, size, a);
-  if (column + 16 < size) store_values(target, r, column + 16, size, b);
+  store_values(target, offset, column, size, a);
+  if (column + 16 < size) store_values(target, offset, column + 16, size, b);
 }
 
 }  // namespace half
