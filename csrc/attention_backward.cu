@@ -248,7 +248,8 @@ std::vector<std::tuple<std::string, int, int>> attention_backward_kernels() {
 
 PYPAR_BIND(attention_backward) {
   pypar::bind_attention_backward(
-      module, [](const pypar::AttentionProblem&) {}, &pypar::cuda::attention_backward_memory,
+      module, [](const pypar::AttentionProblem&) {},
+      [](const pypar::AttentionProblem& p, bool) { return pypar::cuda::attention_backward_memory(p); },
       [](const pypar::AttentionBackward& arguments) {
         py::gil_scoped_release unlocked;
         pypar::cuda::attention_backward(arguments);

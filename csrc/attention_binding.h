@@ -276,11 +276,14 @@ void bind_attention_forward(py::module_& module, Check check, Memory memory_byte
 
 template <class Check, class Memory, class Backward>
 void bind_attention_backward(py::module_& module, Check check, Memory memory_bytes, Backward backward) {
-  module.def("attention_backward_memory", [=](const py::dict& problem) {
-    const AttentionProblem p = attention_problem(problem);
-    check(p);
-    return memory_bytes(p);
-  });
+  module.def(
+      "attention_backward_memory",
+      [=](const py::dict& problem, bool accumulate) {
+        const AttentionProblem p = attention_problem(problem);
+        check(p);
+        return memory_bytes(p, accumulate);
+      },
+      py::arg("problem"), py::arg("accumulate") = false);
   module.def(
       "attention_backward",
       [=](const py::dict& problem, const py::object& dout, const py::object& out, const py::object& lse,
@@ -291,7 +294,7 @@ void bind_attention_backward(py::module_& module, Check check, Memory memory_byt
         const AttentionBackward a =
             attention_backward_arguments(p, py::make_tuple(dout, out, dq, dk, dv),
                                          py::make_tuple(lse, lse_rest, dlse, dbias, memory), accumulate);
-        if (!attention_memory_fits(a.memory, memory_bytes(p))) {
+        if (!attention_memory_fits(a.memory, memory_bytes(p, accumulate))) {
           throw py::value_error(
               "attention_backward needs the memory of attention_backward_memory, 64-byte aligned");
         }

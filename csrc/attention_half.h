@@ -122,8 +122,8 @@ struct Chunks {
 };
 
 // Per sequence and once more, where its blocks of rows of this chunk and its parts begin; the blocks of rows;
-// with several chunks, the sums of dk and dv of each part; for each block of rows which block of keys its dq
-// takes next.
+// with several chunks, the sums of dk and dv of each part, unless they are added to the results at once; for
+// each block of rows which block of keys its dq takes next.
 struct BackwardMemory {
   int64_t* first_row_block;
   int64_t* first_part;
@@ -136,7 +136,8 @@ struct BackwardMemory {
   static int64_t part_floats(const AttentionProblem& p) {
     return kBackwardKeys * 32 * (blocks_of(p.H, 32) + blocks_of(p.Hv, 32));
   }
-  static int64_t bytes(const AttentionProblem& p) {
+  static bool keeps_sums(const Chunks& chunks, bool accumulate) { return chunks.count > 1 && !accumulate; }
+  static int64_t bytes(const AttentionProblem& p, bool accumulate) {
     const Chunks chunks(p);
     int64_t rows = 0, parts = 0;
     for (int64_t i = 0; i < count_sequences(p); ++i) {
@@ -145,11 +146,12 @@ struct BackwardMemory {
       parts += blocks_of(s.S, kBackwardKeys) * p.G;
     }
     return index_bytes(p) + rows * (RowBlockLayout(p).bytes + 4) + count_sequences(p) * p.G * 4 +
-           (chunks.count > 1 ? parts * part_floats(p) * 4 : 0);
+           (keeps_sums(chunks, accumulate) ? parts * part_floats(p) * 4 : 0);
   }
-  BackwardMemory(const AttentionProblem& p, const Chunks& chunks, int64_t chunk, void* memory)
+  BackwardMemory(const AttentionBackward& a, const Chunks& chunks, int64_t chunk)
       : num_row_blocks(0), num_parts(0) {
-    first_row_block = static_cast<int64_t*>(memory);
+    const AttentionProblem& p = a.problem;
+    first_row_block = static_cast<int64_t*>(a.memory);
     first_part = first_row_block + count_sequences(p) + 1;
     int64_t most_row_blocks = 0;
     for (int64_t i = 0; i < count_sequences(p); ++i) {
@@ -161,9 +163,9 @@ struct BackwardMemory {
       most_row_blocks += chunks.blocks(p, s, 0).end * p.G;
       num_parts += blocks_of(s.S, kBackwardKeys) * p.G;
     }
-    row_blocks = static_cast<char*>(memory) + index_bytes(p);
+    row_blocks = static_cast<char*>(a.memory) + index_bytes(p);
     sums = reinterpret_cast<float*>(row_blocks + most_row_blocks * RowBlockLayout(p).bytes);
-    const int64_t num_sums = chunks.count > 1 ? num_parts * part_floats(p) : 0;
+    const int64_t num_sums = keeps_sums(chunks, a.accumulate) ? num_parts * part_floats(p) : 0;
     progress = reinterpret_cast<int32_t*>(sums + num_sums);
     gradient_scales = reinterpret_cast<float*>(progress + most_row_blocks);
   }
@@ -173,8 +175,8 @@ struct BackwardMemory {
 static inline int64_t forward_bytes(const AttentionProblem& p) {
   return most_of(attention_forward_bytes(p), suits(p) ? ForwardMemory::bytes(p) : 0);
 }
-static inline int64_t backward_bytes(const AttentionProblem& p) {
-  return most_of(attention_backward_bytes(p), suits(p) ? BackwardMemory::bytes(p) : 0);
+static inline int64_t backward_bytes(const AttentionProblem& p, bool accumulate) {
+  return most_of(attention_backward_bytes(p), suits(p) ? BackwardMemory::bytes(p, accumulate) : 0);
 }
 
 }  // namespace half

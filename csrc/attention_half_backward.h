@@ -22,7 +22,7 @@ struct BackwardTask {
   const BackwardMemory* memory;
   const RowBlockLayout* layout;
   Range row_blocks;        // of this chunk
-  bool is_first, is_last;  // of the chunks whose rows see these keys
+  bool is_first, is_last;  // of the chunks whose rows see these keys, as far as `sums` goes
   float* sums;             // of dk and dv, over the chunks before
   int64_t head, key_block, first_key, num_keys;
   int64_t h_tiles, hv_tiles;  // of 16
@@ -396,7 +396,7 @@ static bool takes(const AttentionBackward& a) {
 // One chunk of the rows against all keys.
 static void run_chunk(const AttentionBackward& a, const Chunks& chunks, int64_t chunk) {
   const AttentionProblem& p = a.problem;
-  const BackwardMemory memory(p, chunks, chunk, a.memory);
+  const BackwardMemory memory(a, chunks, chunk);
   const RowBlockLayout layout(p);
   const int64_t num_sequences = count_sequences(p);
   parallel_for(memory.num_row_blocks, 1, p.num_threads, [&](int64_t begin, int64_t end) {
@@ -430,8 +430,8 @@ static void run_chunk(const AttentionBackward& a, const Chunks& chunks, int64_t 
       task.memory = &memory;
       task.layout = &layout;
       task.row_blocks = chunks.blocks(p, s, chunk);
-      task.is_first = chunk == seeing.begin;
-      task.is_last = chunk == seeing.end - 1;
+      task.is_first = a.accumulate || chunk == seeing.begin;
+      task.is_last = a.accumulate || chunk == seeing.end - 1;
       task.sums = memory.sums + part * BackwardMemory::part_floats(p);
       task.head = rest % p.G;
       task.key_block = block;

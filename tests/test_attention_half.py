@@ -1,6 +1,7 @@
 """bf16 and fp16 attention by the CPU's own products: blocks, masks, states that move, what is not finite."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -216,6 +217,22 @@ def test_rows_in_several_chunks(isa, low, high):
                 lambda **x: plain(**x, low=low, high=high)[0] * factor,  # noqa: B023
                 make(isa, 1000, 1050, N=8, G=1, H=128),
             )
+
+
+def test_chunks_that_are_added(isa):
+    """dq has the same bits added to zeros as alone; dk and dv differ by fp32 sums of chunks, then rounded."""
+    q, k, v = (x.detach() for x in make(isa, 1000, 1050, N=8, G=1, H=128).values())
+    problem = attention_problem(q, k, v, causal=True)
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(DTYPES[isa])
+    with instruction_set(isa):
+        out, lse = attention_native.forward(native.module(), problem, None)
+        backward = partial(attention_native.backward, native.module(), problem, dout, out, lse, None)
+        alone = backward(None, None)
+        added = backward((torch.zeros(q.shape), torch.full(k.shape, 3.0), torch.full(v.shape, -2.0)), None)
+    assert torch.equal(added[0].to(q.dtype), alone[0])
+    for name, x, start, expected in zip("kv", added[1:], (3.0, -2.0), alone[1:], strict=True):
+        eps = torch.finfo(q.dtype).eps
+        torch.testing.assert_close(x - start, expected.float(), rtol=eps, atol=1e-5, msg=f"d{name}")
 
 
 def test_a_long_sequence_among_short_ones(isa):

@@ -66,7 +66,7 @@ def backward(
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     arguments = _problem(problem)
-    memory = _memory(module.attention_backward_memory(arguments), problem.q)
+    memory = _memory(module.attention_backward_memory(arguments, into is not None), problem.q)
     module.attention_backward(
         arguments,
         _tensor(dout),
