@@ -17,14 +17,13 @@ from pypar.comm.collectives import (
     local_slice,
     reduce_scatter_start,
 )
-from pypar.comm.point_to_point import RingExchange, exchange_start, receive_start, send_start
+from pypar.comm.point_to_point import exchange_start, receive_start, send_start
 from pypar.comm.shared_tensors import shared_empty
 from pypar.comm.traffic import Traffic, wire_bytes
 
 __all__ = [
     "Handle",
     "PeerAllReduce",
-    "RingExchange",
     "Traffic",
     "all_gather_start",
     "all_reduce_start",

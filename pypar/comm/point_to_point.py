@@ -1,4 +1,4 @@
-"""Started sends and receives between two ranks of an axis, and the exchange that a ring makes.
+"""Started sends and receives between ranks of an axis, one by one or several as one batch.
 
 All go through `batch_isend_irecv`. Messages between the same two ranks with the same tag arrive in the order
 in which they were started. A buffer that is being sent must not be written until its handle was waited for.
@@ -17,8 +17,6 @@ from pypar.comm.collectives import Handle
 
 if TYPE_CHECKING:
     from pypar.mesh import Axis
-
-_RING_TAG = 1 << 25  # apart from the tags of sends that the caller makes on the same group
 
 
 def send_start(x: Tensor, peer_index: int, axis: Axis, tag: int = 0) -> Handle:
@@ -74,35 +72,6 @@ def exchange_start(
         for operation, work in zip(operations, works, strict=False)
     ]
     return handles[len(receives) :], handles[: len(receives)]
-
-
-class RingExchange:
-    """Passes tensors around the ring of an axis: each rank sends to the next, receives from the previous.
-
-    Several exchanges may be in flight; they complete in the order of their starts. x has the same shape and
-    dtype on every rank. The received tensor is a new buffer that nothing else writes.
-    """
-
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
-        self._next = axis.ranks[(axis.rank + 1) % axis.size]
-        self._previous = axis.ranks[(axis.rank - 1) % axis.size]
-
-    def start(self, x: Tensor) -> Handle:
-        """Send x [any shape] to rank+1; `wait()` gives the tensor of rank-1; x may be written after it."""
-        axis = self.axis
-        if axis.size == 1:
-            return Handle(x)
-        source = x.detach().contiguous()
-        buffer = torch.empty_like(source)
-        axis.traffic.record("ring_exchange", source.nbytes)
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.irecv, buffer, self._previous, axis.group, _RING_TAG),
-                dist.P2POp(dist.isend, source, self._next, axis.group, _RING_TAG),
-            ]
-        )
-        return Handle(buffer, tuple(works), traffic=axis.traffic, keep=(source,))
 
 
 def _peer(peer_index: int, axis: Axis, what: str) -> int:
