@@ -17,6 +17,7 @@ BASE = 2
 LEVELS = {
     "kernels": 0,
     "_native": 0,
+    "paths": 0,
     "ops": 1,
     "comm": BASE,
     "mesh": BASE,

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from pypar.paths import cache_folder
+
 
 class Thresholds(NamedTuple):
     """One-shot up to the first number of bytes, two-shot up to the second, the group's own all-reduce beyond."""
@@ -63,8 +65,8 @@ def shipped(arch: str, num_ranks: int) -> Thresholds:
 
 
 def cache_file() -> Path:
-    """Where measured thresholds are kept: $XDG_CACHE_HOME/pypar/allreduce.json, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pypar" / "allreduce.json"
+    """Where measured thresholds are kept."""
+    return cache_folder() / "allreduce.json"
 
 
 def tuned(path: Path, name: str, engine: str, num_ranks: int) -> Thresholds | None:

@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from pypar.paths import cache_folder
 from pypar.train.config import DataConfig
 from pypar.train.sources import PYTHON_STDLIB, Piece, SourceFile, find_files, stdlib_folder
 from pypar.train.tokens import ByteTokenizer, Tokenizer
@@ -63,19 +64,13 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-def cache_root(data: DataConfig) -> Path:
-    if data.cache_directory:
-        return Path(data.cache_directory).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pypar"
-
-
 def prepare_cache(data: DataConfig, tokenizer: Tokenizer) -> TokenCache:
     """The cache of ``data``, built now unless it is there and its input (names, sizes, times) unchanged."""
     files = find_files(data)
     where = str(stdlib_folder()) if data.path == PYTHON_STDLIB else os.path.abspath(data.path)
     source = _digest([FORMAT, where, data.pattern, tokenizer.fingerprint, data.validation_fraction])
     content = _digest([source, *((f.name, f.size, f.mtime_ns) for f in files)])
-    root = cache_root(data)
+    root = Path(data.cache_directory).expanduser() if data.cache_directory else cache_folder()
     path = root / f"{source}-{content}"
     found = _open(path)
     if found is not None:
