@@ -41,6 +41,16 @@ def _slot(buffers_ptr, peer, call, x_ptr, header_bytes, slot_bytes):
 
 
 @triton.jit
+def _sum(buffers_ptr, at, mask, call, x_ptr, header_bytes, slot_bytes, RANKS: tl.constexpr):
+    """The sum over ranks of elements `at` of their slots, fp32; 0 where a mask, which may be None, leaves them out."""
+    total = tl.zeros(at.shape, tl.float32)
+    for peer in tl.static_range(RANKS):
+        theirs = _slot(buffers_ptr, peer, call, x_ptr, header_bytes, slot_bytes)
+        total += tl.load(theirs + at, mask=mask, other=None if mask is None else 0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _counters(buffers_ptr, rank, RANKS: tl.constexpr, BLOCKS: tl.constexpr):
     """A block's numbers of calls, after the flags, as many words unused, and its clock."""
     return tl.load(buffers_ptr + rank).to(tl.pointer_type(tl.int32)) + 4 * BLOCKS * RANKS
@@ -139,10 +149,7 @@ def _one_shot_kernel(
         _exchange(buffers_ptr, error_ptr, rank, call, limit, 0, RANKS, BLOCKS, CLOCK)
         for tile in range(tl.program_id(0), num_tiles, BLOCKS):
             at = tile * TILE + tl.arange(0, TILE)
-            total = tl.zeros((TILE,), tl.float32)
-            for peer in tl.static_range(RANKS):
-                theirs = _slot(buffers_ptr, peer, call, x_ptr, header_bytes, slot_bytes)
-                total += tl.load(theirs + at).to(tl.float32)
+            total = _sum(buffers_ptr, at, None, call, x_ptr, header_bytes, slot_bytes, RANKS)
             tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < numel)
 
 
@@ -174,10 +181,7 @@ def _two_shot_kernel(
         rest = _exchange(buffers_ptr, error_ptr, rank, call, limit, 0, RANKS, BLOCKS, CLOCK)
         for tile in range(tl.program_id(0), num_tiles, BLOCKS):
             at = (rank * num_tiles + tile) * TILE + tl.arange(0, TILE)
-            total = tl.zeros((TILE,), tl.float32)
-            for peer in tl.static_range(RANKS):
-                theirs = _slot(buffers_ptr, peer, call, x_ptr, header_bytes, slot_bytes)
-                total += tl.load(theirs + at).to(tl.float32)
+            total = _sum(buffers_ptr, at, None, call, x_ptr, header_bytes, slot_bytes, RANKS)
             rounded = total.to(y_ptr.dtype.element_ty)
             tl.store(own + at, rounded)  # of this slice only this thread reads the own slot, and it has
             tl.store(y_ptr + at, rounded, mask=at < numel)
@@ -224,10 +228,7 @@ def _residual_norm_kernel(
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         for row in range(tl.program_id(0), rows, BLOCKS):
             at = row * D + columns
-            total = tl.zeros((BLOCK_D,), tl.float32)
-            for peer in tl.static_range(RANKS):
-                theirs = _slot(buffers_ptr, peer, call, x_ptr, header_bytes, slot_bytes)
-                total += tl.load(theirs + at, mask=inside, other=0.0).to(tl.float32)
+            total = _sum(buffers_ptr, at, inside, call, x_ptr, header_bytes, slot_bytes, RANKS)
             total += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
             kept = total.to(residual_out_ptr.dtype.element_ty)
             tl.store(residual_out_ptr + at, kept, mask=inside)
