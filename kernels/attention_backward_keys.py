@@ -14,6 +14,7 @@ from .attention_tiles import (
     logits,
     power,
     show_copies,
+    start_of,
     store_gradient,
     unit,
 )
@@ -66,9 +67,8 @@ def _attention_dkdv_kernel(
     if s_first >= S:  # no key of this block exists
         end = begin
 
-    k_begin = k_begin.to(tl.int64)
-    k_base = k_ptr + batch * stride_kb + k_begin * stride_ks + group.to(tl.int64) * stride_kg
-    v_base = v_ptr + batch * stride_vb + k_begin * stride_vs + group.to(tl.int64) * stride_vg
+    k_base = start_of(k_ptr, batch, stride_kb, k_begin, stride_ks, group, stride_kg)
+    v_base = start_of(v_ptr, batch, stride_vb, k_begin, stride_vs, group, stride_vg)
     k = load_tile(k_base, s, h, stride_ks, stride_kh, S, H, BLOCK_H)
     v = load_tile(v_base, s, hv, stride_vs, stride_vh, S, HV, BLOCK_HV)
     dk = tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
@@ -76,8 +76,8 @@ def _attention_dkdv_kernel(
     for member in range(0, N // G):
         head = group * (N // G) + member
         head_long = head.to(tl.int64)
-        q_base = q_ptr + batch * stride_qb + q_begin.to(tl.int64) * stride_qt + head_long * stride_qn
-        dout_base = dout_ptr + batch * stride_db + q_begin.to(tl.int64) * stride_dt + head_long * stride_dn
+        q_base = start_of(q_ptr, batch, stride_qb, q_begin, stride_qt, head, stride_qn)
+        dout_base = start_of(dout_ptr, batch, stride_db, q_begin, stride_dt, head, stride_dn)
         in_lse = head_long * total + q_begin
         if cu_q_ptr is None:
             in_lse += batch * N * total
@@ -121,7 +121,7 @@ def _attention_dkdv_kernel(
             if SOFTCAP:
                 ds = ds * (1 - ratio * ratio)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    dk_base = dk_ptr + batch * stride_dkb + k_begin * stride_dks + group.to(tl.int64) * stride_dkg
-    dv_base = dv_ptr + batch * stride_dvb + k_begin * stride_dvs + group.to(tl.int64) * stride_dvg
+    dk_base = start_of(dk_ptr, batch, stride_dkb, k_begin, stride_dks, group, stride_dkg)
+    dv_base = start_of(dv_ptr, batch, stride_dvb, k_begin, stride_dvs, group, stride_dvg)
     store_gradient(dk_base, dk * dscale, s, h, stride_dks, stride_dkh, S, H, ACCUMULATE)
     store_gradient(dv_base, dv, s, hv, stride_dvs, stride_dvh, S, HV, ACCUMULATE)

@@ -18,6 +18,7 @@ from .attention_tiles import (
     logits,
     power,
     show_copies,
+    start_of,
     store_gradient,
     unit,
 )
@@ -107,13 +108,11 @@ def _attention_dq_kernel(
         end = begin
 
     head_long = head.to(tl.int64)
-    group = (head // (N // G)).to(tl.int64)
-    q_begin = q_begin.to(tl.int64)
-    k_begin = k_begin.to(tl.int64)
-    q_base = q_ptr + batch * stride_qb + q_begin * stride_qt + head_long * stride_qn
-    dout_base = dout_ptr + batch * stride_db + q_begin * stride_dt + head_long * stride_dn
-    k_base = k_ptr + batch * stride_kb + k_begin * stride_ks + group * stride_kg
-    v_base = v_ptr + batch * stride_vb + k_begin * stride_vs + group * stride_vg
+    group = head // (N // G)
+    q_base = start_of(q_ptr, batch, stride_qb, q_begin, stride_qt, head, stride_qn)
+    dout_base = start_of(dout_ptr, batch, stride_db, q_begin, stride_dt, head, stride_dn)
+    k_base = start_of(k_ptr, batch, stride_kb, k_begin, stride_ks, group, stride_kg)
+    v_base = start_of(v_ptr, batch, stride_vb, k_begin, stride_vs, group, stride_vg)
     in_lse = head_long * total + q_begin
     if cu_q_ptr is None:
         in_lse += batch * N * total
@@ -159,5 +158,5 @@ def _attention_dq_kernel(
         if SOFTCAP:
             ds = ds * (1 - ratio * ratio)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq_base = dq_ptr + batch * stride_dqb + q_begin * stride_dqt + head_long * stride_dqn
+    dq_base = start_of(dq_ptr, batch, stride_dqb, q_begin, stride_dqt, head, stride_dqn)
     store_gradient(dq_base, dq * dscale, t, h, stride_dqt, stride_dqh, T, H, ACCUMULATE)

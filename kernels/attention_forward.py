@@ -15,6 +15,7 @@ from .attention_tiles import (
     logits,
     power,
     show_copies,
+    start_of,
     unit,
 )
 
@@ -128,9 +129,9 @@ def _attention_forward_kernel(
         out_ptr + batch.to(tl.int64) * stride_ob + out_rows[:, None] + hv[None, :].to(tl.int64) * stride_oh
     )
     out_mask = (t[:, None] < T) & (hv[None, :] < HV)
-    group = (first_head // GROUP).to(tl.int64)
-    k_base = k_ptr + batch.to(tl.int64) * stride_kb + k_begin.to(tl.int64) * stride_ks + group * stride_kg
-    v_base = v_ptr + batch.to(tl.int64) * stride_vb + k_begin.to(tl.int64) * stride_vs + group * stride_vg
+    group = first_head // GROUP
+    k_base = start_of(k_ptr, batch, stride_kb, k_begin, stride_ks, group, stride_kg)
+    v_base = start_of(v_ptr, batch, stride_vb, k_begin, stride_vs, group, stride_vg)
 
     bias_base = None
     if bias_ptr is not None:

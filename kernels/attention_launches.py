@@ -58,17 +58,14 @@ def forward_launches(
     rows, split = lse.numel(), splits > 1
     part = out.new_empty((splits, rows, size.Hv), dtype=torch.float32) if split else None
     state = lse.new_empty((splits, 2, rows)) if split else None
+    parts = {"part_ptr": part, "state_ptr": state, "splits": splits}
     arguments = {
         **operands(problem),
         "out_ptr": out,
         "lse_ptr": lse,
-        "part_ptr": part,
-        "state_ptr": state,
+        **parts,
         "sinks_ptr": None if split else problem.sinks,
         **strides_of("o", out, "btnh"),
-        **options(problem, tile),
-        "num_blocks": num_blocks,
-        "splits": splits,
         "GROUP": N // G,
         "PACK": pack,
         "PLAIN": is_plain(problem),
@@ -76,28 +73,11 @@ def forward_launches(
         "SPLIT": split,
         "FENCE": device.reads_by_async_proxy,
     }
-    launches = [
-        Launch(_attention_forward_kernel, num_programs * splits, arguments, tile.num_warps, tile.num_stages)
-    ]
+    heads = N // pack * splits
+    launches = [_launch_of_blocks(_attention_forward_kernel, problem, tile, num_blocks, heads, arguments)]
     if split:
-        arguments = {
-            "part_ptr": part,
-            "state_ptr": state,
-            "out_ptr": out,
-            "lse_ptr": lse,
-            "sinks_ptr": problem.sinks,
-            **strides_of("o", out, "btnh"),
-            "rows": rows,
-            "T": T,
-            "N": N,
-            "splits": splits,
-            "HV": size.Hv,
-            "BLOCK_HV": padded(size.Hv),
-            "BLOCK_ROWS": 4,
-            "CARRY": carry,
-            "PRECISE": problem.q.dtype == torch.float32,
-        }
-        launches.append(Launch(_attention_combine_kernel, triton.cdiv(rows, 4), arguments, 4, 1))
+        arguments = {**parts, "sinks_ptr": problem.sinks, "CARRY": carry}
+        launches.append(_launch_of_rows(_attention_combine_kernel, problem, out, lse, 4, arguments))
     return launches
 
 
@@ -115,17 +95,48 @@ def backward_launches(
     """Writes dq, dk, dv, or adds to them; writes dbias where keys are seen."""
     dq, dk, dv = gradients
     size = sizes(problem)
-    rows = lse.numel()
     delta, lse_ready = torch.empty_like(lse), torch.empty_like(lse)
-    block_rows = 16
-    arguments = {
+    of_rows = {
         "dout_ptr": dout,
+        "lse_ready_ptr": lse_ready,
+        "delta_ptr": delta,
+        **strides_of("d", dout, "btnh"),
+    }
+    shared = {
+        **operands(problem),
+        **of_rows,
+        "G": size.G,
+        "dscale": problem.scale,
+        "ACCUMULATE": accumulate,
+        "FENCE": device.reads_by_async_proxy,
+    }
+    of_keys = {
+        **shared,
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        **strides_of("dk", dk, "bsgh"),
+        **strides_of("dv", dv, "bsgh"),
+    }
+    of_queries = {**shared, "dq_ptr": dq, "dbias_ptr": dbias, **strides_of("dq", dq, "btnh")}
+    keys, queries = (_tile(table, problem, device.arch) for table in (KEY_GRADIENTS, QUERY_GRADIENT))
+    num_keys = _num_blocks(problem.cu_seqlens_k, size.S, size.B, keys.BLOCK_S)
+    num_queries = _num_blocks(problem.cu_seqlens_q, size.T, size.B, queries.BLOCK_T)
+    return [
+        _launch_of_rows(_attention_delta_kernel, problem, out, lse, 16, {**of_rows, "dlse_ptr": dlse}),
+        _launch_of_blocks(_attention_dkdv_kernel, problem, keys, num_keys, size.G, of_keys),
+        _launch_of_blocks(_attention_dq_kernel, problem, queries, num_queries, size.N, of_queries),
+    ]
+
+
+def _launch_of_rows(
+    kernel: Any, problem: Any, out: Tensor, lse: Tensor, block_rows: int, arguments: dict[str, Any]
+) -> Launch:
+    """A kernel that walks over rows (batch, head, query) of out and lse."""
+    size, rows = sizes(problem), lse.numel()
+    arguments = {
+        **arguments,
         "out_ptr": out,
         "lse_ptr": lse,
-        "dlse_ptr": dlse,
-        "delta_ptr": delta,
-        "lse_ready_ptr": lse_ready,
-        **strides_of("d", dout, "btnh"),
         **strides_of("o", out, "btnh"),
         "rows": rows,
         "T": size.T,
@@ -135,44 +146,16 @@ def backward_launches(
         "BLOCK_ROWS": block_rows,
         "PRECISE": problem.q.dtype == torch.float32,
     }
-    launches = [Launch(_attention_delta_kernel, triton.cdiv(rows, block_rows), arguments, 4, 1)]
-    shared = {
-        **operands(problem),
-        "dout_ptr": dout,
-        "lse_ready_ptr": lse_ready,
-        "delta_ptr": delta,
-        **strides_of("d", dout, "btnh"),
-        "G": size.G,
-        "dscale": problem.scale,
-        "ACCUMULATE": accumulate,
-        "FENCE": device.reads_by_async_proxy,
-    }
-    tile = _tile(KEY_GRADIENTS, problem, device.arch)
-    num_blocks = _num_blocks(problem.cu_seqlens_k, size.S, size.B, tile.BLOCK_S)
-    arguments = {
-        **shared,
-        "dk_ptr": dk,
-        "dv_ptr": dv,
-        **strides_of("dk", dk, "bsgh"),
-        **strides_of("dv", dv, "bsgh"),
-        **options(problem, tile),
-        "num_blocks": num_blocks,
-    }
-    num_programs = num_blocks * size.G * _grid_batch(size)
-    launches.append(Launch(_attention_dkdv_kernel, num_programs, arguments, tile.num_warps, tile.num_stages))
-    tile = _tile(QUERY_GRADIENT, problem, device.arch)
-    num_blocks = _num_blocks(problem.cu_seqlens_q, size.T, size.B, tile.BLOCK_T)
-    arguments = {
-        **shared,
-        "dq_ptr": dq,
-        "dbias_ptr": dbias,
-        **strides_of("dq", dq, "btnh"),
-        **options(problem, tile),
-        "num_blocks": num_blocks,
-    }
-    num_programs = num_blocks * size.N * _grid_batch(size)
-    launches.append(Launch(_attention_dq_kernel, num_programs, arguments, tile.num_warps, tile.num_stages))
-    return launches
+    return Launch(kernel, triton.cdiv(rows, block_rows), arguments, 4, 1)
+
+
+def _launch_of_blocks(
+    kernel: Any, problem: Any, tile: Tile, num_blocks: int, heads: int, arguments: dict[str, Any]
+) -> Launch:
+    """A kernel with a program for each of num_blocks blocks of each of `heads` in each batch element."""
+    arguments = {**arguments, **options(problem, tile), "num_blocks": num_blocks}
+    num_programs = num_blocks * heads * _grid_batch(sizes(problem))
+    return Launch(kernel, num_programs, arguments, tile.num_warps, tile.num_stages)
 
 
 def _tile(table: dict, problem: Any, arch: str) -> Tile:

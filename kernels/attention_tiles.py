@@ -107,6 +107,17 @@ def locate(
 
 
 @triton.jit
+def start_of(x_ptr, batch, stride_batch, row, stride_row, head, stride_head):
+    """Where a row of a head of a batch element begins."""
+    return (
+        x_ptr
+        + batch.to(tl.int64) * stride_batch
+        + row.to(tl.int64) * stride_row
+        + head.to(tl.int64) * stride_head
+    )
+
+
+@triton.jit
 def load_tile(
     base, rows, columns, stride_row, stride_column, num_rows, SIZE: tl.constexpr, COLUMNS: tl.constexpr
 ):
