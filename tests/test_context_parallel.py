@@ -9,7 +9,7 @@ from accuracy import assert_accurate
 from context_cases import CASES, assert_close, inputs, on_rank, one_device, together
 
 from pypar.comm import Handle
-from pypar.context_parallel import ring, ring_attention, shard, unshard
+from pypar.context_parallel import ring, ring_attention, shard, unshard, walk
 from pypar.context_parallel.layouts import LAYOUTS
 from pypar.mesh import Axis
 
@@ -148,12 +148,12 @@ def _record_order():
 
         return noted
 
-    originals = ring.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward
+    originals = walk.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward
     q, k, v, _ = (
         shard(x, 1, _axis(), "zigzag").requires_grad_() for x in _inputs((1, 24, 2, 1, 8, 8), torch.float32)
     )
     ring_attention(q, k, v, _axis())  # whether the ranks agree is not noted
-    ring.exchange_start = noting("start", originals[0])
+    walk.exchange_start = noting("start", originals[0])
     ring.add_forward, ring.add_backward = (noting("compute", function) for function in originals[3:])
     Handle.wait = noting("wait", originals[1])
     Handle.is_done = lambda handle: False  # nothing is let go early
@@ -163,7 +163,7 @@ def _record_order():
         events.clear()
         out.sum().backward()
     finally:
-        ring.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward = originals
+        walk.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward = originals
     return forward, events
 
 

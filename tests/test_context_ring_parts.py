@@ -8,13 +8,40 @@ from context_cases import CASES, Case, assert_close, inputs, many_ranks, one_dev
 from simulated_ranks import run_ranks
 
 from pypar.comm import Handle
-from pypar.context_parallel import ring, ring_attention
+from pypar.context_parallel import parts, ring, ring_attention, walk
 from pypar.context_parallel.layouts import LAYOUTS, Segment, cut, shard
+from pypar.context_parallel.parts import parts_of
+
+
+def shape(*arguments):
+    """(groups of heads, shares of their keys) that a block is cut into."""
+    found = parts_of(*arguments)
+    return len({part.heads.groups.start for part in found}), found[0].count
 
 
 def test_how_many_parts():
-    assert [ring.num_parts(2, n) for n in (0, 1, 8191, 8192, 16384, 1 << 20)] == [1, 1, 1, 2, 4, 4]
-    assert [ring.num_parts(size, 1 << 20) for size in (1, 2, 3, 4, 5, 8)] == [4, 4, 2, 2, 1, 1]
+    # By heads as far as they go; by keys where messages leave the host or blocks are long.
+    assert shape(8, 2, 2, 4096, True) == (2, 1)
+    assert shape(8, 2, 2, 4096, False) == (2, 2)
+    assert shape(8, 2, 2, 8192, True) == (2, 2)
+    assert [shape(8, G, 2, 4096, False) for G in (1, 4, 8)] == [(1, 2), (4, 1), (4, 1)]
+    assert [shape(8, 8, size, 4096, True) for size in (1, 2, 3, 4, 5, 8)] == [
+        *((1, 1), (4, 1), (2, 1), (2, 1), (1, 1), (1, 1))
+    ]
+    assert [shape(2, 1, 8, n, True) for n in (0, 1, 8192, 8193, 32768)] == [
+        *((1, 1), (1, 1), (1, 1), (1, 2), (1, 4))
+    ]
+    assert shape(8, 8, 2, 1023, False) == (1, 1)
+
+
+def test_parts_are_the_whole():
+    for positions in (0, 1, 2047, 8191, 20000):
+        held = torch.zeros(6, positions)
+        for part in parts_of(12, 6, 2, positions, False):
+            begin, end = part.span(positions)
+            held[part.heads.groups, begin:end] += 1
+            assert part.heads.queries == slice(2 * part.heads.groups.start, 2 * part.heads.groups.stop)
+        assert (held == 1).all()
 
 
 def test_a_cut_of_what_a_rank_holds():
@@ -31,17 +58,21 @@ def test_equals_one_device_and_sends_as_much_as_whole_blocks(monkeypatch, name, 
     case = CASES[name]
     given = inputs(case, torch.float32)
     expected = one_device(case, given)
-    for size in (2, 3):
-        monkeypatch.setattr(ring, "_LEAST_POSITIONS", 1 << 30)
+    for size in (2, 3, 4):
+        monkeypatch.setattr(parts, "_LEAST_POSITIONS", 1 << 30)
+        monkeypatch.setattr(parts, "_MOST_KEYS", 1 << 30)
         _, whole = many_ranks(case, given, size, layout, backend="native")
-        monkeypatch.setattr(ring, "_LEAST_POSITIONS", 1)
+        monkeypatch.setattr(parts, "_LEAST_POSITIONS", 1)
+        monkeypatch.setattr(parts, "_LEAST_KEYS_FAR", 1)
+        monkeypatch.setattr(parts, "_MOST_KEYS", 4)
         actual, sent = many_ranks(case, given, size, layout, backend="native")
         assert_close(actual, expected, 1e-5, 1e-4)
         assert sent == whole
 
 
 def test_parts_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monkeypatch):
-    monkeypatch.setattr(ring, "_LEAST_POSITIONS", 1)
+    monkeypatch.setattr(parts, "_LEAST_POSITIONS", 1)
+    monkeypatch.setattr(parts, "_LEAST_KEYS_FAR", 1)
     events = threading.local()
 
     def noting(word, function):
@@ -54,7 +85,7 @@ def test_parts_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monk
 
         return noted
 
-    monkeypatch.setattr(ring, "exchange_start", noting("exchange", ring.exchange_start))
+    monkeypatch.setattr(walk, "exchange_start", noting("exchange", walk.exchange_start))
     for name in ("add_forward", "add_backward"):
         monkeypatch.setattr(ring, name, noting("compute", getattr(ring, name)))
     monkeypatch.setattr(Handle, "wait", noting("wait", Handle.wait))
@@ -75,6 +106,6 @@ def test_parts_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monk
         sent = ["wait"] * 4
         assert forward == ["exchange", "compute", *["wait", "compute"] * 4, *sent]
         # The sums of a part go home while the next part computes, the last ones while the own block does.
+        # No part of that waits for sums to arrive.
         arrived = ["wait"] * 4
-        later = ["exchange", "compute"] * 4
-        assert backward == ["compute", *later, *arrived, *sent]
+        assert backward == ["compute", *["exchange", "compute"] * 4, *["compute"] * 3, *arrived, *sent]

@@ -18,7 +18,7 @@ from pypar.comm.collectives import (
     reduce_scatter_start,
 )
 from pypar.comm.point_to_point import exchange_start, receive_start, send_start
-from pypar.comm.shared_tensors import shared_empty
+from pypar.comm.shared_tensors import shared_empty, shares_memory
 from pypar.comm.traffic import Traffic, wire_bytes
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "reduce_scatter_to",
     "send_start",
     "shared_empty",
+    "shares_memory",
     "split_to",
     "wire_bytes",
 ]

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 _PART_BYTES = 4096
 
 
+def shares_memory(axis: Axis) -> bool:
+    """Whether what CPU tensors of the axis send goes through memory of the one host that its ranks are on."""
+    return type(axis.group) is ProcessGroup
+
+
 def shared_empty(numel: int, dtype: torch.dtype, axis: Axis, device: torch.device | str = "cpu") -> Tensor:
     """A flat tensor [numel] for collectives over the axis. Every rank of the axis calls this, with the same arguments.
 
@@ -26,12 +31,7 @@ def shared_empty(numel: int, dtype: torch.dtype, axis: Axis, device: torch.devic
     RuntimeError: ranks ask for different sizes, or the memory cannot be had.
     """
     num_bytes = numel * dtype.itemsize
-    if (
-        axis.size == 1
-        or not numel
-        or torch.device(device).type != "cpu"
-        or type(axis.group) is not ProcessGroup
-    ):
+    if axis.size == 1 or not numel or torch.device(device).type != "cpu" or not shares_memory(axis):
         return torch.empty(numel, dtype=dtype, device=device)
     memory = axis.group.map_memory(-(-num_bytes // _PART_BYTES) * _PART_BYTES)
     return torch.frombuffer(memory, dtype=dtype, count=numel)

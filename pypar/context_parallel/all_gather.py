@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from pypar.comm import Handle, all_gather_start, reduce_scatter_start
 from pypar.context_parallel.call import Call, refuse_options
+from pypar.context_parallel.heads import HeadGroup
 from pypar.context_parallel.layouts import Segment, num_positions, positions_in
 from pypar.context_parallel.masks import Piece, pieces
 from pypar.context_parallel.partial import (
@@ -76,7 +77,7 @@ class _AllGather(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[4] else None
         gathered = _Gathered(q, k, v, call, ctx.at_once, "backward")
         for heads in gathered.walk():
-            rows = (..., heads.queries, slice(None))  # of [.., T, N, H] and of [.., N, T] alike
+            rows = heads.rows
             results = (dout[rows], out[rows], lse[rows], None if dlse is None else dlse[rows])
             share = heads.bias(dbias)
             sums = gathered.empty_sums(wide)
@@ -111,7 +112,7 @@ def _forward_once(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Resu
         lse.copy_(call.sinks.detach().unsqueeze(-1).expand_as(lse))  # of a row that sees nothing else
     lse_rest, makes_rest = torch.zeros_like(lse), False
     for heads in gathered.walk():
-        rows = (..., heads.queries, slice(None))  # of [.., T, N, H] and of [.., N, T] alike
+        rows = heads.rows
         for parts, k_here, v_here in gathered.blocks():
             results = (out[rows], lse[rows], lse_rest[rows])
             makes_rest |= forward_once(parts, q[rows], k_here, v_here, results, heads.call(call))
@@ -121,30 +122,10 @@ def _forward_once(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Resu
 def _forward_by_rank(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Results:
     sums = empty_sums(q, v)
     for heads in gathered.walk():
-        rows = (..., heads.queries, slice(None))
+        rows = heads.rows
         for parts, k_here, v_here in gathered.blocks():
             add_forward(parts, q[rows], k_here, v_here, (sums[0][rows], sums[1][rows]), heads.call(call))
     return *finish(sums, call.sinks, q.dtype), None
-
-
-@dataclass(frozen=True)
-class _Heads:
-    queries: slice
-    groups: slice
-
-    def call(self, call: Call) -> Call:
-        """For these query heads."""
-        slopes = call.alibi_slopes
-        return replace(
-            call,
-            alibi_slopes=None if slopes is None else slopes[..., self.queries],
-            bias=self.bias(call.bias),
-            sinks=None if call.sinks is None else call.sinks[self.queries],
-            head_start=call.head_start + self.queries.start,
-        )
-
-    def bias(self, x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.shape[1] == 1 else x[:, self.queries]
 
 
 class _Gathered:
@@ -166,11 +147,11 @@ class _Gathered:
         self._rows = rows.to(k.device)  # of the padded parts
         N, G = q.shape[-2], k.shape[-2]
         chunks = [slice(g, min(g + at_once, G)) for g in range(0, G, at_once)]
-        self._heads = [_Heads(slice(g.start * (N // G), g.stop * (N // G)), g) for g in chunks]
+        self._heads = [HeadGroup.of(N, G, groups) for groups in chunks]
         self._here = k
         self._scattered: list[tuple[Handle, Tensor, Tensor]] = []
 
-    def walk(self) -> Iterator[_Heads]:
+    def walk(self) -> Iterator[HeadGroup]:
         """The heads whose keys and values `blocks` gives; the next ones are on their way meanwhile."""
         arriving = self._start(self._heads[0].groups)
         for heads, following in zip(self._heads, [*self._heads[1:], None], strict=True):
@@ -214,7 +195,7 @@ class _Gathered:
         return all_gather_start(x, self._call.axis, x.dim() - 3)
 
     @contextlib.contextmanager
-    def _named(self, heads: _Heads) -> Iterator[None]:
+    def _named(self, heads: HeadGroup) -> Iterator[None]:
         """An error of the communication tells where it was."""
         axis = self._call.axis
         try:

@@ -1,8 +1,13 @@
-"""Which heads a rank takes where ranks share the heads."""
+"""Which heads a rank takes where ranks share the heads, and some heads of a call."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pypar.context_parallel.call import Call
 
 
 class HeadShare(NamedTuple):
@@ -29,3 +34,34 @@ def head_share(N: int, G: int, index: int, size: int) -> HeadShare:
     counts = {used.count(group) for group in used}
     expanded = tuple(group - groups.start for group in used) if len(counts) > 1 else None
     return HeadShare(slice(begin, end), groups, expanded)
+
+
+class HeadGroup(NamedTuple):
+    """queries: these query heads; groups: the key/value heads that they use."""
+
+    queries: slice
+    groups: slice
+
+    @classmethod
+    def of(cls, N: int, G: int, groups: slice) -> HeadGroup:
+        """These of G key/value heads, for N query heads."""
+        return cls(slice(groups.start * (N // G), groups.stop * (N // G)), groups)
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """Index of their part of [.., T, N, H] and of [.., N, T] alike."""
+        return (..., self.queries, slice(None))
+
+    def call(self, call: Call) -> Call:
+        """For these query heads."""
+        slopes = call.alibi_slopes
+        return replace(
+            call,
+            alibi_slopes=None if slopes is None else slopes[..., self.queries],
+            bias=self.bias(call.bias),
+            sinks=None if call.sinks is None else call.sinks[self.queries],
+            head_start=call.head_start + self.queries.start,
+        )
+
+    def bias(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == 1 else x[:, self.queries]
