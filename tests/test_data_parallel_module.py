@@ -1,13 +1,16 @@
 """pypar.DataParallel against torch's DistributedDataParallel, both over the backend "pypar", bit by bit."""
 
+from collections import Counter
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import run_ranks
 from torch import nn
 
 from pypar.data_parallel import DataParallel
+from pypar.data_parallel.module import unused_everywhere
 from pypar.mesh import Axis
 
 DDP = nn.parallel.DistributedDataParallel
@@ -69,6 +72,14 @@ def on_some_ranks(rank, step):
     return (rank + step) % 2 == 0
 
 
+def in_even_steps(rank, step):
+    return step % 2 == 0
+
+
+def in_odd_steps(rank, step):
+    return step % 2 == 1
+
+
 def run_both(options, num_microbatches, set_to_none, uses_branch):
     group = dist.new_group(backend="pypar")
     seed = dist.get_rank()  # rank 0's parameters count
@@ -97,14 +108,66 @@ def run_both(options, num_microbatches, set_to_none, uses_branch):
         ({"gradient_as_bucket_view": False}, 2, False, always),
         ({"gradient_as_bucket_view": False, "bucket_bytes": 300}, 1, True, on_some_ranks),
         ({"bucket_bytes": 300}, 2, True, on_some_ranks),
+        ({"bucket_bytes": 300, "find_unused_parameters": True}, 2, True, in_even_steps),
+        ({"gradient_as_bucket_view": False, "find_unused_parameters": True}, 1, True, in_odd_steps),
+        ({"find_unused_parameters": True}, 1, False, in_odd_steps),
+        ({"find_unused_parameters": True}, 1, True, on_some_ranks),
     ],
-    ids=["one bucket", "microbatches", "kept gradients", "copies", "copies, unused", "unused"],
+    ids=[
+        "one bucket",
+        "microbatches",
+        "kept gradients",
+        "copies",
+        "copies, unused",
+        "unused",
+        "found unused",
+        "found unused, copies",
+        "found unused, kept gradients",
+        "found unused, on some ranks",
+    ],
 )
 def test_same_bits_as_distributed_data_parallel(
     ranks, world_size, options, num_microbatches, set_to_none, uses_branch
 ):
     """Gradients, weights and batch statistics of four steps; ranks begin with different weights."""
     assert all(ranks(world_size, run_both, options, num_microbatches, set_to_none, uses_branch))
+
+
+def run_counted():
+    """What one step sends, without find_unused_parameters and with."""
+    found = []
+    for find_unused in (False, True):
+        model = DataParallel(make(), broadcast_buffers=False, find_unused_parameters=find_unused)
+        loss_of(model, dist.get_rank(), 0).backward()
+        before = model.axis.traffic.snapshot()
+        model.zero_grad()
+        loss_of(model, dist.get_rank(), 1).backward()
+        after = model.axis.traffic.snapshot()
+        found.append((after.bytes_sent - before.bytes_sent, Counter(after.calls) - Counter(before.calls)))
+    return found
+
+
+def test_finding_unused_parameters_costs_a_byte_a_parameter_and_nothing_when_off(ranks):
+    num_parameters = len(list(make().parameters()))
+    for (plain_bytes, plain), (num_bytes, calls) in ranks(2, run_counted):
+        assert num_bytes == plain_bytes + num_parameters
+        assert calls == plain + Counter(all_reduce=1)
+
+
+def used_by(rank, parameter):
+    """Of 8 ranks' parameters 0 is used by all, 1 by none, 2 by some, 3 by the last alone."""
+    return (True, False, rank in (2, 5), rank == 7)[parameter]
+
+
+def unused_as_this_rank_sees_it(axis):
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(4)]
+    used = [used_by(axis.rank, parameter) for parameter in range(4)]
+    found = unused_everywhere(parameters, used, axis)
+    return [any(p is x for x in found) for p in parameters]
+
+
+def test_unused_is_what_no_rank_uses():
+    assert run_ranks(8, unused_as_this_rank_sees_it, name="dp") == [[False, True, False, False]] * 8
 
 
 def run_repeated_backward():

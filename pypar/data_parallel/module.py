@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 
+from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
 from pypar.data_parallel.buckets import GradientBuckets
 from pypar.data_parallel.reduction import explained
@@ -42,6 +43,10 @@ class DataParallel(nn.Module):
     optimizer moves it. Every rank must run the same number of backwards; where one runs fewer, the others get a
     RuntimeError that names it once the group's time-out is over, or when it calls something else or ends.
 
+    With ``find_unused_parameters`` what no rank used has the gradient None, as with DistributedDataParallel, and no
+    optimizer moves it. Costs an all-reduce more a step, of a byte a parameter; where a rank did not use all of
+    them, it waits for its GPU.
+
     With ``gradient_as_bucket_view`` (the default here) param.grad is a part of a bucket; without it, a copy. For
     bucket sizes, comm_dtype and power_sgd_rank see `GradientBuckets`. torch.autograd.grad does not reduce. The
     module's parameters are looked up once: convert, move and replace them before.
@@ -50,7 +55,7 @@ class DataParallel(nn.Module):
     already, or that have nothing to train.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument an option
         self,
         module: nn.Module,
         group: Axis | dist.ProcessGroup | None = None,
@@ -60,6 +65,7 @@ class DataParallel(nn.Module):
         comm_dtype: torch.dtype | None = None,
         gradient_as_bucket_view: bool = True,
         broadcast_buffers: bool = True,
+        find_unused_parameters: bool = False,
         power_sgd_rank: int = 0,
     ) -> None:
         super().__init__()
@@ -68,7 +74,9 @@ class DataParallel(nn.Module):
         _check_alike(module, axis)
         self.module, self.axis = module, axis
         self.gradient_as_bucket_view, self.broadcast_buffers = gradient_as_bucket_view, broadcast_buffers
+        self.find_unused_parameters = find_unused_parameters
         _take_from_first([*module.parameters(), *(module.buffers() if broadcast_buffers else ())], axis)
+        without_gradient = [p for p in module.parameters() if p.grad is None]
         self._buckets = GradientBuckets(
             module.parameters(),
             axis,
@@ -78,6 +86,9 @@ class DataParallel(nn.Module):
             comm_dtype=comm_dtype,
             power_sgd_rank=power_sgd_rank,
         )
+        if find_unused_parameters:  # the buckets gave them one
+            for parameter in without_gradient:
+                parameter.grad = None
         self._buckets.on_reduction(self._finish_with_backward)
         self._buffers_may_differ = True
         self._is_closed = False
@@ -138,8 +149,12 @@ class DataParallel(nn.Module):
         Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
+        parameters = list(self.module.parameters()) if self.find_unused_parameters else []
+        used = [p.grad is not None for p in parameters]  # finish() gives all of them a gradient
         self._buckets.finish()
         self._buckets.carry_over()
+        if parameters:
+            self._without_gradient += unused_everywhere(parameters, used, self.axis)
         for parameter in self._without_gradient:
             parameter.grad = None
         self._in_backward = False
@@ -159,6 +174,20 @@ class DataParallel(nn.Module):
                 "an earlier backward ended with an error while gradients were being reduced, and what the ranks hold "
                 "may differ; end the job and go on from a checkpoint"
             )
+
+
+def unused_everywhere(
+    parameters: Sequence[nn.Parameter], used: Sequence[bool], axis: Axis
+) -> list[nn.Parameter]:
+    """Those of the parameters, the same on all ranks, that no rank has `used`, which tells for each."""
+    flags, device = torch.tensor(used, dtype=torch.uint8), parameters[0].device
+    if device.type == "cuda":  # a copy from other memory would wait for the device
+        flags = flags.pin_memory().to(device, non_blocking=True)
+    with explained("asking which parameters no rank used", axis):
+        flags = all_reduce_start(flags, axis, dist.ReduceOp.MAX).wait()
+    if all(used):
+        return []
+    return [p for p, is_used in zip(parameters, flags.tolist(), strict=True) if not is_used]
 
 
 def _axis_of(group: Axis | dist.ProcessGroup | None) -> Axis:
