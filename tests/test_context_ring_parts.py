@@ -10,38 +10,39 @@ from simulated_ranks import run_ranks
 from pypar.comm import Handle
 from pypar.context_parallel import parts, ring, ring_attention, walk
 from pypar.context_parallel.layouts import LAYOUTS, Segment, cut, shard
-from pypar.context_parallel.parts import parts_of
+from pypar.context_parallel.parts import rounds_of
 
 
 def shape(*arguments):
-    """(groups of heads, shares of their keys) that a block is cut into."""
-    found = parts_of(*arguments)
-    return len({part.heads.groups.start for part in found}), found[0].count
+    """Of (N, G, ranks, positions, in one host): rounds, groups of heads in each, parts of their keys."""
+    found = rounds_of(*arguments)
+    groups = {part.heads.groups.start for part in found[0].parts}
+    return len(found), len(groups), len(found[0].parts) // len(groups)
 
 
 def test_how_many_parts():
-    # By heads as far as they go; by keys where messages leave the host or blocks are long.
-    assert shape(8, 2, 2, 4096, True) == (2, 1)
-    assert shape(8, 2, 2, 4096, False) == (2, 2)
-    assert shape(8, 2, 2, 8192, True) == (2, 2)
-    assert [shape(8, G, 2, 4096, False) for G in (1, 4, 8)] == [(1, 2), (4, 1), (4, 1)]
-    assert [shape(8, 8, size, 4096, True) for size in (1, 2, 3, 4, 5, 8)] == [
-        *((1, 1), (4, 1), (2, 1), (2, 1), (1, 1), (1, 1))
-    ]
-    assert [shape(2, 1, 8, n, True) for n in (0, 1, 8192, 8193, 32768)] == [
-        *((1, 1), (1, 1), (1, 1), (1, 2), (1, 4))
-    ]
-    assert shape(8, 8, 2, 1023, False) == (1, 1)
+    # By heads as far as they go; by keys where messages leave the host or there are enough of them.
+    assert shape(8, 2, 2, 4096, True) == (1, 2, 1)
+    assert shape(8, 2, 2, 4096, False) == (1, 2, 2)
+    assert shape(8, 2, 2, 8192, True) == (1, 2, 2)
+    assert [shape(8, G, 2, 4096, False) for G in (1, 4, 8)] == [(1, 1, 2), (1, 4, 1), (1, 4, 1)]
+    by_size = [shape(8, 8, size, 4096, True)[1:] for size in (1, 2, 3, 4, 5, 8)]
+    assert by_size == [(1, 1), (4, 1), (2, 1), (2, 1), (1, 1), (1, 1)]
+    # Long blocks in rounds.
+    by_length = [shape(2, 1, 8, n, True) for n in (0, 1, 8192, 8193, 32768)]
+    assert by_length == [(1, 1, 1), (1, 1, 1), (1, 1, 1), (2, 1, 1), (4, 1, 1)]
+    assert shape(8, 8, 2, 1023, False) == shape(8, 8, 1, 1 << 20, False) == (1, 1, 1)
 
 
 def test_parts_are_the_whole():
     for positions in (0, 1, 2047, 8191, 20000):
-        held = torch.zeros(6, positions)
-        for part in parts_of(12, 6, 2, positions, False):
-            begin, end = part.span(positions)
-            held[part.heads.groups, begin:end] += 1
-            assert part.heads.queries == slice(2 * part.heads.groups.start, 2 * part.heads.groups.stop)
-        assert (held == 1).all()
+        held, wholes = torch.zeros(6, positions), torch.zeros(6, positions)
+        for round_ in rounds_of(12, 6, 2, positions, False):
+            for part, to in [(round_.whole, wholes), *((part, held) for part in round_.parts)]:
+                begin, end = part.span(positions)
+                to[part.heads.groups, begin:end] += 1
+                assert part.heads.queries == slice(2 * part.heads.groups.start, 2 * part.heads.groups.stop)
+        assert (held == 1).all() and (wholes == 1).all()
 
 
 def test_a_cut_of_what_a_rank_holds():

@@ -1,9 +1,10 @@
-"""The parts in which a ring sends and computes blocks: some heads, and some of their keys.
+"""The rounds in which a ring goes over long blocks, and the parts in which it sends and computes them.
 
 With few hops a block goes in several parts: the first one is used while the others arrive, and goes on while the
 others compute. Otherwise the only hop of two ranks would have to wait for the whole block. Parts by key/value heads
 cost nothing: each has its own queries. Parts by keys go over the same queries again, so they are made where heads
-do not suffice and messages leave the host, and where blocks are so long that the memory of what travels counts.
+do not suffice, and smaller ones where messages leave the host.
+Of long blocks each round takes some of the keys all the way round, so that what travels takes little memory.
 """
 
 from __future__ import annotations
@@ -17,31 +18,53 @@ _LEAST_POSITIONS = 1024  # of a block that is split
 # Of a part by keys: over fewer keys attention is slower. Two ranks with 8,192 tokens in bf16 and whole heads reached
 # 80, 88 and 91 % of the ideal with parts of 1,024, 2,048 and 4,096.
 _LEAST_KEYS, _LEAST_KEYS_FAR = 4096, 2048
-_MOST_KEYS = 8192
+_MOST_KEYS = 8192  # of a round
 
 
 @dataclass(frozen=True, eq=False)  # known by identity
 class Part:
-    """Some heads, and of their keys the `index`th of `count` shares."""
+    """Some heads, and of their keys those between begin / of and end / of of all."""
 
     heads: HeadGroup
-    index: int
-    count: int
+    begin: int
+    end: int
+    of: int
 
     def span(self, positions: int) -> tuple[int, int]:
         """Where it begins and ends among so many."""
-        return positions * self.index // self.count, positions * (self.index + 1) // self.count
+        return positions * self.begin // self.of, positions * self.end // self.of
+
+    @property
+    def has_all_keys(self) -> bool:
+        return self.end - self.begin == self.of
 
 
-def parts_of(N: int, G: int, size: int, positions: int, in_one_host: bool) -> tuple[Part, ...]:
+@dataclass(frozen=True)
+class Round:
+    """parts make up the whole."""
+
+    whole: Part
+    parts: tuple[Part, ...]
+
+
+def rounds_of(N: int, G: int, size: int, positions: int, in_one_host: bool) -> tuple[Round, ...]:
     """Of blocks of at most so many positions with G heads, for N query heads, on an axis of `size` ranks."""
-    if size == 1:
-        return (Part(HeadGroup.of(N, G, slice(0, G)), 0, 1),)
-    wanted = -(-_MOST_STEPS // (size - 1)) if positions >= _LEAST_POSITIONS else 1
-    num_groups = max(1, min(wanted, G))
+    everything = HeadGroup.of(N, G, slice(0, G))
+    if size == 1 or positions < _LEAST_POSITIONS:
+        whole = Part(everything, 0, 1, 1)
+        return (Round(whole, (whole,)),)
+    num_rounds = -(-positions // _MOST_KEYS)
+    wanted = -(-_MOST_STEPS // (size - 1))
+    num_groups = min(wanted, G)
     least = _LEAST_KEYS if in_one_host else _LEAST_KEYS_FAR
-    by_keys = min(-(-wanted // num_groups), positions // least)
-    count = max(1, by_keys, -(-positions // _MOST_KEYS))
+    each = max(1, min(-(-wanted // num_groups), positions // num_rounds // least))
     bounds = [G * i // num_groups for i in range(num_groups + 1)]
     groups = [HeadGroup.of(N, G, slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
-    return tuple(Part(heads, i, count) for i in range(count) for heads in groups)
+    of = num_rounds * each
+    return tuple(
+        Round(
+            Part(everything, first, first + each, of),
+            tuple(Part(heads, i, i + 1, of) for i in range(first, first + each) for heads in groups),
+        )
+        for first in range(0, of, each)
+    )

@@ -8,6 +8,7 @@ they bring is needed. Keys and values are one buffer, of key/value heads only; s
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from pypar.comm import shares_memory
 from pypar.context_parallel.call import Call, refuse_options
 from pypar.context_parallel.layouts import num_positions
 from pypar.context_parallel.partial import add_backward, add_forward, empty_sums, finish, sinks_share
-from pypar.context_parallel.parts import Part, parts_of
+from pypar.context_parallel.parts import Part, rounds_of
 from pypar.context_parallel.route import rank_route
 from pypar.context_parallel.walk import Block, Walk
 from pypar.ops.rows import accumulate_dtype
@@ -39,23 +40,10 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
-        walk = _walk("forward", q, k, v, call)
         sums = empty_sums(q, v)
-        for hop, source in walk.hops():
-            if hop == 0:
-                walk.start(walk.outgoing())
-                add_forward(call.pieces(source, source), q, k, v, sums, call)
-                continue
-            for part in walk.parts:
-                walk.start(walk.outgoing(part))
-                if hop in walk.route.hops:
-                    rows = part.heads.rows
-                    block, into = walk.block(source, part), (sums[0][rows], sums[1][rows])
-                    add_forward(walk.pieces(source, part), q[rows], *block, into, part.heads.call(call))
-                walk.release(part)
+        kept = [x for walk in _walks("forward", q, k, v, call) for x in _forward(walk, q, sums, call)]
         out, lse = finish(sums, sinks, q.dtype)
-        # Of the last hop: where backward begins.
-        ctx.save_for_backward(q, k, v, sinks, bias, out, lse, *walk.kept())
+        ctx.save_for_backward(q, k, v, sinks, bias, out, lse, *kept)
         ctx.set_materialize_grads(False)
         ctx.call = replace(call, sinks=None, bias=None)  # autograd keeps the tensors
         return out, lse
@@ -65,34 +53,14 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, bias, out, lse, *kept = ctx.saved_tensors
         call = replace(ctx.call, bias=bias)
-        walk = _walk("backward", q, k, v, call)
-        walk.keep(kept)
-        del kept  # or its memory stays until the end
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dq = torch.zeros(q.shape, dtype=accumulate_dtype(q), device=q.device)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         dbias = torch.zeros_like(bias, dtype=dq.dtype) if ctx.needs_input_grad[4] else None
-        own: deque[tuple[Part, Block]] = deque()
-        for hop, source in walk.hops():
-            for part in walk.parts:
-                walk.start(walk.incoming(part))
-                if hop in walk.route.hops:
-                    rows, share = part.heads.rows, walk.empty_share(source, part)
-                    add_backward(
-                        walk.pieces(source, part),
-                        (q[rows], *walk.block(source, part)),
-                        (dout[rows], out[rows], lse[rows], None if dlse is None else dlse[rows]),
-                        (dq[rows], *share),
-                        part.heads.bias(dbias),
-                        part.heads.call(call),
-                    )
-                    if hop > 0:
-                        walk.add_arrived(source, part, share)
-                    else:
-                        own.append((part, share))
-                walk.release(part)
-                _settle(walk, source, own, (dk, dv), wait=False)
-        _settle(walk, source, own, (dk, dv), wait=True)
+        results, into = (dout, out, lse, dlse), (dq, dk, dv)
+        for walk in _walks("backward", q, k, v, call):
+            walk.keep([kept.pop(0) for _ in walk.parts if kept])
+            _backward(walk, q, results, into, dbias, call)
         dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None
         return (
             dq.to(q.dtype),
@@ -104,17 +72,61 @@ class _Ring(torch.autograd.Function):
         )
 
 
-def _settle(walk: Walk, rank: int, own: deque[tuple[Part, Block]], into: Block, wait: bool) -> None:
-    """Parts of the own block's gradients are done when the other ranks' sums are there, which may take its time."""
-    while own and (wait or walk.has_arrived(rank, own[0][0])):
-        part, share = own.popleft()
-        walk.add_arrived(rank, part, share)
-        for x, y in zip(into, share, strict=True):
-            walk.cut(x, rank, part).copy_(y)
-
-
-def _walk(direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Walk:
+def _walks(direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[Walk]:
+    """One after the other."""
     axis = call.axis
+    route = rank_route(call.queries, call.keys, call.mask, axis.rank)
     longest = max(num_positions(held) for held in call.keys)
-    parts = parts_of(q.shape[-2], k.shape[-2], axis.size, longest, shares_memory(axis))
-    return Walk(direction, rank_route(call.queries, call.keys, call.mask, axis.rank), parts, k, v, call)
+    for round_ in rounds_of(q.shape[-2], k.shape[-2], axis.size, longest, shares_memory(axis)):
+        yield Walk(direction, route, round_, k, v, call)
+
+
+def _forward(walk: Walk, q: Tensor, sums: Block, call: Call) -> list[Tensor]:
+    """Continue (out, lse) of all queries. Returns what backward begins with."""
+    for hop in walk.hops():
+        for part in [walk.whole] if hop == 0 else walk.parts:
+            walk.start(walk.outgoing(part))
+            if walk.sees:
+                rows = part.heads.rows
+                operands, into = (q[rows], *walk.block(part)), (sums[0][rows], sums[1][rows])
+                add_forward(walk.pieces(part), *operands, into, part.heads.call(call))
+            walk.release(part)
+    return walk.kept()
+
+
+def _backward(
+    walk: Walk,
+    q: Tensor,
+    results: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    into: tuple[Tensor, Tensor, Tensor],
+    dbias: Tensor | None,
+    call: Call,
+) -> None:
+    """results: dout, out, lse, dlse. Adds to dq, writes dk and dv of the round's keys, adds to dbias."""
+    dq, *own = into
+    summed: deque[tuple[Part, Block]] = deque()  # of the own block
+    for hop in walk.hops():
+        for part in walk.parts:
+            walk.start(walk.incoming(part))
+            if walk.sees:
+                rows, share = part.heads.rows, walk.empty_share(part)
+                dout, out, lse, dlse = (None if x is None else x[rows] for x in results)
+                add_backward(
+                    walk.pieces(part),
+                    (q[rows], *walk.block(part)),
+                    (dout, out, lse, dlse),
+                    (dq[rows], *share),
+                    part.heads.bias(dbias),
+                    part.heads.call(call),
+                )
+                if hop > 0:
+                    walk.add_arrived(part, share)
+                else:
+                    summed.append((part, share))
+            walk.release(part)
+            # Parts of the own block are done when the other ranks' sums are there, which may be late without harm.
+            while summed and (part is walk.parts[-1] or walk.has_arrived(summed[0][0])):
+                walk.add_arrived(*summed[0])
+                for x, y in zip(own, summed[0][1], strict=True):
+                    walk.cut(x, summed[0][0]).copy_(y)
+                summed.popleft()

@@ -12,7 +12,7 @@ from pypar.comm import Handle, exchange_start
 from pypar.context_parallel.call import Call
 from pypar.context_parallel.layouts import cut, num_positions
 from pypar.context_parallel.masks import Piece, pieces
-from pypar.context_parallel.parts import Part
+from pypar.context_parallel.parts import Part, Round
 from pypar.context_parallel.route import KEYS, SUMS, RankRoute, Transfer
 from pypar.ops.rows import accumulate_dtype
 
@@ -23,16 +23,16 @@ Block = tuple[Tensor, Tensor]
 
 
 class Walk:
-    """k, v: the rank's own. A block is known by the rank whose it is; all of them have the same parts.
+    """One round. k, v: the rank's own. A block is known by the rank whose it is; all of them have the same parts.
 
     _keys: parts of k and v that are here; of the own block only where it is sent, as one buffer, so that one
     message carries both. _sums: the gradients of other ranks' parts, until they are sent.
     """
 
     def __init__(
-        self, direction: str, route: RankRoute, parts: Sequence[Part], k: Tensor, v: Tensor, call: Call
+        self, direction: str, route: RankRoute, round_: Round, k: Tensor, v: Tensor, call: Call
     ) -> None:
-        self.route, self.parts = route, parts
+        self.route, self.whole, self.parts = route, round_.whole, round_.parts
         self._direction, self._call, self._own = direction, call, (k.detach(), v.detach())
         self._rank, self._size = call.axis.rank, call.axis.size
         self._rounds = route.forward if direction == "forward" else route.backward
@@ -46,22 +46,31 @@ class Walk:
         self._arriving: dict[tuple[str, int, Part], Handle] = {}
         self._sent: list[Handle] = []
 
-    def hops(self) -> Iterator[tuple[int, int]]:
-        """(hop, the rank whose block it is), in their order. What a hop sends is waited for after the next one."""
+    def hops(self) -> Iterator[int]:
+        """In their order; the methods below are about the one that was given last, and the block it is about.
+
+        What a hop sends is waited for after the next one.
+        """
         before: list[Handle] = []
         for hop in self._order:
             self._hop = hop
-            yield hop, (self._rank - hop) % self._size
+            yield hop
             self._wait(before)
             before, self._sent = self._sent, []
         self._wait(before)
 
-    def outgoing(self, part: Part | None = None) -> Moves:
-        """What of the forward's table starts before a part of the hop is computed; None: before all of them."""
-        return [(t, p) for p in ([part] if part else self.parts) for t in self._rounds[self._hop]]
+    @property
+    def sees(self) -> bool:
+        """Whether the rank's queries see something of the block."""
+        return self._hop in self.route.hops
+
+    def outgoing(self, part: Part) -> Moves:
+        """What of the forward's table starts before a part is computed."""
+        parts = self.parts if part is self.whole else (part,)
+        return [(t, p) for p in parts for t in self._rounds[self._hop]]
 
     def incoming(self, part: Part) -> Moves:
-        """What of the backward's table starts before a part of the hop is computed.
+        """What of the backward's table starts before a part is computed.
 
         Sums of a part leave as soon as they are there: before the part that follows the one that made them.
         """
@@ -70,44 +79,45 @@ class Walk:
         sums = [(t, self.parts[index - 1]) for t in before if t.kind == SUMS]
         return [(t, part) for t in self._rounds[hop] if t.kind == KEYS] + sums
 
-    def block(self, source: int, part: Part) -> Block:
-        """Views [.., S, G, H] and [.., S, G, Hv] of a part of a rank's block, once it has arrived."""
-        if source == self._rank:
-            k, v = (self.cut(x, source, part) for x in self._own)
+    def block(self, part: Part) -> Block:
+        """Views [.., S, G, H] and [.., S, G, Hv] of a part, once it has arrived."""
+        if self._source == self._rank:
+            k, v = (self.cut(x, part) for x in self._own)
             return k, v
-        return self._unpack(self._arrived(source, part), source, part)
+        return self._unpack(self._arrived(self._source, part), self._source, part)
 
-    def pieces(self, source: int, part: Part) -> tuple[Piece, ...]:
+    def pieces(self, part: Part) -> tuple[Piece, ...]:
         call = self._call
-        if part.count == 1:
-            return call.pieces(self._rank, source)
-        keys = cut(call.keys[source], *part.span(num_positions(call.keys[source])))
+        if part.has_all_keys:
+            return call.pieces(self._rank, self._source)
+        held = call.keys[self._source]
+        keys = cut(held, *part.span(num_positions(held)))
         return pieces(call.queries[self._rank], keys, call.mask, call.merges)
 
-    def cut(self, x: Tensor, source: int, part: Part) -> Tensor:
-        """A view of the part of x, shaped as the k or v of a rank."""
-        begin, end = part.span(num_positions(self._call.keys[source]))
+    def cut(self, x: Tensor, part: Part) -> Tensor:
+        """A view of the part of x, shaped as the rank's own k or v."""
+        begin, end = part.span(x.shape[-3])
         return x[..., begin:end, part.heads.groups, :]
 
-    def empty_share(self, source: int, part: Part) -> Block:
+    def empty_share(self, part: Part) -> Block:
         """Zeros for dk and dv of a part."""
-        share = self._buffer(SUMS, source, part).zero_()
-        if source != self._rank:
-            self._sums[source, part] = share
-        return self._unpack(share, source, part)
+        share = self._buffer(SUMS, self._source, part).zero_()
+        if self._source != self._rank:
+            self._sums[self._source, part] = share
+        return self._unpack(share, self._source, part)
 
-    def has_arrived(self, source: int, part: Part) -> bool:
+    def has_arrived(self, part: Part) -> bool:
         """Whether `add_arrived` need not wait."""
-        handle = self._arriving.get((SUMS, source, part))
+        handle = self._arriving.get((SUMS, self._source, part))
         return handle is None or handle.is_done()
 
-    def add_arrived(self, source: int, part: Part, into: Block) -> None:
+    def add_arrived(self, part: Part, into: Block) -> None:
         """What the ranks before added to dk and dv came while this one computed."""
-        handle = self._arriving.pop((SUMS, source, part), None)
+        handle = self._arriving.pop((SUMS, self._source, part), None)
         if handle is None:
             return
         with self._named():
-            arrived = self._unpack(handle.wait(), source, part)
+            arrived = self._unpack(handle.wait(), self._source, part)
         for x, y in zip(into, arrived, strict=True):
             x.add_(y)
 
@@ -145,6 +155,11 @@ class Walk:
         """For the backward: what `kept` returned."""
         self._keys.update({(self._last_source, part): x for part, x in zip(self.parts, kept, strict=False)})
 
+    @property
+    def _source(self) -> int:
+        """The rank whose block it is."""
+        return (self._rank - self._hop) % self._size
+
     def _last_uses(self) -> dict[int, int]:
         """Of the other ranks' blocks, in which hop each is used or sent on last; not of the one that is kept."""
         found = {}
@@ -171,7 +186,7 @@ class Walk:
     def _arrived(self, source: int, part: Part) -> Tensor:
         """k and v of a part as one buffer."""
         if source == self._rank:
-            return torch.cat([self.cut(x, source, part).reshape(-1) for x in self._own])
+            return torch.cat([self.cut(x, part).reshape(-1) for x in self._own])
         handle = self._arriving.pop((KEYS, source, part), None)
         if handle is not None:
             with self._named():
