@@ -27,6 +27,7 @@ from pypar.ops.linear import cpu_vendor, library_choice
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
 _SIZE = 64  # of every dimension and count that a backend is asked about: an ordinary one
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of arguments, without names
 
 
 def main() -> int:
@@ -129,7 +130,7 @@ def ask(unsupported: Callable[..., str | None], device: str, dtype: torch.dtype)
     arguments: dict[str, object] = {}
     with FakeTensorMode():
         for name, parameter in inspect.signature(unsupported, eval_str=True).parameters.items():
-            if parameter.default is not inspect.Parameter.empty:
+            if parameter.default is not inspect.Parameter.empty or parameter.kind in _ANY_NUMBER:
                 continue
             if parameter.annotation is AttentionProblem:
                 x = torch.empty(1, _SIZE, _SIZE, _SIZE, device=device, dtype=dtype)

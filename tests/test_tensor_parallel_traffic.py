@@ -5,7 +5,7 @@ from samples import draw
 
 from pypar.comm import wire_bytes
 from pypar.mesh import Mesh
-from pypar.tensor_parallel import ColumnParallelLinear, RowParallelLinear, column, column_parallel
+from pypar.tensor_parallel import ColumnParallelLinear, RowParallelLinear, column, column_parallel, sharded
 
 
 def run_layer_traffic(world_size, sequence_parallel):
@@ -66,12 +66,12 @@ def run_recorded_backward(sequence_parallel):
 
         return call
 
-    names = [
-        n for n in vars(column) if n.endswith("_start") or n.endswith("_gradient") and n.startswith("linear")
-    ]
+    collectives = ("all_gather_start", "all_reduce_start", "reduce_scatter_start")
+    products = ("linear_input_gradient", "linear_weight_gradient")
     with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(column, name, recorded(name, getattr(column, name)))
+        for module in (column, sharded):
+            for name in set(vars(module)).intersection((*collectives, *products)):
+                patch.setattr(module, name, recorded(name, getattr(module, name)))
         (outs[0] * outs[1]).sum().backward()
     return events
 

@@ -16,6 +16,7 @@ others too. All may be differentiated twice. On an axis of size 1 each returns i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,96 +31,68 @@ if TYPE_CHECKING:
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """x [any shape], the same on every rank, used in a different way on each: gradients are summed."""
-    return x if axis.size == 1 else _CopyTo.apply(x, axis)
+    return _apply(_copy, _sum, x, axis)
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """The sum over the axis of x [any shape], whose use is the same on every rank."""
-    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+    return _apply(_sum, _copy, x, axis)
 
 
 def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """All ranks' x [.., n, ..] along dim as [.., R*n, ..], used in a different way on each rank."""
-    return x if axis.size == 1 else _GatherFrom.apply(x, axis, dim)
+    return _apply(_gather, _scatter, x, axis, dim)
 
 
 def reduce_scatter_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part [.., n, ..] along dim of the sum over the axis of x [.., R*n, ..]."""
-    return x if axis.size == 1 else _ReduceScatterTo.apply(x, axis, dim)
+    return _apply(_scatter, _gather, x, axis, dim)
 
 
 def split_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part [.., n, ..] along dim of x [.., R*n, ..], which is the same on every rank."""
-    return x if axis.size == 1 else _SplitTo.apply(x, axis, dim)
+    return _apply(_slice, _gather, x, axis, dim)
 
 
 def gather_replicated(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """All ranks' x [.., n, ..] along dim as [.., R*n, ..], used in the same way on each rank."""
-    return x if axis.size == 1 else _GatherReplicated.apply(x, axis, dim)
+    return _apply(_gather, _slice, x, axis, dim)
 
 
-class _CopyTo(Function):
+def _copy(x: Tensor, axis: Axis) -> Tensor:
+    return x.view_as(x)
+
+
+def _sum(x: Tensor, axis: Axis) -> Tensor:
+    return all_reduce_start(x.clone(memory_format=torch.contiguous_format), axis).wait()
+
+
+def _gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    return all_gather_start(x, axis, dim).wait()
+
+
+def _scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    return reduce_scatter_start(x, axis, dim).wait()
+
+
+def _slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    # A copy, not a view: the part must not keep the whole of x alive.
+    return local_slice(x, axis, dim).clone(memory_format=torch.contiguous_format)
+
+
+def _apply(forward: Callable[..., Tensor], backward: Callable[..., Tensor], x: Tensor, *where: Any) -> Tensor:
+    """forward(x, *where), whose derivative is `backward` of the same place; where: axis, and dim if they have one."""
+    return x if where[0].size == 1 else _Collective.apply(x, forward, backward, where)
+
+
+class _Collective(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return _ReduceFrom.apply(dout, ctx.axis), None
-
-
-class _ReduceFrom(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_reduce_start(x.clone(memory_format=torch.contiguous_format), axis).wait()
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return _CopyTo.apply(dout, ctx.axis), None
-
-
-class _GatherFrom(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return all_gather_start(x, axis, dim).wait()
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return _ReduceScatterTo.apply(dout, ctx.axis, ctx.dim), None, None
-
-
-class _ReduceScatterTo(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return reduce_scatter_start(x, axis, dim).wait()
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable[..., Tensor], backward: Callable[..., Tensor], where: tuple
+    ) -> Tensor:
+        ctx.other_way = backward, forward, where
+        return forward(x, *where)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return _GatherFrom.apply(dout, ctx.axis, ctx.dim), None, None
-
-
-class _SplitTo(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        # A copy, not a view: the part must not keep the whole of x alive.
-        return local_slice(x, axis, dim).clone(memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return _GatherReplicated.apply(dout, ctx.axis, ctx.dim), None, None
-
-
-class _GatherReplicated(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return all_gather_start(x, axis, dim).wait()
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return _SplitTo.apply(dout, ctx.axis, ctx.dim), None, None
+        return _Collective.apply(dout, *ctx.other_way), None, None, None

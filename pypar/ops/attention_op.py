@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pypar.ops import attention_cuda, attention_native, attention_reference, attention_triton, native
 from pypar.ops.attention_arguments import AttentionProblem
-from pypar.ops.backend import Backend
+from pypar.ops.backend import Backend, never_refuses
 from pypar.ops.register import define, register_gradient
 from pypar.ops.rows import accumulate_dtype, native_refusal
 
@@ -38,10 +38,6 @@ def _native_backward(problem: AttentionProblem, *arguments: Any) -> tuple[Tensor
     return attention_native.backward(native.module(), problem, *arguments)
 
 
-def _reference_unsupported(problem: AttentionProblem) -> str | None:
-    return None
-
-
 def _makes_rest(problem: AttentionProblem, backend: str) -> bool:
     """Whether a backend's forward returns what rounding took off lse.
 
@@ -57,9 +53,7 @@ BY_NAME = {
         Backend("cuda", attention_cuda.forward, attention_cuda.backward, attention_cuda.unsupported),
         Backend("triton", attention_triton.forward, attention_triton.backward, attention_triton.unsupported),
         Backend("native", _native_forward, _native_backward, _native_unsupported),
-        Backend(
-            "reference", attention_reference.forward, attention_reference.backward, _reference_unsupported
-        ),
+        Backend("reference", attention_reference.forward, attention_reference.backward, never_refuses),
     )
 }
 

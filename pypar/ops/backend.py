@@ -23,6 +23,10 @@ import torch
 ENVIRONMENT_VARIABLE = "PYPAR_BACKEND"
 
 
+def never_refuses(*_: object, **__: object) -> None:
+    """`unsupported` of a backend that runs everything, as the reference does."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an operator.

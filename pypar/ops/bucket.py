@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pypar.ops import native
-from pypar.ops.backend import Backend, choose
+from pypar.ops.backend import Backend, choose, never_refuses
 from pypar.ops.register import register
 from pypar.ops.rows import accumulate_dtype, native_refusal
 
@@ -67,13 +67,9 @@ def _native_forward(src: Tensor, scale: float, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def _always(src: Tensor, scale: float, out: Tensor) -> str | None:
-    return None
-
-
 BACKENDS = (
     Backend("native", _native_forward, None, _native_unsupported),
-    Backend("reference", reference_forward, None, _always),
+    Backend("reference", reference_forward, None, never_refuses),
 )
 
 

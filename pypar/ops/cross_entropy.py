@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pypar.ops import native
-from pypar.ops.backend import Backend, choose
+from pypar.ops.backend import Backend, choose, never_refuses
 from pypar.ops.register import register, register_gradient
 from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
 
@@ -23,13 +23,7 @@ def cross_entropy(
     of range is undefined, as in PyTorch. ValueError: shapes that do not fit, targets that are not int64, on
     CPU a target out of range, a backend that refuses.
     """
-    if logits.dim() < 1 or targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} without its "
-            f"last dimension; reshape targets to {tuple(logits.shape[:-1])}"
-        )
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets is {targets.dtype} and must be int64; convert with targets.long()")
+    check_targets(targets, "logits", logits)
     chosen = choose("cross_entropy", BACKENDS, {"logits": logits, "targets": targets}, backend)
     return _forward(logits, targets, ignore_index, chosen.name)[0]
 
@@ -44,7 +38,7 @@ def reference_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tup
     if logits.device.type == "cpu":
         wrong = counted & ((targets < 0) | (targets >= logits.shape[-1]))
         if wrong.any():
-            raise _out_of_range(int(targets[wrong].flatten()[0]), logits.shape[-1], ignore_index)
+            raise out_of_range(int(targets[wrong].flatten()[0]), logits.shape[-1], ignore_index)
     wide = torch.where(counted.unsqueeze(-1), logits.to(accumulate_dtype(logits)), -torch.inf)
     if not logits.numel():
         zero = wide.new_zeros(targets.shape)
@@ -70,7 +64,18 @@ def reference_backward(
     return dlogits.to(logits.dtype).contiguous()
 
 
-def _out_of_range(target: int, vocabulary_size: int, ignore_index: int) -> ValueError:
+def check_targets(targets: Tensor, name: str, logits: Tensor) -> None:
+    """ValueError unless targets are int64 and one for each row of logits, which a sentence calls `name`."""
+    if logits.dim() < 1 or targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} must have the shape of {name} {tuple(logits.shape)} without its "
+            f"last dimension; reshape targets to {tuple(logits.shape[:-1])}"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets is {targets.dtype} and must be int64; convert with targets.long()")
+
+
+def out_of_range(target: int, vocabulary_size: int, ignore_index: int) -> ValueError:
     return ValueError(
         f"targets contains {target}, outside of [0, {vocabulary_size}) and not ignore_index "
         f"({ignore_index}); check the tokenizer against the vocabulary of the logits"
@@ -91,7 +96,7 @@ def _native_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple
         native.dtype_code(logits), native.num_threads(),
     )  # fmt: skip
     if wrong_row >= 0:
-        raise _out_of_range(int(targets.flatten()[wrong_row]), rows.shape[1], ignore_index)
+        raise out_of_range(int(targets.flatten()[wrong_row]), rows.shape[1], ignore_index)
     return loss, maximum, total
 
 
@@ -110,13 +115,9 @@ def _native_backward(
     return dlogits
 
 
-def _always(logits: Tensor, targets: Tensor) -> str | None:
-    return None
-
-
 BACKENDS = (
     Backend("native", _native_forward, _native_backward, _native_unsupported),
-    Backend("reference", reference_forward, reference_backward, _always),
+    Backend("reference", reference_forward, reference_backward, never_refuses),
 )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pypar.ops.backend import Backend, choose
+from pypar.ops.backend import Backend, choose, never_refuses
 from pypar.ops.register import register, register_gradient
 
 # oneDNN adds up in long chains, whose error grows with their length (2.5 times MKL's at 2048): the sum over
@@ -169,10 +169,6 @@ def _onednn_unsupported(x: Tensor, in_features: int, out_features: int) -> str |
     return None
 
 
-def _torch_unsupported(x: Tensor, in_features: int, out_features: int) -> str | None:
-    return None
-
-
 def _backward_of(input_gradient: Callable, weight_gradient: Callable) -> Callable:
     def backward(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return input_gradient(dout, weight), weight_gradient(dout, x)
@@ -193,7 +189,7 @@ _TORCH = LinearBackend(
     "torch",
     torch.nn.functional.linear,
     _backward_of(torch.matmul, _torch_weight_gradient),
-    _torch_unsupported,
+    never_refuses,
     torch.matmul,
     _torch_weight_gradient,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pypar.ops import native
-from pypar.ops.backend import Backend, choose
+from pypar.ops.backend import Backend, choose, never_refuses
 from pypar.ops.register import register, register_gradient
 from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
 
@@ -90,13 +90,9 @@ def _native_backward(dout: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> t
     return dx, dweight.to(weight.dtype)
 
 
-def _always(x: Tensor, weight: Tensor) -> str | None:
-    return None
-
-
 BACKENDS = (
     Backend("native", _native_forward, _native_backward, _native_unsupported),
-    Backend("reference", reference_forward, reference_backward, _always),
+    Backend("reference", reference_forward, reference_backward, never_refuses),
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pypar.ops import native
-from pypar.ops.backend import Backend, choose
+from pypar.ops.backend import Backend, choose, never_refuses
 from pypar.ops.register import register, register_gradient
 from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
 
@@ -70,13 +70,9 @@ def _native_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     return dgate, dup
 
 
-def _always(gate: Tensor, up: Tensor) -> str | None:
-    return None
-
-
 BACKENDS = (
     Backend("native", _native_forward, _native_backward, _native_unsupported),
-    Backend("reference", reference_forward, reference_backward, _always),
+    Backend("reference", reference_forward, reference_backward, never_refuses),
 )
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pypar.comm import all_gather_start, all_reduce_start, gather_replicated, reduce_scatter_start
+from pypar.comm import all_gather_start, gather_replicated
 from pypar.layout import Layout
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
-from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length
+from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
 
 
 def column_parallel(
@@ -84,8 +84,7 @@ class _ColumnParallel(Function):
         gather = all_gather_start(x, axis, 1) if sequence_parallel and any(needs_w) else None
         reduction = None
         if needs_x:
-            dx = _input_gradient(douts, weights)
-            reduction = reduce_scatter_start(dx, axis, 1) if sequence_parallel else all_reduce_start(dx, axis)
+            reduction = sum_start(_input_gradient(douts, weights), axis, sequence_parallel)
         whole_x = gather.wait() if gather is not None else x
         dweights = [
             linear_weight_gradient(dout, whole_x) if dout is not None and needed else None
@@ -151,8 +150,4 @@ class ColumnParallelLinear(ShardedLinear):
         return gather_replicated(y, self.axis, -1) if self.gather_output else y
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, tp={self.axis.size}, "
-            f"bias={self.bias is not None}, sequence_parallel={self.sequence_parallel}, "
-            f"gather_output={self.gather_output}"
-        )
+        return f"{super().extra_repr()}, gather_output={self.gather_output}"

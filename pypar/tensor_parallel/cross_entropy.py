@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from pypar.comm import all_reduce_start
 from pypar.mesh import Axis
 from pypar.ops.backend import choose
-from pypar.ops.cross_entropy import BACKENDS, cross_entropy
+from pypar.ops.cross_entropy import BACKENDS, check_targets, cross_entropy, out_of_range
 
 
 def vocab_parallel_cross_entropy(
@@ -34,13 +34,7 @@ def vocab_parallel_cross_entropy(
     """
     if axis.size == 1:
         return cross_entropy(logits_shard, targets, ignore_index)
-    if logits_shard.dim() < 1 or targets.shape != logits_shard.shape[:-1]:
-        raise ValueError(
-            f"targets {tuple(targets.shape)} must have the shape of logits_shard {tuple(logits_shard.shape)} "
-            f"without its last dimension; reshape targets to {tuple(logits_shard.shape[:-1])}"
-        )
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets is {targets.dtype} and must be int64; convert with targets.long()")
+    check_targets(targets, "logits_shard", logits_shard)
     _check_range(targets, logits_shard.shape[-1] * axis.size, ignore_index)
     return _VocabParallelCrossEntropy.apply(logits_shard, targets, axis, ignore_index)
 
@@ -86,7 +80,4 @@ def _check_range(targets: Tensor, vocabulary_size: int, ignore_index: int) -> No
     if targets.device.type != "cpu":
         torch._assert_async(~wrong.any())
     elif wrong.any():
-        raise ValueError(
-            f"targets contains {int(targets[wrong][0])}, outside of [0, {vocabulary_size}) and not "
-            f"ignore_index ({ignore_index}); check the tokenizer against the vocabulary of the logits"
-        )
+        raise out_of_range(int(targets[wrong][0]), vocabulary_size, ignore_index)

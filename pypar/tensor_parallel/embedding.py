@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pypar.comm import all_gather_start, all_reduce_start, reduce_scatter_start
+from pypar.comm import all_gather_start
 from pypar.layout import Layout
 from pypar.mesh import Axis, as_axis
-from pypar.tensor_parallel.sharded import TP, ShardedModule, fill, part_length
+from pypar.tensor_parallel.sharded import TP, ShardedModule, fill, part_length, sum_start
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -96,9 +96,7 @@ class _VocabParallel(Function):
             outside |= ids == padding_idx  # looked up, but without a gradient
         ctx.save_for_backward(rows, outside)
         ctx.axis, ctx.sequence_parallel, ctx.num_rows = axis, sequence_parallel, weight.shape[0]
-        return (
-            reduce_scatter_start(out, axis, 1) if sequence_parallel else all_reduce_start(out, axis)
-        ).wait()
+        return sum_start(out, axis, sequence_parallel).wait()
 
     @staticmethod
     @once_differentiable

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pypar.comm import all_gather_start, all_reduce_start, reduce_scatter_start
+from pypar.comm import all_gather_start
 from pypar.layout import Layout
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
-from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length
+from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
 
 
 def row_parallel(
@@ -50,9 +50,7 @@ class _RowParallel(Function):
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         ctx.save_for_backward(x, weight)
         out = linear_forward(x, weight)
-        out = (
-            reduce_scatter_start(out, axis, 1) if sequence_parallel else all_reduce_start(out, axis)
-        ).wait()
+        out = sum_start(out, axis, sequence_parallel).wait()
         return out if bias is None else out.add_(bias)
 
     @staticmethod
@@ -107,10 +105,4 @@ class RowParallelLinear(ShardedLinear):
     def forward(self, x: Tensor) -> Tensor:
         return row_parallel(
             x, self.weight, self.axis, sequence_parallel=self.sequence_parallel, bias=self.bias
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, tp={self.axis.size}, "
-            f"bias={self.bias is not None}, sequence_parallel={self.sequence_parallel}"
         )

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pypar.comm import Handle, all_reduce_start, reduce_scatter_start
 from pypar.layout import Layout, set_layout
 from pypar.mesh import Axis
 
@@ -33,6 +34,11 @@ def check_sequence(what: str, x: Tensor) -> None:
             f"{what} with sequence_parallel=True cuts dim 1 of [B, T, D], but its input has shape "
             f"{tuple(x.shape)}; pass x.unsqueeze(0) for a single sequence"
         )
+
+
+def sum_start(x: Tensor, axis: Axis, sequence_parallel: bool) -> Handle:
+    """Start summing the ranks' x [B, T, ...]; with sequence parallelism each gets its part of dim 1. May write x."""
+    return reduce_scatter_start(x, axis, 1) if sequence_parallel else all_reduce_start(x, axis)
 
 
 def autocast(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -96,6 +102,9 @@ class ShardedModule(nn.Module):
 class ShardedLinear(ShardedModule):
     """Weight and bias of a cut linear layer, with the initial values of the whole `nn.Linear`."""
 
+    in_features: int
+    out_features: int
+    sequence_parallel: bool
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -121,3 +130,9 @@ class ShardedLinear(ShardedModule):
 
         for name, layout in self.layouts().items():
             fill(getattr(self, name), layout, self.axis, generator, draw)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, tp={self.axis.size}, "
+            f"bias={self.bias is not None}, sequence_parallel={self.sequence_parallel}"
+        )
