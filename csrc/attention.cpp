@@ -31,7 +31,7 @@ constexpr int64_t kBlocksPerTask = 4;
 template <class Arithmetic>
 struct Layout {
   int64_t scores, bias, keys, values, scratch, rescale, staging, row, blocks;
-  int64_t block_bytes, total;
+  int64_t out_bytes, block_bytes, total;
 
   Layout(const Arithmetic& m, int64_t Hv, bool has_bias) {
     constexpr int64_t kSquare = kBlock * kBlock * 4, kRow = kBlock * 4;
@@ -44,7 +44,8 @@ struct Layout {
     staging = rescale + kRow;
     row = staging + kBlock * padded_size(Hv) * 4;
     blocks = row + padded_size(Hv) * 4;
-    block_bytes = m.queries_bytes() + m.out_bytes() + 10 * kRow;
+    out_bytes = larger(m.out_bytes(), kBlock * padded_size(Hv) * 4);
+    block_bytes = m.queries_bytes() + 2 * out_bytes + 14 * kRow;
     total = blocks + kBlocksPerTask * block_bytes;
   }
 };
@@ -117,6 +118,8 @@ struct Task {
   char* const memory;
   int64_t num_blocks;
   RowBlock blocks[kBlocksPerTask];
+  Parts joins[kBlocksPerTask];   // per block, the sums of earlier splits; count 0: none
+  float* spare[kBlocksPerTask];  // room for one more out
 
   Task(const AttentionForward& arguments, const Sequence& sequence, const ForwardShape& of, int64_t key_head)
       : a(arguments),
@@ -136,10 +139,10 @@ struct Task {
   void begin_block(int64_t first) {
     RowBlock& block = blocks[num_blocks];
     char* at = memory + layout.blocks + num_blocks * layout.block_bytes;
-    ++num_blocks;
     block.queries = at;
     block.out = at + m.queries_bytes();
-    at += m.queries_bytes() + m.out_bytes();
+    spare[num_blocks] = reinterpret_cast<float*>(at + m.queries_bytes() + layout.out_bytes);
+    at += m.queries_bytes() + 2 * layout.out_bytes;
     block.reference = reinterpret_cast<float*>(at);
     block.sum = block.reference + kBlock;
     block.excess = block.sum + kBlock;
@@ -149,19 +152,20 @@ struct Task {
     block.position = reinterpret_cast<uint32_t*>(block.slope + kBlock);
     block.stream = block.position + kBlock;
     block.apart = reinterpret_cast<int64_t*>(block.stream + kBlock);
+    char* const joined = reinterpret_cast<char*>(block.apart + kBlock);
+    joins[num_blocks] = {joined, joined + kBlock * 8, nullptr, 0, 0, 0};
+    ++num_blocks;
     block.first = first;
     block.count = smaller(kBlock, shape.rows - first);
     const Rows q = rows_of(p.q, s.batch, s.q_begin, head, group);
     m.pack_queries(q, first, block.count, terms.sign, block.queries, memory + layout.scratch);
-    m.clear_out(block.out);
+    clear_block(block);
     block.keys = keys_seen(s, first / group, (first + block.count - 1) / group);
     for (int64_t i = 0; i < kBlock; ++i) {
       const int64_t row = first + smaller(i, block.count - 1);
       const Range keys = keys_seen(s, row / group, row / group);
       block.begin[i] = static_cast<int32_t>(keys.begin);
       block.end[i] = static_cast<int32_t>(keys.end);
-      block.reference[i] = -__builtin_inff();
-      block.sum[i] = block.excess[i] = 0.0f;
       if (!terms.general && !terms.dropout) continue;
       const RowTerms row_of = row_terms(p, terms, s, head, row);
       block.slope[i] = row_of.slope;
@@ -177,6 +181,41 @@ struct Task {
     pack(bias_rows(p, s.batch, head, first_key), block.first, block.count, num_keys, 1.0f, packed, kBlock);
     transpose(packed, kBlock, block.count, num_keys, transposed, kBlock);
     return transposed;
+  }
+
+  // What is summed so far goes to the sums of earlier splits. Many rows are not split among tasks, but their
+  // sums are: the bits of a row do not depend on how many there are.
+  void join(int64_t index) {
+    RowBlock& block = blocks[index];
+    Parts& sums = joins[index];
+    int64_t stride = padded_size(p.Hv);
+    if (sums.count == 0) {
+      float* out = const_cast<float*>(m.read_out(block.out, block.count, spare[index], &stride));
+      if (out != spare[index]) block.out = spare[index];
+      sums = {sums.references, sums.sums, reinterpret_cast<char*>(out), stride, 1, 0};
+      find_sums(block, reinterpret_cast<double*>(sums.references), reinterpret_cast<double*>(sums.sums));
+      return;
+    }
+    double reference[kBlock], sum[kBlock];
+    find_sums(block, reference, sum);
+    const float* out = m.read_out(block.out, block.count, floats(layout.staging), &stride);
+    for (int64_t row = 0; row < block.count; ++row)
+      join_row(sums, row, reference[row], sum[row], out + row * stride, round_up(p.Hv, kWidth));
+  }
+
+  void find_sums(const RowBlock& block, double* reference, double* sum) const {
+    for (int64_t row = 0; row < block.count; ++row) {
+      reference[row] = static_cast<double>(block.reference[row]) * terms.unit;
+      sum[row] = static_cast<double>(block.sum[row]) - block.excess[row];
+    }
+  }
+
+  void clear_block(RowBlock& block) const {
+    for (int64_t i = 0; i < kBlock; ++i) {
+      block.reference[i] = -__builtin_inff();
+      block.sum[i] = block.excess[i] = 0.0f;
+    }
+    m.clear_out(block.out);
   }
 
   // One block of keys against one block of rows.
@@ -208,8 +247,12 @@ struct Task {
       m.pack_values(v, first_key, num_keys, memory + layout.values, memory + layout.scratch);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t num_seen = smaller(num_keys, blocks[i].keys.end - first_key);
-        if (num_seen > 0 && blocks[i].keys.begin < first_key + num_keys)
-          attend(blocks[i], first_key, num_seen);
+        if (num_seen <= 0 || blocks[i].keys.begin >= first_key + num_keys) continue;
+        if (first_key % kKeysPerSplit == 0 && first_key > larger(split_begin, blocks[i].keys.begin)) {
+          join(i);
+          clear_block(blocks[i]);
+        }
+        attend(blocks[i], first_key, num_seen);
       }
     }
   }
@@ -218,11 +261,13 @@ struct Task {
   void finish(const Parts* splits, int64_t split) {
     for (int64_t i = 0; i < num_blocks; ++i) {
       const RowBlock& block = blocks[i];
-      double reference[kBlock], sum[kBlock];
-      for (int64_t row = 0; row < block.count; ++row) {
-        reference[row] = static_cast<double>(block.reference[row]) * terms.unit;
-        sum[row] = static_cast<double>(block.sum[row]) - block.excess[row];
+      if (joins[i].count > 0) {
+        join(i);
+        finish_rows(a, s, head, block.first, block.count, joins[i], floats(layout.row));
+        continue;
       }
+      double reference[kBlock], sum[kBlock];
+      find_sums(block, reference, sum);
       int64_t stride = padded_size(p.Hv);
       const float* out = m.read_out(block.out, block.count, floats(layout.staging), &stride);
       if (!splits) {
@@ -313,7 +358,20 @@ void merge_splits(const Plan& plan, int64_t sequence, int64_t head) {
   const Sequence s = sequence_of(p, sequence);
   const ForwardShape shape = forward_shape(p, s);
   auto* scratch = static_cast<float*>(thread_scratch(padded_size(p.Hv) * 4));
-  finish_rows(plan.a, s, head, 0, shape.rows, plan.parts_of(sequence, shape, head), scratch);
+  const Parts parts = plan.parts_of(sequence, shape, head);
+  if (shape.decode) {
+    finish_rows(plan.a, s, head, 0, shape.rows, parts, scratch);
+    return;
+  }
+  // One after the other, as a task does that has them all.
+  const Parts sums = parts.rows_from(0, 0);
+  for (int64_t split = 1; split < parts.count; ++split) {
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      join_row(sums, row, parts.reference(split, row), parts.sum(split, row), parts.row(split, row),
+               round_up(p.Hv, kWidth));
+    }
+  }
+  finish_rows(plan.a, s, head, 0, shape.rows, sums, scratch);
 }
 
 template <class Arithmetic>

@@ -53,6 +53,31 @@ static inline int64_t lse_index(const AttentionProblem& p, const Sequence& s, in
 
 constexpr double kNothing = -__builtin_inf();
 
+// Adds what was summed over later keys to a row of `sums`. A row that saw none of them stays as it is. The
+// weights are in two parts: an error of one is one that the whole row has.
+static inline void join_row(const Parts& sums, int64_t row, double reference, double sum, const float* out,
+                            int64_t width) {
+  double& old_reference = reinterpret_cast<double*>(sums.references)[row];
+  double& old_sum = reinterpret_cast<double*>(sums.sums)[row];
+  float* const to = reinterpret_cast<float*>(sums.out) + row * sums.stride;
+  if (sum == 0.0) return;
+  if (old_sum == 0.0) {
+    old_reference = reference;
+    old_sum = sum;
+    std::memcpy(to, out, width * 4);
+    return;
+  }
+  const bool grows = reference > old_reference;
+  const double exact = __builtin_exp(grows ? old_reference - reference : reference - old_reference);
+  const auto weight = static_cast<float>(exact), rest = static_cast<float>(exact - weight);
+  old_sum = grows ? old_sum * exact + sum : old_sum + sum * exact;
+  if (grows) old_reference = reference;
+  for (int64_t j = 0; j < width; j += kWidth) {
+    const Float x = load(grows ? to + j : out + j), y = load(grows ? out + j : to + j);
+    store(to + j, y + (x * weight + x * rest));
+  }
+}
+
 // Rows [first, first + count) of a key/value head; their parts are counted from `first`. `scratch`:
 // padded_size(Hv) floats.
 static inline void finish_rows(const AttentionForward& a, const Sequence& s, int64_t key_head, int64_t first,

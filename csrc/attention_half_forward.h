@@ -185,13 +185,19 @@ static void soften(const ForwardTask& task, Unit& unit, int64_t first) {
   } else {
     soften_rows<false>(unit, task.factor, first, sums, &top);
   }
-  if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(kLargeSum), _CMP_GT_OQ) == 0) {
-    float* const totals = panel.sums + first * 16;
+  float* const totals = panel.sums + first * 16;
+  const auto large = [](__m512 x) { return _mm512_cmp_ps_mask(x, _mm512_set1_ps(kLargeSum), _CMP_GT_OQ); };
+  if (large(top) == 0) {
     for (int i = 0; i < 8 * 16; i += 16)
       _mm512_store_ps(totals + i, _mm512_add_ps(_mm512_load_ps(totals + i), _mm512_load_ps(sums + i)));
     return;
   }
-  for (int64_t row = first; row < first + 8; ++row) soften_row(unit, task.factor, row);
+  // Each row for itself: its bits must not depend on its neighbours.
+  for (int i = 0; i < 8; ++i) {
+    const __m512 sum = _mm512_load_ps(sums + i * 16), total = _mm512_load_ps(totals + i * 16);
+    if (large(sum) != 0) soften_row(unit, task.factor, first + i);
+    if (large(sum) == 0) _mm512_store_ps(totals + i * 16, _mm512_add_ps(total, sum));
+  }
 }
 
 static void check_ready(Panel& panel) {

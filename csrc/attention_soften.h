@@ -33,7 +33,7 @@ struct Seen {
     std::memcpy(&end, block.end + row, sizeof(end));
     begin -= static_cast<int32_t>(first_key);
     end -= static_cast<int32_t>(first_key);
-    some.begin = larger(0, begin[0]);
+    some.begin = smaller(num_keys, larger(0, begin[0]));
     some.end = larger(some.begin, smaller(num_keys, end[kWidth - 1]));
     all.begin = smaller(some.end, larger(some.begin, begin[kWidth - 1]));
     all.end = larger(all.begin, smaller(some.end, end[0]));
@@ -79,8 +79,14 @@ struct Total {
     excess = (t - sum) - y;
     sum = t;
   }
+  // Until sum - excess rounds to sum. Then zeros, of keys that only other rows see, change nothing: neither
+  // those before a row's own keys nor, if this follows, those behind them.
+  __attribute__((always_inline)) void settle() { add(zero()); }
 };
 
+// Scores of the keys [begin, end) -> probabilities. Both are multiples of kQuad: four keys are summed before
+// they are added to the total, and which four, must not depend on what the other rows of the vector see.
+constexpr int64_t kQuad = 4;
 template <bool kMasked>
 PYPAR_INLINE void exponentiate(float* column, int64_t begin, int64_t end, const Seen& seen, const Exponent& e,
                                Total* total) {
@@ -92,13 +98,11 @@ PYPAR_INLINE void exponentiate(float* column, int64_t begin, int64_t end, const 
     store(at, p);
     return p;
   };
-  int64_t key = begin;
-  for (; key + 4 <= end; key += 4) {
+  for (int64_t key = begin; key < end; key += kQuad) {
     const Float p0 = probability(key), p1 = probability(key + 1);
     const Float p2 = probability(key + 2), p3 = probability(key + 3);
     total->add((p0 + p1) + (p2 + p3));
   }
-  for (; key < end; ++key) total->add(probability(key));
 }
 
 PYPAR_INLINE void store_zeros(float* column, int64_t begin, int64_t end) {
@@ -133,16 +137,21 @@ static bool soften(const RowBlock& block, const ScoreTerms& terms, float* scores
       shrink = select(grown & (old > lowest), exp2_of_product(old - reference, factor, least), shrink);
       total.sum *= shrink;
       total.excess *= shrink;
+      total.settle();
       any_rescale = true;
       store(block.reference + row, reference);
     }
     store(rescale + row, shrink);
     const Exponent e{reference, factor, least};
-    store_zeros(column, 0, seen.some.begin);
-    exponentiate<true>(column, seen.some.begin, seen.all.begin, seen, e, &total);
-    exponentiate<false>(column, seen.all.begin, seen.all.end, seen, e, &total);
-    exponentiate<true>(column, seen.all.end, seen.some.end, seen, e, &total);
-    store_zeros(column, seen.some.end, num_keys);
+    const int64_t begin = seen.some.begin / kQuad * kQuad, end = round_up(seen.some.end, kQuad);
+    const int64_t all_begin = smaller(end, round_up(seen.all.begin, kQuad));
+    const int64_t all_end = larger(all_begin, seen.all.end / kQuad * kQuad);
+    store_zeros(column, 0, begin);
+    exponentiate<true>(column, begin, all_begin, seen, e, &total);
+    exponentiate<false>(column, all_begin, all_end, seen, e, &total);
+    exponentiate<true>(column, all_end, end, seen, e, &total);
+    total.settle();
+    store_zeros(column, end, num_keys);
     store(block.sum + row, total.sum);
     store(block.excess + row, total.excess);
   }

@@ -61,14 +61,21 @@ constexpr float kLog2e = 1.44269504088896340736f;
 
 static_assert(kBlock % kRows == 0 && kBlock % kWidth == 0, "blocks are made of whole tiles");
 
+// Products are summed in chunks before they are added to what was summed before: the first has `first` of
+// them, the others `size`.
+struct Chunk {
+  int64_t first, size;
+};
+
 // c[kRows][kUsed vectors] (+)= a[kRows][k] * b[k][kUsed vectors]. a is stored with its rows adjacent along k,
-// or, if kTransposedA, with the values of one k adjacent. `chunk` products at a time are summed before they
-// are added to c: that loses far less than one long sum would.
+// or, if kTransposedA, with the values of one k adjacent. Sums in chunks lose far less than one long sum
+// would.
 template <int kUsed, bool kTransposedA, bool kAccumulate>
-static __attribute__((noinline)) void multiply_tile(int64_t k, int64_t chunk, const float* a,
+static __attribute__((noinline)) void multiply_tile(int64_t k, const Chunk chunk, const float* a,
                                                     int64_t a_stride, const float* b, int64_t b_stride,
                                                     float* c, int64_t c_stride) {
   bool add = kAccumulate;
+  int64_t most = chunk.first;
   do {
     Float sum[kRows][kUsed];
 #pragma GCC unroll 8
@@ -76,7 +83,7 @@ static __attribute__((noinline)) void multiply_tile(int64_t k, int64_t chunk, co
 #pragma GCC unroll 8
       for (int j = 0; j < kUsed; ++j) sum[i][j] = zero();
     }
-    const int64_t steps = smaller(k, chunk);
+    const int64_t steps = smaller(k, most);
     for (int64_t p = 0; p < steps; ++p) {
       Float right[kUsed];
 #pragma GCC unroll 8
@@ -99,17 +106,20 @@ static __attribute__((noinline)) void multiply_tile(int64_t k, int64_t chunk, co
       }
     }
     add = true;
+    most = chunk.size;
     k -= steps;
   } while (k > 0);
 }
 
 // c[num_rows][num_vecs] (+)= a * b over k in [0, k_size), num_rows rounded up to whole tiles. Where given,
 // `columns` (in vectors) and `depth` (in k) hold one range per group of kRows rows: what lies outside is not
-// computed, and c is left as it is there.
+// computed, and c is left as it is there. Chunks end at multiples of `chunk_size`, a power of two, wherever
+// `depth` begins:
+// what a row adds up in which order does not depend on the others of its group, whose range it shares.
 template <bool kTransposedA, bool kAccumulate>
 static void multiply(int64_t num_rows, int64_t num_vecs, int64_t k_size, const float* a, int64_t a_stride,
                      const float* b, int64_t b_stride, float* c, int64_t c_stride, const Range* columns,
-                     const Range* depth, int64_t chunk = kLongChunk) {
+                     const Range* depth, int64_t chunk_size = kLongChunk) {
   const int64_t num_panels = (num_vecs + kVecs - 1) / kVecs;
   const int64_t panel = (num_vecs + num_panels - 1) / num_panels;  // equal ones: 3 + 3 is faster than 4 + 2
   for (int64_t first = 0; first < num_vecs; first += panel) {
@@ -119,6 +129,7 @@ static void multiply(int64_t num_rows, int64_t num_vecs, int64_t k_size, const f
       const int64_t k_begin = depth ? depth[group].begin : 0;
       const int64_t k = (depth ? depth[group].end : k_size) - k_begin;
       if (kAccumulate && k <= 0) continue;
+      const Chunk chunk{chunk_size - (k_begin & (chunk_size - 1)), chunk_size};
       const float* left = kTransposedA ? a + k_begin * a_stride + row : a + row * a_stride + k_begin;
       const float* right = b + k_begin * b_stride + begin * kWidth;
       float* result = c + row * c_stride + begin * kWidth;

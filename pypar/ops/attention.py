@@ -109,6 +109,10 @@ def attention(
 
     A query that sees no key gives 0, lse -inf and zero gradients. Autocast does not apply: q, k and v have one dtype.
 
+    With backend "native" the bits of a query's out, lse and dq depend on the query and on its sequence's keys up to
+    the last that it sees, not on the other queries of the call; but calls of few rows (T * N / G at most 16, with
+    cu_seqlens on average), as in decoding, are summed in another order, and fp16 products scale dq by all rows.
+
     Returns out, like q with Hv for H, contiguous; with return_lse also lse [B, N, T] ([N, T] with cu_seqlens_q)
     in fp32 (fp64 for fp64), the natural logarithm of the softmax's denominator. Both are differentiable, once.
     ValueError: shapes, dtypes or devices that do not fit, numbers out of range, a backend that refuses.
