@@ -79,19 +79,48 @@ def test_hybrid_equals_one_device(name, layout):
             assert [sent for _, sent in outcome] == totals
 
 
-@pytest.mark.parametrize(("layout", "size"), [("contiguous", 2), ("contiguous", 4), ("zigzag", 2)])
-@pytest.mark.parametrize("option", ["causal", "full", "alibi", "softcap", "sinks", "dropout"])
+_ENDS = (0, 3, 3, 214, 229, 1000, 1037, 1100)  # of documents, which ranks hold few rows of, too
+_SHORT = (
+    0,
+    300,
+    547,
+    900,
+    *range(905, 1101, 5),
+)  # of 550 rows a rank has 3 of the third, of 367 one many of 5 rows
+ONE_DEVICE = {
+    "causal": Case(T=453, H=24),
+    "full": Case(T=453, H=24, causal=False),
+    "window": Case(T=1003, H=24, window=(100, 0)),
+    "window of both sides": Case(T=900, H=24, window=(60, 33), causal=False),
+    "grouped heads": Case(T=901, N=6, G=2, H=24, Hv=40),
+    "alibi": Case(T=301, alibi="N"),
+    "softcap, sinks, dropout": Case(T=301, softcap=2.0, sinks=True, dropout_p=0.3),
+    "bias": Case(T=301, bias="BNTS"),
+    "more keys": Case(T=200, S=1037, H=24),
+    "few rows each": Case(T=37, S=301, H=24),
+    "few rows each, bias": Case(T=37, S=301, bias="BNTS"),
+    "few rows each, bias of keys": Case(T=37, S=301, bias="S"),
+    "documents": Case(T=1100, H=24, documents=_ENDS),
+    "documents, full": Case(T=1100, H=24, documents=_ENDS, causal=False),
+    "documents, window": Case(T=1100, H=24, documents=_ENDS, window=(50, 0)),
+    "short documents": Case(T=1100, H=24, documents=_SHORT, causal=False),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", ONE_DEVICE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_gather_has_the_bits_of_one_device(option, layout, size, dtype):
-    """Chunks of whole tiles of the native kernel; of dk and dv the order of the sum over ranks is another."""
-    options = {"full": {"causal": False}, "alibi": {"alibi": "N"}, "softcap": {"softcap": 2.0}}
-    options |= {"sinks": {"sinks": True}, "dropout": {"dropout_p": 0.3}}
-    case = Case(T=512, H=32, Hv=32, **options.get(option, {}))
+def test_all_gather_has_the_bits_of_one_device(name, layout, dtype):
+    """Of any lengths; of dk and dv the order of the sum over ranks is another."""
+    case = ONE_DEVICE[name]
     given = inputs(case, dtype)
     expected = one_device(case, given, "native")
-    actual, _ = many_ranks(case, given, size, layout, method="all_gather", backend="native")
-    for result in ("out", "lse", "dq"):
-        assert torch.equal(actual[result], expected[result]), result
+    for size in (2, 3):
+        actual, _ = many_ranks(case, given, size, layout, method="all_gather", backend="native")
+        for result in {"out", "lse", "dq", "dbias"} & set(expected) - (
+            {"dbias"} if case.bias == "S" else set()
+        ):
+            assert torch.equal(actual[result], expected[result]), (result, size)
 
 
 def test_all_gather_of_several_heads_at_once():

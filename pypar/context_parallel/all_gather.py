@@ -1,9 +1,17 @@
 """Context parallelism by gathering: keys and values of the whole sequence, a few heads at a time.
 
 While some heads compute, the next ones are being gathered (Llama 3, arXiv 2407.21783, section 3.3.2, gathers all at
-once and first); backward gathers them again and scatters the sums of their gradients. Every rank then sees its
-queries' keys in the order in which one device sees them: where its chunks are whole tiles of the kernel (128 rows),
-and no window cuts tiles, out, lse and dq have the bits of one device.
+once and first); backward gathers them again and scatters the sums of their gradients.
+
+Every rank then sees its queries' keys in the order in which one device sees them. With the native backend and a
+layout of chunks (contiguous, zigzag) out, lse and dq have the bits of one device, for any lengths, masks and options,
+but for
+- a whole of few rows: at most 16 of each key/value head (positions times the query heads that share it), on average of
+  the documents where there are some; and documents of so few rows that see 192 keys or more;
+- dq in fp16 where the CPU has products in fp16: a few last bits. The power of two that its terms are multiplied by is
+  found from all rows of a head that are there.
+dk and dv are summed over the ranks, in another order. The stripes of a layout are finished block by block, and the
+reference's bits are those of torch's matrix products, which promise nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pypar.comm import Handle, all_gather_start, reduce_scatter_start
+from pypar.context_parallel import one_device
 from pypar.context_parallel.call import Call, refuse_options
 from pypar.context_parallel.heads import HeadGroup
 from pypar.context_parallel.layouts import Segment, num_positions, positions_in
@@ -27,7 +36,6 @@ from pypar.context_parallel.partial import (
     add_forward,
     empty_sums,
     finish,
-    forward_once,
     sinks_share,
 )
 from pypar.ops.rows import accumulate_dtype
@@ -86,7 +94,8 @@ class _AllGather(torch.autograd.Function):
                 _, dk_here, dv_here = into
                 operands, totals = (q[rows], k_here, v_here), (dq[rows], dk_here, dv_here)
                 rest = None if lse_rest is None else lse_rest[rows]
-                add_backward(parts, operands, results, totals, share, heads.call(call), rest)
+                add = one_device.backward if gathered.in_order else add_backward
+                add(parts, operands, results, totals, share, heads.call(call), rest)
             gathered.scatter(sums, dk[..., heads.groups, :], dv[..., heads.groups, :])
         gathered.arrive()
         dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None
@@ -115,7 +124,7 @@ def _forward_once(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Resu
         rows = heads.rows
         for parts, k_here, v_here in gathered.blocks():
             results = (out[rows], lse[rows], lse_rest[rows])
-            makes_rest |= forward_once(parts, q[rows], k_here, v_here, results, heads.call(call))
+            makes_rest |= one_device.forward(parts, q[rows], k_here, v_here, results, heads.call(call))
     return out, lse, lse_rest if makes_rest else None
 
 
@@ -140,7 +149,8 @@ class _Gathered:
         self.in_order = all(segment.step == 1 for segments in call.keys for segment in segments)
         if self.in_order:  # one block, the whole sequence as one device has it
             whole = (Segment(0, sum(self._counts)),) if self._most else ()
-            self._parts = [pieces(call.queries[rank], whole, call.mask, call.merges)]
+            parts = pieces(call.queries[rank], whole, call.mask, call.merges)
+            self._parts = [one_device.as_whole(parts, call.mask, q.shape[-2] // k.shape[-2])]
             rows = rows[torch.cat([positions_in(segments) for segments in call.keys]).argsort()]
         else:  # one after the other, as the ranks hold them
             self._parts = [call.pieces(rank, source) for source in range(call.axis.size)]
