@@ -1,12 +1,13 @@
 """Step time of attention over a sharded sequence, by degree, length, method and layout, beside one process.
 
     python bench/context_parallel.py [--ranks 2 4] [--lengths 8192 16384] [--dtypes bf16 fp32]
-        [--methods ring ...] [--layouts zigzag ...] [--rounds 5] [--full] [--backend pypar]
+        [--methods ring ...] [--layouts zigzag ...] [--rounds 5] [--full] [--window 255] [--backend pypar]
     python bench/context_parallel.py --timeline FILE.png   compute and communication of each rank, drawn
     python bench/context_parallel.py --network             over a cable between two network namespaces, as root
     python bench/context_parallel.py --long                131,072 tokens on 4 ranks
 
-One step is forward and backward of attention: B 1, N 8, G 2, H 64, causal. Each rank has one thread, bound to a core.
+One step is forward and backward of attention: B 1, N 8, G 2, H 64, causal unless --full. Each rank has one thread,
+bound to a core.
 Contenders take turns in one run; a step is timed from its common start to the end of the slowest rank, and the least
 time of all rounds counts. First each contender's output and gradients are compared with the single process's.
 
@@ -17,6 +18,10 @@ time of all rounds counts. First each contender's output and gradients are compa
     silent     the step of the method with communication left out
     exposed    1 - silent / step: the share of a step that communication costs
     waiting    share of a step in which the rank that waits longest is blocked
+
+Where auto is among the methods, a closing line for each problem tells what it took, what it expected of each method,
+and auto / best: the least time of auto's steps / that of the best of the others. The program fails where that is above
+1.1 by more than the spread of the run: how much longer than the least time the next one was, of auto or of the best.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import statistics
 import sys
 from typing import Any
 
+import context_auto
 import context_long
 import context_network
 import context_timeline
@@ -45,6 +51,7 @@ from timing import DTYPES
 from pypar.context_parallel import methods
 from pypar.context_parallel.layouts import LAYOUTS
 
+TURN_S = 0.1  # short steps are run this long at a time
 ASKED = {(2, 8192): 0.9, (2, 16384): 0.9}  # of ideal, by ranks and length, of a zigzag ring
 
 
@@ -59,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", choices=sorted(LAYOUTS), help="of the ring; others zigzag")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="no causal mask")
+    parser.add_argument("--window", type=int, help="so many keys before its own are seen by a query")
     parser.add_argument("--backend", default="pypar", help="of torch.distributed")
     parser.add_argument("--timeline", metavar="FILE")
     parser.add_argument("--network", action="store_true")
@@ -85,9 +93,11 @@ def measure(
         check(workers.ranks(sampled_step, problem, contender), expected, problem.dtype)
     silent = [contender._replace(communicates=False) for contender in contenders]
     times: dict[Any, list[Timed]] = {name: [] for name in (*contenders, *silent, "single", "torch")}
+    first = slowest(workers.ranks(timed_step, problem, contenders[0]))
+    turn = max(1, int(TURN_S / (first.ended - first.began)))  # steps of it
     for _ in range(rounds):
         for contender in (*contenders, *silent):
-            times[contender].append(slowest(workers.ranks(timed_step, problem, contender)))
+            times[contender] += [slowest(workers.ranks(timed_step, problem, contender)) for _ in range(turn)]
         times["single"].append(workers.single(timed_single, problem, False))
         times["torch"].append(workers.single(timed_single, problem, True))
     return times
@@ -103,7 +113,11 @@ def slowest(of_ranks: list[Timed]) -> Timed:
 
 
 def seconds(times: list[Timed]) -> float:
-    return min(t.ended - t.began for t in times)
+    return min(durations(times))
+
+
+def durations(times: list[Timed]) -> list[float]:
+    return [t.ended - t.began for t in times]
 
 
 def report(size: int, problem: Problem, times: dict[Any, list[Timed]]) -> None:
@@ -137,13 +151,36 @@ def main() -> None:
         end="",
     )
     print("| exposed | waiting | sent, MB |\n|" + "---|" * 13)
+    problems = [
+        Problem(length, DTYPES[dtype], not arguments.full, window=arguments.window)
+        for dtype in arguments.dtypes
+        for length in arguments.lengths
+    ]
+    verdicts = []
     for size in arguments.ranks:
         with Workers(size, arguments.backend) as workers:
-            for dtype in arguments.dtypes:
-                for length in arguments.lengths:
-                    problem = Problem(length, DTYPES[dtype], not arguments.full)
-                    contenders = contenders_of(arguments, size)
-                    report(size, problem, measure(workers, problem, contenders, arguments.rounds))
+            if "auto" in arguments.methods:
+                for dtype in arguments.dtypes:
+                    workers.ranks(context_auto.measured, DTYPES[dtype])
+            for problem in problems:
+                times = measure(workers, problem, contenders_of(arguments, size), arguments.rounds)
+                report(size, problem, times)
+                verdicts += judge_auto(workers, problem, times)
+    print(*(line for line, _ in verdicts), sep="\n")
+    missed = sum(not kept for _, kept in verdicts)
+    if missed:
+        sys.exit(f"auto was above {context_auto.LIMIT} of the best method, beyond the spread, {missed} times")
+
+
+def judge_auto(workers: Workers, problem: Problem, times: dict[Any, list[Timed]]) -> list[tuple[str, bool]]:
+    """A verdict on auto, where it and others ran."""
+    ran = [c for c in times if isinstance(c, Contender) and c.communicates is None]
+    auto = next((c for c in ran if c.method == "auto"), None)
+    same = [c for c in ran if auto is not None and c.layout == auto.layout]
+    if auto is None or len(same) < 2:
+        return []
+    expectation = workers.ranks(context_auto.expected, problem, auto.layout)[0]
+    return [context_auto.verdict({c: durations(times[c]) for c in same}, expectation, workers.size, problem)]
 
 
 if __name__ == "__main__":

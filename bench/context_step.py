@@ -27,7 +27,7 @@ SAMPLED = 256  # positions that are compared
 
 @dataclass(frozen=True)
 class Problem:
-    """B 1."""
+    """B 1. window: how many keys before its own a query sees; None: all."""
 
     length: int
     dtype: torch.dtype = torch.bfloat16
@@ -35,6 +35,16 @@ class Problem:
     N: int = 8
     G: int = 2
     H: int = 64
+    window: int | None = None
+
+    @property
+    def sides(self) -> tuple[int | None, int | None] | None:
+        return None if self.window is None else (self.window, 0 if self.causal else None)
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "full"
+        seen = "" if self.window is None else f", window {self.window}"
+        return f"{self.length} tokens, {str(self.dtype).removeprefix('torch.')}, {mask}{seen}"
 
 
 class Contender(NamedTuple):
@@ -73,7 +83,14 @@ def step(axis: Axis, problem: Problem, contender: Contender) -> tuple[Tensor, ..
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ring_attention(
-            q, k, v, axis, layout=contender.layout, method=contender.method, causal=problem.causal
+            q,
+            k,
+            v,
+            axis,
+            layout=contender.layout,
+            method=contender.method,
+            causal=problem.causal,
+            window=problem.sides,
         )
 
     return _with_gradients(attend, parts(axis, problem, contender.layout))
@@ -84,13 +101,23 @@ def single_step(problem: Problem, peer: bool = False) -> tuple[Tensor, ...]:
 
     def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=problem.causal, enable_gqa=True)
+        mask = None if problem.window is None else _seen(problem)
+        is_causal = problem.causal and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
         return out.transpose(1, 2)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return pypar.attention(q, k, v, causal=problem.causal)
+        return pypar.attention(q, k, v, causal=problem.causal, window=problem.sides)
 
     return _with_gradients(torch_attention if peer else ours, inputs(problem))
+
+
+@functools.lru_cache(maxsize=1)
+def _seen(problem: Problem) -> Tensor:
+    """bool [length, length]: torch has no window."""
+    ages = torch.arange(problem.length)[:, None] - torch.arange(problem.length)
+    assert problem.window is not None
+    return (ages <= problem.window) & ((ages >= 0) | (not problem.causal))
 
 
 def _with_gradients(attend: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -179,7 +206,7 @@ def without_communication() -> Iterator[None]:
 @contextlib.contextmanager
 def without_attention() -> Iterator[None]:
     """Everything is sent, nothing computed; results are wrong."""
-    with _replaced(add_forward=lambda *_: None, add_backward=lambda *_: None):
+    with _replaced(add_forward=lambda *_: None, add_backward=lambda *_: None, forward_once=lambda *_: False):
         yield
 
 

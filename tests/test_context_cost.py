@@ -1,5 +1,6 @@
 """The method "auto": what each method is expected to take, and the choice."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,10 +17,11 @@ from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.volume import Sizes
 from pypar.mesh import Axis
 
-SLOW_LINK = MachineCosts(flops_per_s=1e12, call_s=1e-6, bytes_per_s=1e6, near_bytes_per_s=1e6)
-CALLS_COST = MachineCosts(call_s=1.0, latency_s=0.0)  # all but time of a call is free
+FREE = MachineCosts(math.inf, 0.0, math.inf, 0.0, 1, math.inf, 0.0, 0.0, math.inf)
+SLOW_LINK = replace(FREE, flops_per_s=1e12, call_s=1e-6, bytes_per_s=1e6, near_bytes_per_s=1e6)
+CALLS_COST = replace(FREE, call_s=1.0)
 # Attention takes far longer than any transfer, and only what does not hide shows.
-HIDES = MachineCosts(flops_per_s=1.5e6, call_s=0.0, latency_s=0.0, bytes_per_s=1e6, near_bytes_per_s=1e6)
+HIDES = replace(FREE, flops_per_s=1.5e6, bytes_per_s=1e6, near_bytes_per_s=1e6)
 
 
 SIZES = Sizes(1, 8, 2, 16, 16, torch.float32)
@@ -127,7 +129,7 @@ def test_an_unknown_option_is_refused():
 def _measure():
     axis = Axis.of(torch.distributed.group.WORLD, "cp")
     costs = measure_costs(axis)
-    assert measure_costs(axis) is costs and costs_of(axis, torch.device("cpu")) is costs
+    assert measure_costs(axis) is costs and costs_of(axis, torch.device("cpu"), torch.float32) is costs
     return costs
 
 

@@ -4,7 +4,7 @@ from pypar.context_parallel.attention import ring_attention
 from pypar.context_parallel.context import shard_context
 from pypar.context_parallel.cost import method_costs
 from pypar.context_parallel.layouts import positions, shard, unshard
-from pypar.context_parallel.machine_costs import measure_costs
+from pypar.context_parallel.measuring import measure_costs
 from pypar.context_parallel.methods import methods
 
 __all__ = [

@@ -1,0 +1,71 @@
+"""The method "auto" beside the others: what it expects of each, what it chose, and how near the best it came.
+
+Each rank measures its axis once, as a user would, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import torch
+from context_step import Contender, Problem
+
+from pypar.context_parallel import measure_costs
+from pypar.context_parallel.cost import cheapest, method_costs
+from pypar.context_parallel.hybrid import default_size
+from pypar.context_parallel.layouts import segments_of
+from pypar.context_parallel.masks import Mask
+from pypar.context_parallel.volume import Sizes
+from pypar.mesh import Axis
+from pypar.ops.attention_arguments import UNBOUNDED
+
+LIMIT = 1.1  # auto / best, at most
+
+
+def measured(axis: Axis, dtype: torch.dtype) -> str:
+    return str(measure_costs(axis, dtype=dtype))
+
+
+def expected(axis: Axis, problem: Problem, layout: str) -> tuple[dict[str, float], str]:
+    """Seconds of a step by each method, and the one that auto takes, by the names of `named`."""
+    held = tuple(segments_of(problem.length, rank, axis.size, layout) for rank in range(axis.size))
+    sizes = Sizes(1, problem.N, problem.G, problem.H, problem.H, problem.dtype)
+    left = UNBOUNDED if problem.window is None else problem.window
+    ends = (0, problem.length)
+    mask = Mask(left, 0 if problem.causal else UNBOUNDED, ends, ends)
+    table = method_costs(sizes, held, held, mask, measure_costs(axis, dtype=problem.dtype))
+    seconds = {cost.name: cost.forward_s + cost.backward_s for cost in table if cost.refused is None}
+    return seconds, cheapest(table, backward=True).name
+
+
+def named(method: str, size: int, problem: Problem) -> str:
+    """As the table of costs names what a contender runs."""
+    return f"hybrid ulysses_size={default_size(size, problem.G)}" if method == "hybrid" else method
+
+
+def verdict(
+    times: dict[Contender, list[float]],
+    expectation: tuple[dict[str, float], str],
+    size: int,
+    problem: Problem,
+) -> tuple[str, bool]:
+    """A line, and whether auto kept to the limit. times: seconds of each step of auto and of the others."""
+    least = {c.method: min(t) for c, t in times.items()}
+    others = {method: s for method, s in least.items() if method != "auto"}
+    best = min(others, key=lambda method: others[method])
+    spread = max(_spread(t) for c, t in times.items() if c.method in ("auto", best))
+    ratio = least["auto"] / others[best]
+    seconds, chosen = expectation
+    compared = ", ".join(
+        f"{method} {seconds[named(method, size, problem)] * 1e3:.1f} ({s * 1e3:.1f})"
+        for method, s in others.items()
+    )
+    line = (
+        f"{size} ranks, {problem}: auto took {chosen}; auto / best ({best}) {ratio:.2f}, spread {spread:.0%}; "
+        f"ms expected (measured): {compared}"
+    )
+    return line, ratio <= LIMIT * (1 + spread)
+
+
+def _spread(seconds: list[float]) -> float:
+    """How sure the least time is: by how much the next one is longer."""
+    first, *rest = sorted(seconds)
+    return rest[0] / first - 1 if rest else 0.0
