@@ -1,7 +1,6 @@
 """Seconds that each method takes, by formulas of shapes, layout, mask and what a machine costs.
 
-    attention    2 products of visible pairs forward, 5 backward; a share for each query of each call; a share for
-                 each call
+    attention    2 products of visible pairs forward, 5 backward; something for each query of a call, for each call
     transfer     bytes / speed + latency; while it is in flight the ranks at its ends compute, but for its `own_share`
     ring         every step of every rank in order: what it sends, what it waits for, its attention
     all_gather   the first gather and, backward, the last scatter have nothing to hide behind; the others do
@@ -13,14 +12,15 @@ What a method packs and puts in order is counted too: the bytes that it writes i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from pypar.context_parallel import volume
 from pypar.context_parallel.heads import head_share
 from pypar.context_parallel.layouts import Segments, num_positions, unions
 from pypar.context_parallel.machine_costs import MachineCosts
-from pypar.context_parallel.masks import Mask, pieces, work
-from pypar.context_parallel.parts import parts_of
+from pypar.context_parallel.masks import Mask, Piece, pieces, work
+from pypar.context_parallel.parts import Part, Round, rounds_of
 from pypar.context_parallel.route import KEYS, SUMS, Transfer, route
 from pypar.context_parallel.volume import Sizes
 
@@ -102,9 +102,14 @@ class Expected:
         speed = costs.speed_of(size)
         gather_s = max(sent.forward) / sizes.G / speed + costs.latency_s
         scatter_s = (max(sent.backward) - max(sent.forward)) / sizes.G / speed + costs.latency_s
-        times = []
+        gathered, times = self._gathered, []
+        blocks = range(len(gathered.keys))
         for backward in (False, True):
-            compute_s = max(self._of_gathered_s(rank, backward) for rank in range(size))
+            each_s = (
+                sum(gathered.attention_s(rank, source, backward, sizes.N // sizes.G) for source in blocks)
+                for rank in range(size)
+            )
+            compute_s = sizes.G * max(each_s)
             beside_s = (sizes.G - 1) * (gather_s + scatter_s * backward)
             hidden_s = max(compute_s + costs.own_share * beside_s, beside_s)
             times.append(gather_s + hidden_s + scatter_s * backward)
@@ -123,98 +128,105 @@ class Expected:
             keys=unions(self.keys, a, "this layout"),
         )
         ring_s = inner._ring_s(costs.speed_of(size if a < size else 1))
+        sent = volume.hybrid(sizes, self.queries, self.keys, self.mask, a)
+        of_ring = volume.ring(inner.sizes, inner.queries, inner.keys, inner.mask)
+        of_bias = sizes.B * max(num_positions(held) for held in self.queries) * sizes.N * self.bias_rows_bytes
         # q, k and v are one message; out and lse are one each where their dtypes differ.
         num_messages = 2 + (sizes.dtype != sizes.wide)
-        exchange_s = self._exchanged * (a - 1) / a / costs.speed_of(a) + num_messages * costs.latency_s
+        exchanged_s = [
+            (max(there) - max(ring) + of_bias * (a - 1) / a) / costs.speed_of(a)
+            + num_messages * costs.latency_s
+            for there, ring in ((sent.forward, of_ring.forward), (sent.backward, of_ring.backward))
+        ]
         forward, backward = (
             seconds + exchange_s + costs.written_s("ring", written)
-            for seconds, written in zip(ring_s, inner.written("ring"), strict=True)
+            for seconds, exchange_s, written in zip(ring_s, exchanged_s, inner.written("ring"), strict=True)
         )
         return forward, backward
 
-    def _of_gathered_s(self, rank: int, backward: bool) -> float:
-        """Some heads after the others, of all keys as one block where they are chunks, else of each rank's."""
-        sizes = self.sizes
-        if all(segment.step == 1 for held in self.keys for segment in held):
-            whole = replace(self, keys=unions(self.keys, len(self.keys), "this layout"))
-            blocks = [(whole, 0)]
-        else:
-            blocks = [(self, source) for source in range(len(self.keys))]
-        each = sum(plan.attention_s(rank, source, backward, sizes.N // sizes.G) for plan, source in blocks)
-        return sizes.G * each
+    @property
+    def _gathered(self) -> Expected:
+        """Of all keys as one block where they are chunks, else of each rank's."""
+        chunks = all(segment.step == 1 for held in self.keys for segment in held)
+        return replace(self, keys=unions(self.keys, len(self.keys), "this layout")) if chunks else self
 
-    def attention_s(self, rank: int, source: int, backward: bool, N: int, share: int = 1) -> float:
-        """Of a rank's queries, N of their heads, and 1 / share of a rank's keys."""
-        found = pieces(self.queries[rank], self.keys[source], self.mask)
+    def attention_s(self, rank: int, source: int, backward: bool, N: int, share: float = 1.0) -> float:
+        """Of a rank's queries, N of their heads, and a share of a rank's keys."""
+        pairs, rows, calls = self._blocks[rank][source]
         sizes, costs = self.sizes, self.costs
         products = 3 * sizes.H + 2 * sizes.Hv if backward else sizes.H + sizes.Hv
-        rows = sum(piece.rows.stop - piece.rows.start for piece in found)
-        of_heads_s = 2 * products * work(found) / share / costs.flops_per_s + rows * costs.row_s * (
-            1 + backward
-        )
-        return len(found) * costs.call_s + sizes.B * N * of_heads_s
+        of_head_s = 2 * products * pairs * share / costs.flops_per_s + (1 + backward) * rows * costs.row_s
+        return calls * costs.call_s + sizes.B * N * of_head_s
+
+    @functools.cached_property
+    def _blocks(self) -> list[list[tuple[int, int, int]]]:
+        """Visible pairs, rows and calls of a rank's queries with another's keys."""
+        return [[_counts(pieces(q, k, self.mask)) for k in self.keys] for q in self.queries]
+
+
+def _counts(found: tuple[Piece, ...]) -> tuple[int, int, int]:
+    return work(found), sum(piece.rows.stop - piece.rows.start for piece in found), len(found)
 
 
 class _Walk:
-    """A ring's steps on all ranks. Of each rank: when it is where it is, when its link is free, what came when."""
+    """A ring's steps on all ranks. Of each rank: how far it is, when its link is free, what has come when."""
 
     def __init__(self, plan: Expected, bytes_per_s: float, backward: bool) -> None:
         self._plan, self._speed, self._backward = plan, bytes_per_s, backward
-        self._size = len(plan.keys)
-        sizes, longest = plan.sizes, max(num_positions(held) for held in plan.keys)
-        self._parts = parts_of(sizes.N, sizes.G, self._size, longest, plan.costs.near >= self._size)
-        self._now = [0.0] * self._size
-        self._free = [0.0] * self._size
-        self._arrived: dict[tuple[str, int, int, int], float] = {}  # kind, source, part, receiver
-        self._added: dict[tuple[int, int, int], float] = {}  # rank, source, part
+        self._now = [0.0] * len(plan.keys)
+        self._free = [0.0] * len(plan.keys)
+        self._arrived: dict[tuple[str, int, Part, int], float] = {}  # kind, source, part, receiver
+        self._added: dict[tuple[int, int, Part], float] = {}  # rank, source, part
 
     def seconds(self) -> float:
-        plan, size = self._plan, self._size
+        """Until the last rank is done."""
+        plan, size = self._plan, len(self._plan.keys)
+        sizes, longest = plan.sizes, max(num_positions(held) for held in plan.keys)
         table = route(plan.queries, plan.keys, plan.mask)
-        rounds = table.backward if self._backward else table.forward
-        everything = range(len(self._parts))
-        for hop in reversed(range(size)) if self._backward else range(size):
-            # The forward sends all of its own block before it computes.
-            whole = hop == 0 and not self._backward
-            for transfer in rounds[hop]:
-                for part in everything if whole or transfer.kind == SUMS else ():
+        transfers = table.backward if self._backward else table.forward
+        for round_ in rounds_of(sizes.N, sizes.G, size, longest, plan.costs.near >= size):
+            for hop in reversed(range(size)) if self._backward else range(size):
+                ranks = [rank for rank in range(size) if hop in table.hops[rank]]
+                self._hop(hop, ranks, transfers[hop], round_)
+        return max([*self._now, *self._arrived.values()])
+
+    def _hop(self, hop: int, ranks: list[int], transfers: tuple[Transfer, ...], round_: Round) -> None:
+        """ranks: those that compute."""
+        keys = [t for t in transfers if t.kind == KEYS]
+        for transfer in transfers:
+            for part in round_.parts if transfer.kind == SUMS else ():
+                self._send(transfer, part)
+        # The forward sends all of its own block before it computes.
+        whole = hop == 0 and not self._backward
+        for step in [round_.whole] if whole else round_.parts:
+            for part in round_.parts if whole else (step,):
+                for transfer in keys:
                     self._send(transfer, part)
-            for part in everything:
-                for transfer in rounds[hop]:
-                    if transfer.kind == KEYS and not whole:
-                        self._send(transfer, part)
-                for rank in range(size):
-                    if hop in table.hops[rank]:
-                        self._compute(rank, (rank - hop) % size, part)
-        return max(self._now)
+            for rank in ranks:
+                self._compute(rank, (rank - hop) % len(self._now), step)
 
-    def _bytes(self, kind: str, source: int) -> float:
-        """Of a part."""
-        sizes, positions = self._plan.sizes, num_positions(self._plan.keys[source])
-        whole = sizes.keys_bytes(positions) if kind == KEYS else sizes.sums_bytes(positions)
-        return whole / len(self._parts)
-
-    def _send(self, transfer: Transfer, part: int) -> None:
+    def _send(self, transfer: Transfer, part: Part) -> None:
         kind, source, sender, receiver = transfer
+        sizes, begin_end = self._plan.sizes, part.span(num_positions(self._plan.keys[source]))
+        of_heads = replace(sizes, G=part.heads.groups.stop - part.heads.groups.start)
+        num_bytes = (of_heads.keys_bytes if kind == KEYS else of_heads.sums_bytes)(
+            begin_end[1] - begin_end[0]
+        )
         if kind == KEYS:
             ready = max(self._now[sender], self._arrived.get((kind, source, part, sender), 0.0))
         else:
             ready = self._added[sender, source, part]
-        transfer_s = self._bytes(kind, source) / self._speed
+        transfer_s = num_bytes / self._speed
         self._free[sender] = max(self._free[sender], ready) + transfer_s
         self._arrived[kind, source, part, receiver] = self._free[sender] + self._plan.costs.latency_s
         for rank in (sender, receiver):
             self._now[rank] += self._plan.costs.own_share * transfer_s / 2
 
-    def _compute(self, rank: int, source: int, part: int) -> None:
-        plan, heads = self._plan, self._parts[part].heads.queries
-        count = self._parts[part].count
-        N = heads.stop - heads.start
-        if source == rank and not self._backward:  # whole, at once
-            if part > 0:
-                return
-            N, count = plan.sizes.N, 1
-        arrived = self._arrived.get((KEYS, source, part, rank), 0.0)
-        ended = max(self._now[rank], arrived) + plan.attention_s(rank, source, self._backward, N, count)
-        ended = max(ended, self._arrived.get((SUMS, source, part, rank), 0.0))
+    def _compute(self, rank: int, source: int, part: Part) -> None:
+        N = part.heads.queries.stop - part.heads.queries.start
+        share = (part.end - part.begin) / part.of
+        began = max(self._now[rank], self._arrived.get((KEYS, source, part, rank), 0.0))
+        ended = began + self._plan.attention_s(rank, source, self._backward, N, share)
+        if source != rank:  # what came for the own block is added in the end
+            ended = max(ended, self._arrived.get((SUMS, source, part, rank), 0.0))
         self._now[rank] = self._added[rank, source, part] = ended

@@ -126,11 +126,11 @@ def _attention(T: int, S: int, dtype: torch.dtype, device: torch.device) -> Call
     call = Call(Axis.single("cp"), ((Segment(0, T),),), ((Segment(0, S),),), "contiguous", mask, scale=0.125)
     found = call.pieces(0, 0)
     sums = empty_sums(q, q)
-    into = tuple(torch.zeros_like(x, dtype=sums[0].dtype) for x in (q, k, k))
+    dq, dk, dv = (torch.zeros_like(x, dtype=sums[0].dtype) for x in (q, k, k))
 
     def run() -> None:
         add_forward(found, q, k, k, sums, call)
-        add_backward(found, (q, k, k), (dout, q, sums[1], None), into, None, call)
+        add_backward(found, (q, k, k), (dout, q, sums[1], None), (dq, dk, dv), None, call)
 
     return run
 
