@@ -94,6 +94,98 @@ def test_times_follow_the_mask_and_the_layout():
     assert window["ring"].forward_s < ring["zigzag"] / 4
 
 
+# Full attention of 2 ranks with 32 positions each: 8 heads x 32 x 32 pairs x 2 products of 16, at 1e6 a second.
+BLOCK_S = 2 * 8 * 32 * 32 * 32 / 1e6
+KEYS_BYTES = 32 * 2 * 32 * 4  # of 2 key/value heads, as many as of their gradients
+FULL = Mask(-1, -1, (0, 64), (0, 64))
+SPEEDS = replace(FREE, flops_per_s=1e6, bytes_per_s=1e6, near_bytes_per_s=1e6)
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "own_share", "forward_s", "backward_s"),
+    [
+        (1e6, 0.0, 2 * BLOCK_S, 5 * BLOCK_S),  # all hides
+        (1e6, 1.0, 2 * BLOCK_S + KEYS_BYTES / 1e6, 5 * BLOCK_S + KEYS_BYTES / 1e6),  # nothing does
+        (1e3, 0.0, KEYS_BYTES / 1e3 + BLOCK_S, 2.5 * BLOCK_S + KEYS_BYTES / 1e3),  # longer than what hides it
+    ],
+)
+def test_a_ring_waits_for_what_attention_does_not_hide(bytes_per_s, own_share, forward_s, backward_s):
+    costs = replace(SPEEDS, bytes_per_s=bytes_per_s, own_share=own_share)
+    ring = by_name(table(2, layout="contiguous", mask=FULL, costs=costs))["ring"]
+    assert (ring.forward_s, ring.backward_s) == (pytest.approx(forward_s), pytest.approx(backward_s))
+
+
+def test_a_long_block_arrives_in_parts():
+    # 2 ranks with 1,024 positions of 2 key/value heads, which are 2 parts, on a link that is slower than attention.
+    costs = replace(SPEEDS, flops_per_s=1e9, bytes_per_s=1e5)
+    mask = Mask(-1, -1, (0, 2048), (0, 2048))
+    ring = by_name(table(2, 2048, "contiguous", mask=mask, costs=costs))["ring"]
+    part_s, half_s = 32 * KEYS_BYTES / 2 / 1e5, 1024 * 1e6 * BLOCK_S / 2 / 1e9
+    assert part_s > 2 * half_s
+    assert ring.forward_s == pytest.approx(
+        2 * part_s + half_s
+    )  # the first part is done when the last one comes
+    # Backward sends the sums of a part when it is done, and has its own block done meanwhile.
+    assert ring.backward_s == pytest.approx(2.5 * half_s + 2 * part_s)
+
+
+def test_a_gather_shows_its_first_heads_and_a_scatter_its_last():
+    own = by_name(table(2, layout="contiguous", mask=FULL, costs=replace(SPEEDS, own_share=1.0)))[
+        "all_gather"
+    ]
+    hides = by_name(table(2, layout="contiguous", mask=FULL, costs=SPEEDS))["all_gather"]
+    heads_s = KEYS_BYTES / 2 / 1e6  # of one of 2 heads
+    assert hides.forward_s == pytest.approx(heads_s + 2 * BLOCK_S)
+    assert hides.backward_s == pytest.approx(heads_s + 5 * BLOCK_S + heads_s)
+    assert own.forward_s == pytest.approx(2 * heads_s + 2 * BLOCK_S)
+    assert own.backward_s == pytest.approx(4 * heads_s + 5 * BLOCK_S)
+
+
+def test_an_all_to_all_shows():
+    ulysses = by_name(table(2, layout="contiguous", mask=FULL, costs=SPEEDS))["ulysses"]
+    # Half of q, k and v leaves, and of out and lse.
+    sent_s = (32 * (8 * 16 + 2 * 32) + 32 * 8 * (16 + 1)) / 2 * 4 / 1e6
+    assert ulysses.forward_s == pytest.approx(2 * BLOCK_S + sent_s)
+    assert ulysses.backward_s == pytest.approx(5 * BLOCK_S + sent_s)
+
+
+def test_a_ring_goes_over_its_queries_once_a_hop():
+    costs = by_name(table(4, layout="contiguous", mask=FULL, costs=replace(FREE, row_s=1.0)))
+    assert costs["ring"].forward_s == 4 * 8 * 16  # 16 queries of 8 heads
+    assert costs["all_gather"].forward_s == 8 * 16
+    assert costs["ring"].backward_s == 2 * costs["ring"].forward_s
+
+
+def test_what_was_measured_of_a_method_counts_for_it():
+    measured = replace(FREE, methods=(("ring", 3.0, 0.0), ("ulysses", 0.3, 1.0)))
+    costs = by_name(table(4, layout="contiguous", mask=FULL, costs=measured))
+    assert (costs["ring"].forward_s, costs["ring"].backward_s) == (1.0, 2.0)
+    assert costs["all_gather"].forward_s == 0.0
+    held = 4 * 16 * (8 * 16 + 2 * 32 + 8 * (16 + 1))  # q, k, v, out and lse
+    assert costs["ulysses"].forward_s == pytest.approx(0.1 + 3 * held)
+    assert costs["hybrid ulysses_size=2"].backward_s == pytest.approx(0.2 + 6 * held)
+
+
+@pytest.mark.parametrize(
+    ("expected", "costs", "layout", "mask", "groups"),
+    [
+        ("ring", SLOW_LINK, "contiguous", Mask(7, 0, (0, 256), (0, 256)), 8),  # few keys are sent at all
+        ("ulysses", SLOW_LINK, "zigzag", Mask(-1, 0, (0, 256), (0, 256)), 8),  # every key would travel to all
+        ("ring", replace(HIDES, bytes_per_s=1e5), "zigzag", Mask(-1, 0, (0, 256), (0, 256)), 1),  # all hides
+        (
+            "all_gather",
+            replace(FREE, row_s=1.0, bytes_per_s=1e9),
+            "zigzag",
+            Mask(-1, 0, (0, 256), (0, 256)),
+            1,
+        ),
+    ],
+)
+def test_the_cheapest_where_one_thing_dominates(expected, costs, layout, mask, groups):
+    sizes = Sizes(1, 8, groups, 16, 16, torch.float32)
+    assert cheapest(table(4, 256, layout, sizes, mask, costs), backward=True).method == expected
+
+
 def test_near_ranks_are_fast_ones():
     costs = replace(SLOW_LINK, near=4, near_bytes_per_s=1e12)
     assert [costs.speed_of(n) for n in (1, 2, 3, 4, 8)] == [1e12, 1e12, 1e6, 1e12, 1e6]
@@ -130,20 +222,22 @@ def _measure():
     axis = Axis.of(torch.distributed.group.WORLD, "cp")
     costs = measure_costs(axis)
     assert measure_costs(axis) is costs and costs_of(axis, torch.device("cpu"), torch.float32) is costs
+    assert (
+        costs_of(axis, torch.device("cpu"), torch.bfloat16) is costs
+    )  # of another dtype, but of these links
+    of_bf16 = measure_costs(axis, dtype=torch.bfloat16)
+    assert costs_of(axis, torch.device("cpu"), torch.bfloat16) is of_bf16 is not costs
     return costs
 
 
 def test_measured_costs_are_the_same_on_every_rank(ranks):
     first, second = ranks(2, _measure)
     assert first == second and first.near == 2
-    for value in (
-        first.flops_per_s,
-        first.call_s,
-        first.bytes_per_s,
-        first.latency_s,
-        first.near_bytes_per_s,
-    ):
-        assert 0 < value < 1e15
+    positive = ("flops_per_s", "call_s", "bytes_per_s", "latency_s", "near_bytes_per_s", "copy_bytes_per_s")
+    assert all(0 < getattr(first, name) < 1e15 for name in positive)
+    assert 0 <= first.own_share <= 1 and 0 <= first.row_s < 1
+    assert [name for name, *_ in first.methods] == ["ring", "all_gather", "ulysses"]
+    assert all(0 < step_s < 1 and 0 <= byte_s < 1 for _, step_s, byte_s in first.methods)
 
 
 def test_one_rank_can_be_measured():
