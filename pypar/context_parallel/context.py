@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,14 @@ from pypar.context_parallel.arguments import no_seed
 from pypar.context_parallel.attention import ring_attention
 from pypar.context_parallel.layouts import num_positions, segments_of
 from pypar.context_parallel.methods import method_named
+from pypar.context_parallel.multi_head import multi_head
+from pypar.context_parallel.other_attention import (
+    is_flex_attention,
+    refuse_flex_attention,
+    refused_functions,
+)
+from pypar.context_parallel.transformers_models import watch_models
+from pypar.context_parallel.uncompiled import uncompiled
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import as_torch, scaled_dot_product_attention
@@ -32,6 +41,7 @@ def shard_context(
     length: int | None = None,
     length_k: int | None = None,
     method_options: Mapping[str, Any] | None = None,
+    check_models: bool = True,
 ) -> ShardContext:
     """Under `with shard_context(group) as context:` attention of unmodified code runs over the ranks of the group.
 
@@ -46,16 +56,30 @@ def shard_context(
         method, layout, method_options: as in `ring_attention`.
         length: of the whole sequence, where it does not divide by the number of ranks.
         length_k: of the whole sequence of keys, where they are another one (cross attention); sharded alike.
+        check_models: False takes transformers' models as they are.
 
     Masks and biases have this rank's rows and the keys of the whole sequence in their order; causal is in positions
     of the whole. Refused as a ValueError, as its meaning is not clear: masks over this rank's keys, cu_seqlens,
-    caches of keys, padding. Attention written out as matrix products, FlashAttention's own functions and
-    flex_attention are not seen: they would attend to this rank's keys only. Activation checkpoints run
+    caches of keys, padding. Attention that would see this rank's keys only is refused where it passes through torch:
+    flex_attention (compiled by itself: torch's error, which has the sentence), torch.nn.attention.varlen,
+    FlashAttention's functions since 2.7.1, xformers', torch's own kernels.
+
+    A model of transformers, if that was imported before shard_context was called, is looked at before it runs:
+    it needs position_ids (this rank's positions, shifted by no more than one number for all), "sdpa" or "pypar" as
+    attention, and no labels that it would shift itself.
+
+    Not seen, and so over this rank's positions only: attention written out as matrix products (outside
+    transformers), FlashAttention before 2.7.1, in version 4 and with its cache of keys, models of torch.jit, calls of a
+    model's forward by name, and all that mixes positions without attention (convolutions, state spaces).
+
+    torch.compile breaks its graph at each attention, so fullgraph=True is refused. Activation checkpoints run
     forward again in backward, so call loss.backward() inside too.
     """
     method_named(method)
     segments_of(0, 0, 1, layout)
-    return ShardContext(as_axis(group), method, layout, length, length_k, dict(method_options or {}))
+    return ShardContext(
+        as_axis(group), method, layout, length, length_k, dict(method_options or {}), check_models
+    )
 
 
 class ShardContext(TorchFunctionMode):
@@ -69,16 +93,23 @@ class ShardContext(TorchFunctionMode):
         length: int | None,
         length_k: int | None,
         method_options: dict[str, Any],
+        check_models: bool,
     ) -> None:
         super().__init__()
+        self.check_models = check_models
         self.axis, self.method, self.layout = axis, method, layout
         self.length, self.length_k, self.method_options = length, length_k, method_options
         self._replaced: dict[Any, Callable[..., Any]] = {
             attention: self._attention,
             scaled_dot_product_attention: self._torch_attention,
             F.scaled_dot_product_attention: self._torch_attention,
-            F.multi_head_attention_forward: self._multi_head,
+            F.multi_head_attention_forward: functools.partial(multi_head, self._torch_attention),
         }
+        sdpa = torch.ops.aten.scaled_dot_product_attention  # what torch.export leaves
+        self._replaced |= dict.fromkeys((sdpa, sdpa.default), self._torch_attention)
+        for function, name in refused_functions().items():
+            self._replaced[function] = functools.partial(_refuse, name)
+        watch_models(active_context)
 
     def __torch_function__(
         self,
@@ -90,17 +121,22 @@ class ShardContext(TorchFunctionMode):
         if func is Tensor.backward:
             with self:  # torch takes the mode away, but activation checkpoints run forward in it
                 return _backward(*args, **(kwargs or {}))
+        if is_flex_attention(func):
+            refuse_flex_attention()
         replacement = self._replaced.get(func)
         if replacement is None:
             return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():  # the methods call attention themselves
+        return self._run(replacement, args, kwargs or {})
+
+    @uncompiled("attention under shard_context is communication; compile without fullgraph=True")
+    def _run(self, replacement: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls a replacement, which calls attention itself. An error of this rank alone is told to the others."""
+        with torch._C.DisableTorchFunction():
             try:
-                return replacement(*args, **(kwargs or {}))
+                return replacement(*args, **kwargs)
             except ValueError as error:
                 if not hasattr(error, _TOLD):
-                    self.tell(
-                        error, next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
-                    )
+                    self.tell(error, next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
                 raise
 
     def tell(self, error: ValueError, x: Tensor) -> None:
@@ -123,7 +159,7 @@ class ShardContext(TorchFunctionMode):
     def lengths(self, held_q: int, held_k: int) -> tuple[int, int]:
         """Positions in the whole of queries and keys of which this rank holds so many. ValueError: a cache."""
         if held_q == held_k:
-            whole = self._whole(held_q, self.length)
+            whole = self.whole_length(held_q)
             return whole, whole
         if self.length_k is None or held_k != self._share(self.length_k):
             raise ValueError(
@@ -131,12 +167,14 @@ class ShardContext(TorchFunctionMode):
                 "shard_context a cache of keys cannot be used; for cross attention over sharded keys pass their whole "
                 "length as length_k"
             )
-        return self._whole(held_q, self.length), self.length_k
+        return self.whole_length(held_q), self.length_k
 
     def _share(self, length: int) -> int:
         return num_positions(segments_of(length, self.axis.rank, self.axis.size, self.layout))
 
-    def _whole(self, held: int, length: int | None) -> int:
+    def whole_length(self, held: int) -> int:
+        """Positions in the whole of a sequence of which this rank holds so many."""
+        length = self.length
         return held * self.axis.size if length is None or self._share(length) != held else length
 
     def _attention(  # noqa: PLR0913 - the op's signature
@@ -204,64 +242,6 @@ class ShardContext(TorchFunctionMode):
         operands = (query, key, value)
         return as_torch(self._attention, operands, attn_mask, is_causal, enable_gqa, options, length_k)
 
-    def _multi_head(  # noqa: PLR0913 - torch's signature
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        embed_dim_to_check: int,
-        num_heads: int,
-        in_proj_weight: Tensor | None,
-        in_proj_bias: Tensor | None,
-        bias_k: Tensor | None,
-        bias_v: Tensor | None,
-        add_zero_attn: bool,
-        dropout_p: float,
-        out_proj_weight: Tensor,
-        out_proj_bias: Tensor | None,
-        training: bool = True,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        use_separate_proj_weight: bool = False,
-        q_proj_weight: Tensor | None = None,
-        k_proj_weight: Tensor | None = None,
-        v_proj_weight: Tensor | None = None,
-        static_k: Tensor | None = None,
-        static_v: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
-        """F.multi_head_attention_forward, [T, B, D] or [T, D], which does not let its attention be replaced."""
-        refused = {
-            "need_weights": need_weights,
-            "key_padding_mask": key_padding_mask is not None,
-            "add_bias_kv": bias_k is not None or bias_v is not None,
-            "add_zero_attn": add_zero_attn,
-            "static_k": static_k is not None or static_v is not None,
-        }
-        for name, given in refused.items():
-            if given:
-                raise ValueError(
-                    f"nn.MultiheadAttention under shard_context cannot have {name}; call it without"
-                )
-        weights: tuple[Tensor | None, ...] = (q_proj_weight, k_proj_weight, v_proj_weight)
-        if not use_separate_proj_weight and in_proj_weight is not None:
-            weights = in_proj_weight.chunk(3)
-        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(x, w, b).unflatten(-1, (num_heads, -1))  # type: ignore[arg-type]
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
-        dim = q.dim()  # 4 with a batch
-        q, k, v = (x.movedim(0, -2) for x in (q, k, v))  # [B, N, T, H]
-        if is_causal:  # torch takes it for a description of the mask
-            attn_mask = None
-        elif attn_mask is not None and attn_mask.dim() == 3 and dim == 4:
-            attn_mask = attn_mask.unflatten(0, (-1, num_heads))
-        out = self._torch_attention(q, k, v, attn_mask, dropout_p if training else 0.0, is_causal)
-        return F.linear(out.movedim(-2, 0).flatten(-2), out_proj_weight, out_proj_bias), None
-
 
 def active_context() -> ShardContext | None:
     """The innermost `shard_context` that this thread is in."""
@@ -280,6 +260,13 @@ def _backward(
     edge = loss if torch.__version__ < "2.7" else torch.autograd.graph.get_gradient_edge(loss)
     gradient = torch.ones_like(loss) if gradient is None and loss.numel() == 1 else gradient
     torch.autograd.backward(edge, gradient, retain_graph, create_graph, inputs=inputs)  # type: ignore[arg-type]
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        f"{name} under shard_context would attend to the keys of this rank alone; call "
+        "torch.nn.functional.scaled_dot_product_attention, pypar.attention or pypar.ring_attention"
+    )
 
 
 def _mask_refusal(name: str, mask: Tensor, length_k: int) -> str:

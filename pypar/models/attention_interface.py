@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pypar.context_parallel.context import ShardContext, active_context
+from pypar.context_parallel.uncompiled import uncompiled
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import under_autocast
 
@@ -144,6 +145,7 @@ def attention_mask(  # noqa: PLR0913 - transformers' signature
     return mask
 
 
+@uncompiled("the mask says in an attribute what it hides; compile without fullgraph=True")
 def _mask_over_ranks(
     context: ShardContext,
     mask_function: Callable,
@@ -165,8 +167,8 @@ def _mask_over_ranks(
     if len(parts) == 2 and _closure(parts[0], packed_sequence_mask_function):
         # transformers takes positions that jump, as a rank's may, for documents; then it knows the positions.
         remapped = _closure(parts[1], remap_positions_for_packed_sequence)
-        own = context.positions(length).to(remapped["position_ids"].device)
-        if bool((remapped["position_ids"] == own).all()):
+        shift = remapped["position_ids"] - context.positions(length).to(remapped["position_ids"].device)
+        if bool((shift == shift[..., :1]).all()):
             mask_function = remapped["mask_function"]
     window: Window | None = {causal_mask_function: (None, 0), bidirectional_mask_function: (None, None)}.get(
         mask_function

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import the whole compiler
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pypar.ops.backend import Backend
@@ -67,11 +68,14 @@ def overridable(function: Function) -> Function:
     Its first arguments are tensors.
     """
 
+    handle = _disable_dynamo(handle_torch_function)
+
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         operands = arguments[:3] or tuple(options.values())
-        if has_torch_function(operands):
-            return handle_torch_function(call, operands, *arguments, **options)
+        # What compiles takes has_torch_function to be False under a mode.
+        if has_torch_function(operands) or torch._C._is_torch_function_mode_enabled():
+            return handle(call, operands, *arguments, **options)
         return function(*arguments, **options)
 
     return call  # type: ignore[return-value]
