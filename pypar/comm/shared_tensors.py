@@ -17,7 +17,11 @@ _PART_BYTES = 4096
 
 def shares_memory(axis: Axis) -> bool:
     """Whether what CPU tensors of the axis send goes through memory of the one host that its ranks are on."""
-    return type(axis.group) is ProcessGroup
+    return _group(axis) is not None
+
+
+def _group(axis: Axis) -> ProcessGroup | None:
+    return axis.group if type(axis.group) is ProcessGroup else None
 
 
 def shared_empty(numel: int, dtype: torch.dtype, axis: Axis, device: torch.device | str = "cpu") -> Tensor:
@@ -31,7 +35,8 @@ def shared_empty(numel: int, dtype: torch.dtype, axis: Axis, device: torch.devic
     RuntimeError: ranks ask for different sizes, or the memory cannot be had.
     """
     num_bytes = numel * dtype.itemsize
-    if axis.size == 1 or not numel or torch.device(device).type != "cpu" or not shares_memory(axis):
+    group = _group(axis)
+    if axis.size == 1 or not numel or torch.device(device).type != "cpu" or group is None:
         return torch.empty(numel, dtype=dtype, device=device)
-    memory = axis.group.map_memory(-(-num_bytes // _PART_BYTES) * _PART_BYTES)
+    memory = group.map_memory(-(-num_bytes // _PART_BYTES) * _PART_BYTES)
     return torch.frombuffer(memory, dtype=dtype, count=numel)

@@ -110,7 +110,8 @@ def _backward(
             walk.start(walk.incoming(part))
             if walk.sees:
                 rows, share = part.heads.rows, walk.empty_share(part)
-                dout, out, lse, dlse = (None if x is None else x[rows] for x in results)
+                dout, out, lse = (x[rows] for x in results[:3])
+                dlse = None if results[3] is None else results[3][rows]
                 add_backward(
                     walk.pieces(part),
                     (q[rows], *walk.block(part)),
