@@ -1,12 +1,17 @@
 """The method "auto" beside the others: what it expects of each, what it chose, and how near the best it came.
 
-Each rank measures its axis once, as a user would, before anything is timed.
+Each rank measures its axis once, as a user would, before anything is timed. As a program of its own: steps of each
+method and nothing beside them, so that a run is short.
 """
 
 from __future__ import annotations
 
+import argparse
+
 import torch
-from context_step import Contender, Problem
+from context_step import Contender, Problem, timed_step
+from context_workers import Workers
+from timing import DTYPES
 
 from pypar.context_parallel import measure_costs
 from pypar.context_parallel.cost import cheapest, method_costs
@@ -18,6 +23,49 @@ from pypar.mesh import Axis
 from pypar.ops.attention_arguments import UNBOUNDED
 
 LIMIT = 1.1  # auto / best, at most
+
+
+TURN_S = 0.1  # short steps are run this long at a time
+
+
+def main(arguments: argparse.Namespace) -> str | None:
+    """Why it failed."""
+    missed = 0
+    for size in arguments.ranks:
+        with Workers(size, arguments.backend) as workers:
+            for dtype in arguments.dtypes:
+                workers.ranks(measured, DTYPES[dtype])
+                for length in arguments.lengths:
+                    problem = Problem(length, DTYPES[dtype], not arguments.full, window=arguments.window)
+                    methods = [m for m in arguments.methods if m != "hybrid" or size >= 4]
+                    times = _times(workers, problem, methods, arguments.rounds)
+                    expectation = workers.ranks(expected, problem, "zigzag")[0]
+                    line, kept = verdict(times, expectation, size, problem)
+                    print(line, flush=True)
+                    missed += not kept
+    return failure(missed)
+
+
+def failure(missed: int) -> str | None:
+    return f"auto took more than {LIMIT} of the best, beyond the spread, {missed} times" if missed else None
+
+
+def _times(
+    workers: Workers, problem: Problem, methods: list[str], rounds: int
+) -> dict[Contender, list[float]]:
+    """Seconds of each step."""
+
+    def step(contender: Contender) -> float:
+        ranks = workers.ranks(timed_step, problem, contender)
+        return max(t.ended for t in ranks) - min(t.began for t in ranks)
+
+    contenders = [Contender(method) for method in methods]
+    turn = max(1, int(TURN_S / max(step(contender) for contender in contenders)))
+    times: dict[Contender, list[float]] = {contender: [] for contender in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            times[contender] += [step(contender) for _ in range(turn)]
+    return times
 
 
 def measured(axis: Axis, dtype: torch.dtype) -> str:

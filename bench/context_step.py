@@ -17,11 +17,11 @@ from torch import Tensor
 
 import pypar
 from pypar.comm import Handle
-from pypar.context_parallel import all_gather, ring, ring_attention, shard, ulysses, walk
+from pypar.context_parallel import all_gather, one_device, ring, ring_attention, shard, ulysses, walk
 from pypar.context_parallel.layouts import positions_of
 from pypar.mesh import Axis
 
-METHOD_MODULES = (ring, all_gather, ulysses, walk)
+METHOD_MODULES = (ring, all_gather, one_device, ulysses, walk)
 SAMPLED = 256  # positions that are compared
 
 
