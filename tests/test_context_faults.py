@@ -10,11 +10,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from context_cases import Case, inputs
 from ranks import PRELOAD
 from simulated_ranks import run_ranks
 
-from pypar.context_parallel import ring, ring_attention
+from pypar.context_parallel import ring, ring_attention, shard_context
 from pypar.mesh import Axis
 
 SIZE, VICTIM = 3, 1
@@ -94,3 +95,57 @@ def test_a_rank_that_fails_is_told_with_the_hop(monkeypatch, direction):
         assert str(outcomes[rank]).startswith(
             f"ring attention, {direction}, hop {hop} of 3 on rank {rank} of axis 'cp': "
         )
+
+
+# ---- ranks that make different calls, in processes of their own
+
+
+def _q(T=4, N=2, H=8, dtype=torch.float32):
+    return torch.ones(1, T, N, H, dtype=dtype)
+
+
+# What one rank of three passes otherwise than the others, to ring_attention and in the model, and what is said of it.
+DIFFERENT = {
+    "heads": (lambda odd: (_q(N=4 if odd else 2), {}), r"q must be the same .* has \[1, T, 4, 8\]"),
+    "head size": (lambda odd: (_q(H=16 if odd else 8), {}), r"q must be the same .* has \[1, T, 2, 16\]"),
+    "batch": (lambda odd: (_q().expand(2 if odd else 1, -1, -1, -1), {}), r"q must be the same .* has \[2, T, 2, 8\]"),
+    "positions": (lambda odd: (_q(T=5 if odd else 4), {}), "length_q .*must be the same .* rank 0 has 12 and rank 1 has 15"),
+    "dtype": (lambda odd: (_q(dtype=torch.float64 if odd else torch.float32), {}), r"q must be the same .* rank 1 has .* torch.float64"),
+    "causal": (lambda odd: (_q(), {"causal": odd}), "(causal|window).* must be the same"),
+    "scale": (lambda odd: (_q(), {"scale": 0.5 if odd else 0.25}), "scale must be the same .* rank 0 has 0.25 and rank 1 has 0.5"),
+}
+
+
+def _attempts(backend, in_model):
+    """Of each different call: the error, its seconds, and the communication that was started. Then of an equal one."""
+    axis = Axis.of(dist.new_group(backend=backend), "cp")
+    told = {}
+    for name, (call, _) in DIFFERENT.items():
+        q, options = call(axis.rank == 1)
+        axis.traffic.reset()
+        began = time.monotonic()
+        try:
+            _attend(axis, q, options, in_model)
+        except ValueError as error:
+            told[name] = (str(error), time.monotonic() - began, dict(axis.traffic.calls))
+    return told, _attend(axis, _q(), {}, in_model).sum().item()
+
+
+def _attend(axis, q, options, in_model):
+    if not in_model:
+        return ring_attention(q, q, q, axis, **{"causal": False, **options})
+    heads_first = q.transpose(1, 2)
+    options = {{"causal": "is_causal"}.get(name, name): value for name, value in options.items()}
+    with shard_context(axis):
+        return F.scaled_dot_product_attention(heads_first, heads_first, heads_first, **options)
+
+
+@pytest.mark.parametrize(("backend", "in_model"), [("pypar", False), ("gloo", True)])
+def test_calls_that_differ_raise_on_all_ranks_before_data_moves(ranks, backend, in_model):
+    for told, total in ranks(3, _attempts, backend, in_model):
+        assert total == _q().numel()
+        for name, (_, sentence) in DIFFERENT.items():
+            error, seconds, calls = told[name]
+            assert re.search(sentence, error), (name, error)
+            assert seconds < 5
+            assert set(calls) == {"all_gather"} and calls["all_gather"] <= 2, (name, calls)  # of the question
