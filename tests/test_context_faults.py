@@ -108,11 +108,23 @@ def _q(T=4, N=2, H=8, dtype=torch.float32):
 DIFFERENT = {
     "heads": (lambda odd: (_q(N=4 if odd else 2), {}), r"q must be the same .* has \[1, T, 4, 8\]"),
     "head size": (lambda odd: (_q(H=16 if odd else 8), {}), r"q must be the same .* has \[1, T, 2, 16\]"),
-    "batch": (lambda odd: (_q().expand(2 if odd else 1, -1, -1, -1), {}), r"q must be the same .* has \[2, T, 2, 8\]"),
-    "positions": (lambda odd: (_q(T=5 if odd else 4), {}), "length_q .*must be the same .* rank 0 has 12 and rank 1 has 15"),
-    "dtype": (lambda odd: (_q(dtype=torch.float64 if odd else torch.float32), {}), r"q must be the same .* rank 1 has .* torch.float64"),
+    "batch": (
+        lambda odd: (_q().expand(2 if odd else 1, -1, -1, -1), {}),
+        r"q must be the same .* has \[2, T, 2, 8\]",
+    ),
+    "positions": (
+        lambda odd: (_q(T=5 if odd else 4), {}),
+        "length_q .*must be the same .* rank 0 has 12 and rank 1 has 15",
+    ),
+    "dtype": (
+        lambda odd: (_q(dtype=torch.float64 if odd else torch.float32), {}),
+        r"q must be the same .* rank 1 has .* torch.float64",
+    ),
     "causal": (lambda odd: (_q(), {"causal": odd}), "(causal|window).* must be the same"),
-    "scale": (lambda odd: (_q(), {"scale": 0.5 if odd else 0.25}), "scale must be the same .* rank 0 has 0.25 and rank 1 has 0.5"),
+    "scale": (
+        lambda odd: (_q(), {"scale": 0.5 if odd else 0.25}),
+        "scale must be the same .* rank 0 has 0.25 and rank 1 has 0.5",
+    ),
 }
 
 

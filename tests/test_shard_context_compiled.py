@@ -108,3 +108,10 @@ def test_a_whole_graph_is_refused():
         )
         with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
             compiled(x_of()[:, None])
+
+
+def test_a_default_device_leaves_a_whole_graph_whole():
+    compiled = torch.compile(lambda q: pypar.attention(q, q, q), backend="eager", fullgraph=True)
+    q = x_of().unflatten(-1, (HEADS, -1))
+    with torch.device("cpu"):
+        torch.testing.assert_close(compiled(q), pypar.attention(q, q, q))

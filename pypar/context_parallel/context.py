@@ -64,9 +64,9 @@ def shard_context(
     flex_attention (compiled by itself: torch's error, which has the sentence), torch.nn.attention.varlen,
     FlashAttention's functions since 2.7.1, xformers', torch's own kernels.
 
-    A model of transformers, if that was imported before shard_context was called, is looked at before it runs:
-    it needs position_ids (this rank's positions, shifted by no more than one number for all), "sdpa" or "pypar" as
-    attention, and no labels that it would shift itself.
+    A model of transformers, if that was imported before shard_context was called, is looked at before it runs (on
+    GPUs once for each length): it needs position_ids (this rank's positions, shifted by no more than one number for
+    all), "sdpa" or "pypar" as attention, and no labels that it would shift itself.
 
     Not seen, and so over this rank's positions only: attention written out as matrix products (outside
     transformers), FlashAttention before 2.7.1, in version 4 and with its cache of keys, models of torch.jit, calls of a
@@ -97,6 +97,7 @@ class ShardContext(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.check_models = check_models
+        self.looked_at: set[tuple[object, ...]] = set()
         self.axis, self.method, self.layout = axis, method, layout
         self.length, self.length_k, self.method_options = length, length_k, method_options
         self._replaced: dict[Any, Callable[..., Any]] = {

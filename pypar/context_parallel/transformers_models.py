@@ -27,6 +27,7 @@ class Context(Protocol):
 
     axis: Axis
     check_models: bool
+    looked_at: set[tuple[object, ...]]
 
     def positions(self, length: int) -> Tensor: ...
 
@@ -68,7 +69,14 @@ def _check(context: Context, model: Any, args: tuple[Any, ...], kwargs: dict[str
     refusal = _of_attention(model, given) or _of_labels(model, given)
     if refusal is None and {"position_ids", "input_ids"} & {*signature.parameters, *kwargs}:
         takes = "position_ids" in {*signature.parameters, *kwargs}
-        refusal, offset = _of_positions(context, model, given.get("position_ids"), takes)
+        position_ids = given.get("position_ids")
+        if position_ids is not None and position_ids.is_cuda:
+            # The host must wait for the device to read them: once for each kind of call, as the ranks' calls are.
+            kind = (type(model), context.whole_length(position_ids.shape[-1]))
+            if kind in context.looked_at:
+                return
+            context.looked_at.add(kind)
+        refusal, offset = _of_positions(context, model, position_ids, takes)
     with torch._C.DisableTorchFunction():
         seed = no_seed(next(model.parameters(), torch.empty(0)))
         if refusal is not None:

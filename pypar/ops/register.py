@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import the whole compiler
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function
+from torch.utils._device import DeviceContext
 
 from pypar.ops.backend import Backend
 
@@ -73,9 +74,15 @@ def overridable(function: Function) -> Function:
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         operands = arguments[:3] or tuple(options.values())
-        # What compiles takes has_torch_function to be False under a mode.
-        if has_torch_function(operands) or torch._C._is_torch_function_mode_enabled():
+        # torch.compile takes has_torch_function to be False under a mode.
+        if has_torch_function(operands) or (torch.compiler.is_dynamo_compiling() and _in_a_mode()):
             return handle(call, operands, *arguments, **options)
         return function(*arguments, **options)
 
     return call  # type: ignore[return-value]
+
+
+def _in_a_mode() -> bool:
+    """Whether a TorchFunctionMode is on, other than torch.device's, which has nothing to replace here."""
+    modes = _get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else []
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
