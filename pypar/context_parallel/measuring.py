@@ -46,8 +46,8 @@ def _measure(axis: Axis, device: torch.device, dtype: torch.dtype) -> MachineCos
     on_gpu = device.type == "cuda"
     near = _ranks_of_a_host(axis, device)
     far = near if near < axis.size else 1
-    # Only queries count in the second and only pairs in the third.
-    shapes = [(16, 16), (16384, 128), (8192, 8192)] if on_gpu else [(16, 16), (2048, 64), (512, 1024)]
+    # Almost nothing; then as many pairs of many queries and of few, with whole tiles of keys.
+    shapes = [(16, 16), (16384, 3072), (4096, 12288)] if on_gpu else [(16, 16), (1024, 384), (256, 1536)]
     attend = [_attention(T, S, dtype, device) for T, S in shapes]
     message_bytes = 1 << (26 if on_gpu else 22)
     large, small = (torch.zeros(n, dtype=torch.uint8, device=device) for n in (message_bytes, 16))
@@ -60,13 +60,13 @@ def _measure(axis: Axis, device: torch.device, dtype: torch.dtype) -> MachineCos
     def reorder() -> None:
         torch.cat([*halves]).index_select(0, order)
 
-    seconds = [latency_s, far_s, near_s, *(_stretch(each, axis, device) for each in (*attend, reorder))]
-    latency_s, far_s, near_s, tiny_s, tall_s, square_s, copy_s = _slowest(axis, seconds, device)
+    seconds = [latency_s, far_s, near_s, *_stretches([*attend, reorder], axis, device)]
+    latency_s, far_s, near_s, tiny_s, many_s, few_s, copy_s = _slowest(axis, seconds, device)
     carried_s = [max(s - latency_s, 1e-9) for s in (far_s, near_s)]
     # A transfer about as long as the attention beside it.
-    beside = large.new_zeros(int(message_bytes * min(4.0, square_s / carried_s[0])) + 1)
+    beside = large.new_zeros(int(message_bytes * min(4.0, few_s / carried_s[0])) + 1)
     own_share = _own_share(axis, beside, far, attend[2], device)
-    row_s, pair_s = _rows_and_pairs(shapes[1:], [max(s - tiny_s, 1e-9) for s in (tall_s, square_s)])
+    row_s, pair_s = _rows_and_pairs(shapes[1:], [max(s - tiny_s, 1e-9) for s in (many_s, few_s)])
     costs = MachineCosts(
         flops_per_s=2 * 64 * 7 / pair_s,  # forward 2 products, backward 5
         call_s=tiny_s / 2,
@@ -197,19 +197,23 @@ def _shift_start(axis: Axis, x: Tensor, by: int, within: int) -> Callable[[], No
     return finish
 
 
-def _stretch(function: Callable[[], None], axis: Axis, device: torch.device) -> float:
-    """Seconds of one call of many in a row on all ranks at once, as ranks may share cores; the best of some rows."""
-    times = []
-    for _ in range(3):
-        _shift(axis, torch.zeros(1, device=device), 1, axis.size)
-        count, started = 0, time.perf_counter()
-        while time.perf_counter() - started < 0.03:
-            function()
-            count += 1
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - started) / count)
-    return min(times)
+def _stretches(functions: list[Callable[[], None]], axis: Axis, device: torch.device) -> list[float]:
+    """Seconds of one call of each, of many in a row on all ranks at once, as ranks may share cores.
+
+    They take turns, and the best row of each counts, as others may disturb.
+    """
+    best = [float("inf")] * len(functions)
+    for _ in range(4):
+        for index, function in enumerate(functions):
+            _shift(axis, torch.zeros(1, device=device), 1, axis.size)
+            count, started = 0, time.perf_counter()
+            while time.perf_counter() - started < 0.03:
+                function()
+                count += 1
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            best[index] = min(best[index], (time.perf_counter() - started) / count)
+    return best
 
 
 def _best(function: Callable[[], None], rounds: int, device: torch.device) -> float:
