@@ -46,8 +46,8 @@ def _measure(axis: Axis, device: torch.device, dtype: torch.dtype) -> MachineCos
     on_gpu = device.type == "cuda"
     near = _ranks_of_a_host(axis, device)
     far = near if near < axis.size else 1
-    # Almost nothing; then as many pairs of many queries and of few, with whole tiles of keys.
-    shapes = [(16, 16), (16384, 3072), (4096, 12288)] if on_gpu else [(16, 16), (1024, 384), (256, 1536)]
+    # Almost nothing; then mostly queries, and mostly pairs.
+    shapes = [(16, 16), (16384, 128), (8192, 8192)] if on_gpu else [(16, 16), (2048, 64), (512, 1024)]
     attend = [_attention(T, S, dtype, device) for T, S in shapes]
     message_bytes = 1 << (26 if on_gpu else 22)
     large, small = (torch.zeros(n, dtype=torch.uint8, device=device) for n in (message_bytes, 16))
@@ -61,12 +61,12 @@ def _measure(axis: Axis, device: torch.device, dtype: torch.dtype) -> MachineCos
         torch.cat([*halves]).index_select(0, order)
 
     seconds = [latency_s, far_s, near_s, *_stretches([*attend, reorder], axis, device)]
-    latency_s, far_s, near_s, tiny_s, many_s, few_s, copy_s = _slowest(axis, seconds, device)
+    latency_s, far_s, near_s, tiny_s, rows_s, pairs_s, copy_s = _slowest(axis, seconds, device)
     carried_s = [max(s - latency_s, 1e-9) for s in (far_s, near_s)]
     # A transfer about as long as the attention beside it.
-    beside = large.new_zeros(int(message_bytes * min(4.0, few_s / carried_s[0])) + 1)
+    beside = large.new_zeros(int(message_bytes * min(4.0, pairs_s / carried_s[0])) + 1)
     own_share = _own_share(axis, beside, far, attend[2], device)
-    row_s, pair_s = _rows_and_pairs(shapes[1:], [max(s - tiny_s, 1e-9) for s in (many_s, few_s)])
+    row_s, pair_s = _rows_and_pairs(shapes[1:], [max(s - tiny_s, 1e-9) for s in (rows_s, pairs_s)])
     costs = MachineCosts(
         flops_per_s=2 * 64 * 7 / pair_s,  # forward 2 products, backward 5
         call_s=tiny_s / 2,
