@@ -12,9 +12,10 @@ constexpr int64_t kBlock = 96;
 // they see enough keys that this pays.
 constexpr int64_t kDecodeRows = 16;
 constexpr int64_t kDecodeKeys = 2 * kBlock;
-// Few rows split the keys they see, so that all threads have work: at multiples of so many keys.
+// Few rows split the keys they see, so that all threads have work: at multiples of so many keys. The sums of
+// many rows are joined there too, which costs the less the farther apart that is.
 constexpr int64_t kFewBlocks = 4;
-constexpr int64_t kKeysPerSplit = 8 * kBlock;
+constexpr int64_t kKeysPerSplit = 16 * kBlock;
 constexpr int64_t kDecodeKeysPerSplit = 2 * kBlock;
 // No distance of two indices is as large.
 constexpr int64_t kFar = int64_t{1} << 40;

@@ -19,9 +19,9 @@ HALF = {
 }  # with products of their own; the others as fp32
 KERNELS = [(isa, dtype) for isa in ISAS for dtype in ("fp32", HALF.get(isa, "")) if dtype]
 KERNELS += [(ISAS[-1], "bf16"), (ISAS[-1], "fp16")]
-T, S = 450, 850
+T, S = 450, 1650
 # Some begin within a block of rows, some end so; some are so few that tasks share their keys, the whole is not.
-PARTS = [slice(0, 67), slice(37, 64), slice(101, 450), slice(291, 450), slice(333, 334 + 96)]
+PARTS = [slice(37, 64), slice(101, 450), slice(291, 450), slice(333, 334 + 96)]
 MASKS = {
     "causal": {"causal": True},
     "window": {"causal": True, "window": (130, 0)},
@@ -73,7 +73,7 @@ def results(problem, dout):
 @pytest.mark.parametrize(("isa", "dtype"), KERNELS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_of_a_slice_of_the_queries(isa, dtype, mask):
-    for heads in ((2, 2), (3, 1)):
+    for heads in ((1, 1), (2, 1)):
         (q, k, v, dout), options = operands(mask, DTYPES[dtype], *heads)
         whole = attention_problem(q, k, v, positions=Positions(q_start=S - T), **options)
         with instruction_set(isa):
