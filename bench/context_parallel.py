@@ -22,7 +22,8 @@ time of all rounds counts. First each contender's output and gradients are compa
 
 Where auto is among the methods, a closing line for each problem tells what it took, what it expected of each method,
 and auto / best: the least time of auto's steps / that of the best of the others. The program fails where that is above
-1.1 by more than the spread of the run: how much longer than the least time the next one was, of auto or of the best.
+1.1 by more than the spread of the run: how much longer than the least time the next one was, of auto or of the best,
+or how much auto differs from the method that it took, whose steps are the same.
 """
 
 from __future__ import annotations
