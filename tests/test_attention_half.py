@@ -235,6 +235,30 @@ def test_chunks_that_are_added(isa):
         torch.testing.assert_close(x - start, expected.float(), rtol=eps, atol=1e-5, msg=f"d{name}")
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_chunks_keep_to_their_memory(isa, monkeypatch, accumulate):
+    """The memory of several chunks stands between guards, and what it holds before does not matter."""
+    x = {name: x.detach()[0] for name, x in make(isa, 700, 300, N=8, H=128).items()}
+    ends = [torch.tensor(ends, dtype=torch.int32) for ends in ((0, 30, 700), (0, 10, 300))]
+    problem = attention_problem(**x, causal=True, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+    buffers = []
+
+    def guarded(num_bytes, like):
+        buffers.append(torch.full((num_bytes + 8192,), 255, dtype=torch.uint8))  # NaN in any dtype
+        return buffers[-1][4096 : 4096 + num_bytes]
+
+    def backward():
+        into = tuple(torch.zeros(x.shape) for x in (problem.q, problem.k, problem.v)) if accumulate else None
+        return attention_native.backward(native.module(), problem, out, out, lse, None, into, None)
+
+    with instruction_set(isa):
+        out, lse = attention_native.forward(native.module(), problem, None)
+        expected = backward()
+        monkeypatch.setattr(attention_native, "_memory", guarded)
+        assert all(map(torch.equal, backward(), expected))
+    assert (buffers[0][:4096] == 255).all() and (buffers[0][-4096:] == 255).all()
+
+
 def test_a_long_sequence_among_short_ones(isa):
     """Only the long ones have a second chunk; with some queries that see no key."""
     ends_q, ends_k = [0, 30, 930, 930, 1000, 1900], [0, 40, 700, 701, 800, 1700]

@@ -120,16 +120,6 @@ def unions(held: tuple[Segments, ...], size: int, layout: str) -> tuple[Segments
     )
 
 
-def _union(parts: tuple[Segments, ...]) -> Segments:
-    joined: list[Segment] = []
-    for segment in sorted((s for segments in parts for s in segments), key=lambda s: s.start):
-        if joined and joined[-1].last + 1 == segment.start:
-            joined[-1] = Segment(joined[-1].start, joined[-1].count + segment.count)
-        else:
-            joined.append(segment)
-    return tuple(joined)
-
-
 def positions_in(segments: Segments) -> Tensor:
     """int64 [T], on CPU."""
     parts = [torch.arange(s.start, s.last + 1, s.step) for s in segments]
