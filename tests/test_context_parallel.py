@@ -1,6 +1,7 @@
 """Ring attention against one process: output, gradients, rounding, overlap, bytes."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from accuracy import assert_accurate
 from context_cases import CASES, assert_close, inputs, on_rank, one_device, together
 
 from pypar.comm import Handle
-from pypar.context_parallel import ring, ring_attention, shard, unshard, walk
+from pypar.context_parallel import parts, ring, ring_attention, shard, unshard, walk
 from pypar.context_parallel.layouts import LAYOUTS
 from pypar.mesh import Axis
 
@@ -221,4 +222,19 @@ def _case(name, layout):
 def test_every_option_between_processes(ranks, world_size, layout, name):
     case = CASES[name]
     actual = together(case, layout, ranks(world_size, _case, name, layout))
+    assert_close(actual, one_device(case, inputs(case, torch.float32)), 1e-5, 1e-4)
+
+
+def _case_in_parts(name, layout):
+    """Several rounds, each of several parts by heads and by keys."""
+    small = {"_LEAST_POSITIONS": 1, "_LEAST_KEYS": 1, "_LEAST_KEYS_FAR": 1, "_MOST_KEYS": 6}
+    with mock.patch.multiple(parts, **small):
+        return _case(name, layout)
+
+
+@pytest.mark.parametrize("world_size,layout", [(2, "zigzag"), (4, "striped")])
+@pytest.mark.parametrize("name", ["everything", "documents, everything"])
+def test_parts_and_rounds_between_processes(ranks, world_size, layout, name):
+    case = CASES[name]
+    actual = together(case, layout, ranks(world_size, _case_in_parts, name, layout))
     assert_close(actual, one_device(case, inputs(case, torch.float32)), 1e-5, 1e-4)
