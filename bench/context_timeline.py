@@ -16,7 +16,8 @@ from context_step import Contender, Problem, parts, step
 from context_workers import Workers
 from timing import DTYPES
 
-from pypar.context_parallel import ring
+from pypar.comm import Handle
+from pypar.context_parallel import ring, walk
 from pypar.mesh import Axis
 
 COLORS = {"forward": "tab:blue", "backward": "tab:green", "transfer": "tab:orange", "wait": "tab:red"}
@@ -64,14 +65,14 @@ def _recording() -> Iterator[list[Span]]:
                 spans.append(Span("transfer", entry[0], time.perf_counter()))
                 in_flight.remove(entry)
 
-    start, wait = ring.exchange_start, ring.Handle.wait
+    start, wait = walk.exchange_start, Handle.wait
     watcher = threading.Thread(target=watch)
     watcher.start()
     with (
-        mock.patch.object(ring, "exchange_start", exchange),
+        mock.patch.object(walk, "exchange_start", exchange),
         mock.patch.object(ring, "add_forward", timed("forward", ring.add_forward)),
         mock.patch.object(ring, "add_backward", timed("backward", ring.add_backward)),
-        mock.patch.object(ring.Handle, "wait", timed("wait", wait)),
+        mock.patch.object(Handle, "wait", timed("wait", wait)),
     ):
         yield spans
     stop.set()
