@@ -4,7 +4,6 @@ import pytest
 import torch
 from simulated_ranks import run_ranks
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     BartModel,
     GPT2Config,
@@ -13,19 +12,10 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
+from transformers_cases import DECODER, LENGTH, SIZES, assert_equal, model_from, results, tokens
 
 import pypar
 
-LENGTH = 20
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-DECODER = SIZES | {"num_key_value_heads": 2}
 GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CONFIGS = {
@@ -43,19 +33,7 @@ def registered():
 
 
 def model_of(name, implementation):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=implementation)
-
-
-def tokens():
-    return torch.randint(3, 32, (2, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-
-
-def results(model, inputs, targets, **options):
-    logits = model(input_ids=inputs, **options).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-    return logits.detach(), [p.grad for p in model.parameters()]
+    return model_from(CONFIGS[name](), implementation)
 
 
 def _over(axis, models, compiled):
@@ -73,11 +51,7 @@ def _over(axis, models, compiled):
 
 
 def assert_one_process(outcome, name):
-    expected = results(model_of(name, "eager"), tokens()[:, :-1], tokens()[:, 1:])
-    for logits, _ in outcome:
-        torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-5)
-    for gradient, *shares in zip(expected[1], *(gradients for _, gradients in outcome), strict=True):
-        torch.testing.assert_close(sum(shares), gradient, rtol=1e-4, atol=1e-5)
+    assert_equal(outcome, model_of(name, "eager"))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "llama"])

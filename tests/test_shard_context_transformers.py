@@ -3,29 +3,20 @@
 import pytest
 import torch
 from simulated_ranks import run_ranks
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig
+from transformers import Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig
+from transformers_cases import DECODER, LENGTH, assert_equal, model_from, results, tokens
 
 import pypar
 from pypar.mesh import Axis
 
-LENGTH = 20
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral with a window": MistralConfig(**SIZES, sliding_window=6),
+    "llama": LlamaConfig(**DECODER),
+    "mistral with a window": MistralConfig(**DECODER, sliding_window=6),
     "gemma2 with softcap and window": Gemma2Config(
-        **SIZES, sliding_window=6, head_dim=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=4
+        **DECODER, sliding_window=6, head_dim=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=4
     ),
     "gpt-oss with sinks and window": GptOssConfig(
-        **SIZES, sliding_window=6, head_dim=4, num_local_experts=2, num_experts_per_tok=1
+        **DECODER, sliding_window=6, head_dim=4, num_local_experts=2, num_experts_per_tok=1
     ),
 }
 
@@ -36,19 +27,7 @@ def registered():
 
 
 def model_of(name, implementation):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=implementation)
-
-
-def tokens():
-    return torch.randint(32, (2, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-
-
-def results(model, inputs, targets, **options):
-    logits = model(input_ids=inputs, **options).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-    return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+    return model_from(CONFIGS[name], implementation)
 
 
 def over(axis, model, layout, mask_of_ones, length=LENGTH, checkpoints=False):
@@ -66,11 +45,7 @@ def over(axis, model, layout, mask_of_ones, length=LENGTH, checkpoints=False):
 
 
 def assert_one_process(outcome, name):
-    expected = results(model_of(name, "eager"), tokens()[:, :-1], tokens()[:, 1:])
-    for logits, _ in outcome:
-        torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-5)
-    for gradient, *shares in zip(expected[1], *(gradients for _, gradients in outcome), strict=True):
-        torch.testing.assert_close(sum(shares), gradient, rtol=1e-4, atol=1e-5)
+    assert_equal(outcome, model_of(name, "eager"))
 
 
 def _each(axis, models, *options):

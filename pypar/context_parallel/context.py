@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from pypar.context_parallel.methods import method_named
 from pypar.context_parallel.multi_head import multi_head
 from pypar.context_parallel.other_attention import (
     is_flex_attention,
+    refuse,
     refuse_flex_attention,
     refused_functions,
 )
@@ -109,7 +110,7 @@ class ShardContext(TorchFunctionMode):
         sdpa = torch.ops.aten.scaled_dot_product_attention  # what torch.export leaves
         self._replaced |= dict.fromkeys((sdpa, sdpa.default), self._torch_attention)
         for function, name in refused_functions().items():
-            self._replaced[function] = functools.partial(_refuse, name)
+            self._replaced[function] = functools.partial(refuse, name)
         watch_models(active_context)
 
     def __torch_function__(
@@ -261,13 +262,6 @@ def _backward(
     edge = loss if torch.__version__ < "2.7" else torch.autograd.graph.get_gradient_edge(loss)
     gradient = torch.ones_like(loss) if gradient is None and loss.numel() == 1 else gradient
     torch.autograd.backward(edge, gradient, retain_graph, create_graph, inputs=inputs)  # type: ignore[arg-type]
-
-
-def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
-    raise ValueError(
-        f"{name} under shard_context would attend to the keys of this rank alone; call "
-        "torch.nn.functional.scaled_dot_product_attention, pypar.attention or pypar.ring_attention"
-    )
 
 
 def _mask_refusal(name: str, mask: Tensor, length_k: int) -> str:

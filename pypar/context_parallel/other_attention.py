@@ -34,10 +34,18 @@ _OTHERS = (
     ("xformers_flash", "flash_fwd"),
     ("xformers_flash3", "flash_fwd"),
 )
-_FLEX = (
-    "flex_attention under shard_context would attend to the keys of this rank alone; call "
-    "torch.nn.functional.scaled_dot_product_attention, pypar.attention or pypar.ring_attention"
-)
+
+
+def _refusal(name: str) -> str:
+    return (
+        f"{name} under shard_context would attend to the keys of this rank alone; call "
+        "torch.nn.functional.scaled_dot_product_attention, pypar.attention or pypar.ring_attention"
+    )
+
+
+def refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    """In place of the function of that name, whatever it is called with."""
+    raise ValueError(_refusal(name))
 
 
 def refused_functions() -> dict[Any, str]:
@@ -57,6 +65,6 @@ def is_flex_attention(function: Any) -> bool:
     return module is not None and function is module.flex_attention
 
 
-@uncompiled(_FLEX)  # flex_attention compiles itself, as one graph
+@uncompiled(_refusal("flex_attention"))  # which compiles itself, as one graph
 def refuse_flex_attention() -> NoReturn:
-    raise ValueError(_FLEX)
+    refuse("flex_attention")

@@ -32,7 +32,7 @@ class Walk:
     def __init__(
         self, direction: str, route: RankRoute, round_: Round, k: Tensor, v: Tensor, call: Call
     ) -> None:
-        self.route, self.whole, self.parts = route, round_.whole, round_.parts
+        self._route, self.whole, self.parts = route, round_.whole, round_.parts
         self._direction, self._call, self._own = direction, call, (k.detach(), v.detach())
         self._rank, self._size = call.axis.rank, call.axis.size
         self._rounds = route.forward if direction == "forward" else route.backward
@@ -62,7 +62,7 @@ class Walk:
     @property
     def sees(self) -> bool:
         """Whether the rank's queries see something of the block."""
-        return self._hop in self.route.hops
+        return self._hop in self._route.hops
 
     def outgoing(self, part: Part) -> Moves:
         """What of the forward's table starts before a part is computed."""
@@ -164,7 +164,7 @@ class Walk:
         """Of the other ranks' blocks, in which hop each is used or sent on last; not of the one that is kept."""
         found = {}
         for hop in self._order:
-            if hop in self.route.hops:
+            if hop in self._route.hops:
                 found[(self._rank - hop) % self._size] = hop
             sent = [t for t in self._rounds[hop] if t.kind == KEYS and t.sender == self._rank]
             found.update({t.source: hop for t in sent})
