@@ -95,7 +95,7 @@ def plain_steps(
     data = open_data(config.data, LENGTH, config.seed)
     step = 0
     while True:
-        tokens, targets = data.train_batch(step, SEQUENCES)
+        tokens, targets, _ = data.train_batch(step, SEQUENCES)
         mine = range(rank * SEQUENCES // ranks, (rank + 1) * SEQUENCES // ranks)
         total = torch.zeros(())
         for row in mine:

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pypar.train import cache, sources
+from pypar.train import sources
 from pypar.train.config import DataConfig
 from pypar.train.data import IGNORED, TokenData, open_data, shuffled
-from pypar.train.tokens import ByteTokenizer
 
 
 def _config(tmp_path: Path, path: Path | str, **more: object) -> DataConfig:
@@ -99,6 +96,15 @@ def test_python_stdlib_is_large_and_has_no_packages(tmp_path: Path) -> None:
         (lambda d: d / "short.txt", "lower train.sequence_length to at most"),
         (lambda d: d / "bad.jsonl", "bad.jsonl line 3 is not JSON"),
         (lambda d: d / "fields.jsonl", "line 2 must be"),
+        (lambda d: d / "list.jsonl", "line 1 must be"),
+        (lambda d: d / "number.jsonl", "line 1 must be"),
+        (lambda d: d / "deep.jsonl", "deep.jsonl line 1 is not JSON"),
+        (
+            lambda d: d / "chat.jsonl",
+            'chat.jsonl line 1 holds "messages", and pypar does not render chat templates',
+        ),
+        (lambda d: d / "nul.jsonl", "nul.jsonl line 2 is not text: it holds a NUL byte"),
+        (lambda d: d / "one.txt", "the train text holds 2 tokens but one sequence needs 33"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tmp_path: Path, make, sentence: str) -> None:
@@ -109,6 +115,12 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, make, sentence: str) -> 
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
     (tmp_path / "fields.jsonl").write_text('{"text": "a"}\n{"prompt": "only"}\n')
+    (tmp_path / "list.jsonl").write_text('["text"]\n')
+    (tmp_path / "number.jsonl").write_text('{"text": 5}\n')
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    (tmp_path / "nul.jsonl").write_text('{"text": "a"}\n{"text": "a\\u0000"}\n')
+    (tmp_path / "one.txt").write_text("a")
     with pytest.raises(ValueError, match="^[^\n]*$") as refused:
         open_data(_config(tmp_path, make(tmp_path)), 32, 0)
     assert sentence in str(refused.value)
@@ -145,7 +157,7 @@ def test_only_responses_and_their_ends_are_learned(tmp_path: Path) -> None:
         kept = np.asarray(data.tokens[part])[np.asarray(mask) == 1].tobytes()
         learned += kept.split(b"\0")[:-1]
     assert Counter(learned) == {b"4": 20, b"plain text": 20, "ü!".encode(): 20}
-    tokens, targets = data.train_batch(0, 4)
+    tokens, targets, _ = data.train_batch(0, 4)
     stream = _stream(data, "train")
     start = stream.index(tokens[0].numpy().astype(np.uint8).tobytes())
     mask = data.learned["train"]
@@ -160,64 +172,28 @@ def test_undecodable_bytes_are_tokens_like_any_other(tmp_path: Path) -> None:
     assert _stream(open_data(_config(tmp_path, file), 8, 0), "train").startswith(b"stra\xdfe")
 
 
+def test_windows_text_files(tmp_path: Path) -> None:
+    """A mark of the encoding is no text; the two characters of a line end are."""
+    for name, text in (("a.txt", "one\r\ntwo\r\n"), ("b.txt", ""), ("c.txt", "x")):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "texts" / "d.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "record"}\r\n{"text": "other"}\r\n\r\n'
+    )
+    data = open_data(_config(tmp_path, tmp_path / "texts", validation_fraction=0.9), 1, 0)
+    held = (_stream(data, "train") + _stream(data, "validation")).split(b"\0")
+    assert sorted(held) == [b"", b"one\r\ntwo\r\n", b"other", b"record", b"x"]
+    assert sum(size.documents for size in data.cache.sizes.values()) == 4
+
+
 def test_long_files_are_cut_at_line_ends_and_between_characters(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sources, "PIECE_BYTES", 7)
     file = tmp_path / "text.txt"
     for text in ("éüß€" * 9, "a line\n" * 5 + "€" * 8, "x" * 20):
         file.write_text(text)
         (source,) = sources.find_files(_config(tmp_path, file))
-        (pieces,) = [list(p) for p in source.documents()]
+        (pieces,) = [list(p) for _, p in source.documents()]
         assert "".join(p.text.decode() for p in pieces) == text
-
-
-def test_cache_is_reused_and_rebuilt_when_the_input_changes(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
-    config = _config(tmp_path, folder)
-    first = cache.prepare_cache(config, ByteTokenizer())
-    stamp = (first.path / "meta.json").stat().st_mtime_ns
-    assert cache.prepare_cache(config, ByteTokenizer()).path == first.path
-    assert (first.path / "meta.json").stat().st_mtime_ns == stamp
-    file = folder / "part0" / "00.txt"
-    file.write_text("changed\n")
-    second = cache.prepare_cache(config, ByteTokenizer())
-    assert second.path != first.path and first.path.exists()  # another run may be reading it
-    os.utime(first.path, (0, 0))
-    file.write_text("changed once more\n")
-    third = cache.prepare_cache(config, ByteTokenizer())
-    assert not first.path.exists() and second.path.exists() and third.path.exists()
-    assert b"changed" in second.tokens("train").tobytes() + second.tokens("validation").tobytes()
-    os.utime(file, ns=(1, 1))
-    assert cache.prepare_cache(config, ByteTokenizer()).path != second.path
-
-
-def test_a_damaged_cache_is_built_again(tmp_path: Path) -> None:
-    config = _config(tmp_path, _folder(tmp_path))
-    built = cache.prepare_cache(config, ByteTokenizer())
-    whole = (built.path / "train.tokens").read_bytes()
-    (built.path / "train.tokens").write_bytes(whole[:-5])
-    assert cache.prepare_cache(config, ByteTokenizer()).tokens("train").tobytes() == whole
-
-
-def test_processes_that_build_at_once_share_one_cache(tmp_path: Path) -> None:
-    config = _config(tmp_path, _folder(tmp_path))
-    program = (
-        "import sys; from pypar.train.config import DataConfig; from pypar.train.cache import prepare_cache;"
-        "from pypar.train.tokens import ByteTokenizer;"
-        "config = DataConfig(path=sys.argv[1], cache_directory=sys.argv[2]);"
-        "print(prepare_cache(config, ByteTokenizer()).path)"
-    )
-    command = [sys.executable, "-c", program, config.path, config.cache_directory]
-    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    paths = {builder.communicate(timeout=60)[0] for builder in builders}
-    assert len(paths) == 1 and Path(paths.pop().strip()).is_dir()
-    assert not list(Path(config.cache_directory).glob("*.partial"))
-
-
-def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    config = DataConfig(path=str(_folder(tmp_path)), cache_directory=str(tmp_path / "file" / "cache"))
-    with pytest.raises(ValueError, match="set data.cache_directory"):
-        cache.prepare_cache(config, ByteTokenizer())
 
 
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 100))
@@ -247,7 +223,7 @@ def test_an_epoch_shows_every_window_once_and_the_next_cuts_elsewhere(tmp_path: 
     for epoch in range(2):
         rows = [data.train_batch(step, 1) for step in range(epoch * count, (epoch + 1) * count)]
         starts = []
-        for tokens, targets in rows:
+        for tokens, targets, _ in rows:
             starts.append(stream.index(bytes(tokens[0].tolist())))
             assert stream[starts[-1] + 1 : starts[-1] + 11] == bytes(targets[0].tolist())
         assert np.unique(np.diff(sorted(starts))).tolist() == [10]
@@ -275,7 +251,7 @@ def test_validation_covers_every_window_once_and_pads_the_last_batch(tmp_path: P
     assert windows % 5
     seen = 0
     for index in range(data.num_validation_batches(5)):
-        tokens, targets = data.validation_batch(index, 5)
+        tokens, targets, _ = data.validation_batch(index, 5)
         assert tokens.shape == targets.shape == (5, 16)
         seen += int((targets != IGNORED).any(1).sum())
     assert seen == windows

@@ -1,7 +1,7 @@
 """Batches of token windows, functions of (seed, step) alone: the same in every layout and after a restart."""
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,19 @@ def shuffled(index: np.ndarray, count: int, *key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+class Batch(NamedTuple):
+    """Windows of the text, as `split_batch` takes them.
+
+    tokens, targets: int64 [B, T]; targets that do not count are -100. documents: where the documents of each window
+    begin and end, int32 [documents + 1] from 0 to T; the first and the last may go on outside of the window. None
+    where documents are not told apart.
+    """
+
+    tokens: "Tensor"
+    targets: "Tensor"
+    documents: "list[Tensor] | None"
+
+
 class TokenData:
     """Training and validation windows of ``sequence_length + 1`` tokens (inputs, and targets one later).
 
@@ -64,10 +77,11 @@ class TokenData:
         packed_documents: bool = False,
     ) -> None:
         self.cache, self.sequence_length, self.seed = cache, sequence_length, seed
-        self.vocab_size, self.end_token = tokenizer.vocab_size, tokenizer.end_token
+        self.vocab_size = tokenizer.vocab_size
         self.packed_documents = packed_documents
         self.tokens = {part: cache.tokens(part) for part in ("train", "validation")}
         self.learned = {part: cache.learned(part) for part in ("train", "validation")}
+        self.ends = {part: cache.ends(part) for part in ("train", "validation")}
         for part, tokens in self.tokens.items():
             if len(tokens) < sequence_length + 1:
                 remedy = (
@@ -83,8 +97,8 @@ class TokenData:
         self.num_train_windows = max(1, (len(self.tokens["train"]) - sequence_length) // sequence_length)
         self.num_validation_windows = (len(self.tokens["validation"]) - 1) // sequence_length
 
-    def train_batch(self, step: int, batch_size: int) -> tuple["Tensor", "Tensor"]:
-        """tokens, targets int64 [batch_size, T] of ``step`` (from 0); ignored targets are -100."""
+    def train_batch(self, step: int, batch_size: int) -> Batch:
+        """The windows of ``step`` (from 0)."""
         samples = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs, index = np.divmod(samples, self.num_train_windows)
         starts = np.empty_like(samples)
@@ -101,39 +115,36 @@ class TokenData:
     def num_validation_batches(self, batch_size: int) -> int:
         return -(-self.num_validation_windows // batch_size)
 
-    def validation_batch(self, index: int, batch_size: int) -> tuple["Tensor", "Tensor"]:
+    def validation_batch(self, index: int, batch_size: int) -> Batch:
         """Like ``train_batch``; rows past the last window are zeros whose targets are all ignored."""
         windows = np.arange(index * batch_size, min((index + 1) * batch_size, self.num_validation_windows))
         starts = shuffled(windows, self.num_validation_windows, 0) * self.sequence_length
         return self._windows("validation", starts, batch_size)
 
-    def _windows(self, part: str, starts: np.ndarray, batch_size: int) -> tuple["Tensor", "Tensor"]:
+    def _windows(self, part: str, starts: np.ndarray, batch_size: int) -> Batch:
         import torch
 
         length, stream, learned = self.sequence_length, self.tokens[part], self.learned[part]
         tokens = np.zeros((batch_size, length), np.int64)
         targets = np.full((batch_size, length), IGNORED, np.int64)
+        documents = [np.array([0, length], np.int32) for _ in range(batch_size)]
         for row, start in enumerate(starts):
             window = stream[start : start + length + 1]
             tokens[row], targets[row] = window[:-1], window[1:]
             if learned is not None:
                 targets[row, learned[start + 1 : start + length + 1] == 0] = IGNORED
-        if self.packed_documents:
-            targets[tokens == self.end_token] = IGNORED
-        return torch.from_numpy(tokens), torch.from_numpy(targets)
+            if self.packed_documents:
+                ends = self._ends_within(part, start)
+                targets[row, ends - 1] = IGNORED  # the first token of the next document
+                documents[row] = np.concatenate([[0], ends[ends < length], [length]], dtype=np.int32)
+        told_apart = [torch.from_numpy(x) for x in documents] if self.packed_documents else None
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), told_apart)
 
-    def documents(self, tokens: "Tensor") -> "list[Tensor] | None":
-        """Where the documents of each row of tokens [B, T] begin and end, int32 [documents + 1]; None if not packed.
-
-        A document ends with the tokenizer's end token, the last one of a row with the row.
-        """
-        import torch
-
-        if not self.packed_documents:
-            return None
-        length = tokens.shape[1]
-        ends = [torch.nonzero(row[:-1] == self.end_token).view(-1) + 1 for row in tokens]
-        return [torch.cat([x.new_tensor([0]), x, x.new_tensor([length])]).to(torch.int32) for x in ends]
+    def _ends_within(self, part: str, start: int) -> np.ndarray:
+        """How many tokens of the window from ``start`` on precede each end of a document in it, from 1 to T."""
+        ends = self.ends[part]
+        first, last = np.searchsorted(ends, [start, start + self.sequence_length], side="right")
+        return np.asarray(ends[first:last]) - start
 
     def validation_entropies(self) -> dict[str, float]:
         """What a model of token counts alone would reach on the validation text, in nats a token.
@@ -163,5 +174,5 @@ def _entropy(counts: np.ndarray) -> float:
 
 def open_data(data: DataConfig, sequence_length: int, seed: int, packed_documents: bool = False) -> TokenData:
     """The data of a run, tokenised first where its cache is missing or old."""
-    tokenizer = open_tokenizer(data.tokenizer)
+    tokenizer = open_tokenizer(data.tokenizer, data.special_tokens)
     return TokenData(prepare_cache(data, tokenizer), tokenizer, sequence_length, seed, packed_documents)

@@ -15,7 +15,7 @@ from pypar.train import checkpoint
 from pypar.train.config import RunConfig
 from pypar.train.data import open_data
 from pypar.train.sources import PYTHON_STDLIB
-from pypar.train.tokens import open_tokenizer
+from pypar.train.tokens import SPECIAL_TOKENS, check_text, open_tokenizer
 
 if TYPE_CHECKING:
     from pypar.models import DecoderConfig
@@ -60,6 +60,7 @@ BOUNDS: dict[str, tuple[float | str, float | str]] = {
     "train.log_every": _AT_LEAST_1,
 }
 CHOICES = {
+    "data.special_tokens": SPECIAL_TOKENS,
     "train.precision": ("fp32", "bf16"),
     "context.layout": ("zigzag", "contiguous", "striped"),
     "context.method": ("ring", "all_gather", "ulysses", "hybrid", "auto"),
@@ -87,11 +88,13 @@ def check(config: RunConfig, world_size: int | None = None, *, overwrite: bool =
     sizes = parse_mesh(config.mesh or f"dp={world_size or 1}")
     num_ranks = math.prod(sizes.values())
     check_mesh(sizes, num_ranks if world_size is None else world_size)
-    model = config.decoder_config(open_tokenizer(config.data.tokenizer).vocab_size)
+    model = config.decoder_config(
+        open_tokenizer(config.data.tokenizer, config.data.special_tokens).vocab_size
+    )
     notes = [*_check_layout(config, model, sizes)]
     _check_run_directory(config, overwrite)
     resume, note = _check_resume(config, model)
-    open_data(config.data, config.train.sequence_length, config.seed)
+    notes += open_data(config.data, config.train.sequence_length, config.seed).cache.notes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if world_size is None and num_ranks > cores:
         notes.append(f"{num_ranks} ranks share {cores} cores: they will wait for each other")
@@ -126,6 +129,7 @@ def _check_values(config: RunConfig) -> None:
     for key, choices in CHOICES.items():
         section, _, leaf = key.partition(".")
         _check_choice(key, values[section][leaf], choices)
+    check_text("train.sample_prompt", config.train.sample_prompt)
     if not config.name.strip():
         raise ValueError("name must not be empty: the run is written to <directory>/<name>; use --name")
 

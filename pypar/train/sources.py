@@ -50,20 +50,21 @@ class SourceFile:
                 if line.strip():
                     yield f"{self.name}:{number}"
 
-    def documents(self) -> Iterator[Iterator[Piece]]:
-        """The pieces of each document, in the order of ``document_names``; each of about 1 MiB at most."""
+    def documents(self) -> Iterator[tuple[str, Iterator[Piece]]]:
+        """Where each document stands and its pieces, of about 1 MiB at most; in the order of ``document_names``."""
         if not self.is_jsonl:
-            yield self._text_pieces()
+            yield str(self.path), self._text_pieces()
             return
         with _open(self) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield iter(_record_pieces(line, f"{self.path} line {number}"))
+                    where = f"{self.path} line {number}"
+                    yield where, iter(_record_pieces(line, where))
 
     def _text_pieces(self) -> Iterator[Piece]:
         """Cut after a line end where there is one, never inside a character."""
         with _open(self) as file:
-            rest = b""
+            rest = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
             while chunk := file.read(PIECE_BYTES):
                 chunk = rest + chunk
                 cut = chunk.rfind(b"\n") + 1 or _character_end(chunk)
@@ -92,15 +93,21 @@ def _character_end(chunk: bytes) -> int:
 def _record_pieces(line: bytes, where: str) -> list[Piece]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
+    if isinstance(record, dict) and "messages" in record and "text" not in record:
+        raise ValueError(
+            f'{where} holds "messages", and pypar does not render chat templates: write what the tokenizer\'s own '
+            'template makes of them as {"text": ...} or {"prompt": ..., "response": ...} and set '
+            "data.special_tokens=parse"
+        )
     fields = ("prompt", "response") if isinstance(record, dict) and "text" not in record else ("text",)
     if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in fields):
         has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(
             f'{where} must be {{"text": ...}} or {{"prompt": ..., "response": ...}}, each text, not: {has}'
         )
-    return [Piece(record[name].encode("utf-8", "replace"), name != "prompt") for name in fields]
+    return [Piece(record[name].encode("utf-8", "surrogatepass"), name != "prompt") for name in fields]
 
 
 def stdlib_folder() -> Path:

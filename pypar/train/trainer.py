@@ -14,9 +14,9 @@ from ..mesh import Axis, Mesh
 from ..models import ContextParallel, Decoder
 from ..pipeline_parallel import PipelineRuntime, schedules
 from . import checkpoint
-from .batch import TrainingStage, split_batch
+from .batch import Microbatch, TrainingStage, split_batch
 from .config import RunConfig
-from .data import TokenData, open_data
+from .data import Batch, TokenData, open_data
 from .gradients import PartialGradients, tied_embedding_axis
 from .optimizer import Optimizer, learning_rate
 
@@ -83,15 +83,15 @@ class Trainer:
         axes = [mesh.data, mesh.pp, mesh.cp, mesh.tp, mesh.world, *self.extra_axes]
         return list(dict.fromkeys(axes))
 
-    def _microbatches(self, tokens: torch.Tensor, targets: torch.Tensor) -> list:
+    def _microbatches(self, batch: Batch) -> list[Microbatch]:
         return split_batch(
-            tokens,
-            targets,
+            batch.tokens,
+            batch.targets,
             self.mesh,
             microbatch_size=self.config.train.microbatch_size,
             layout=self.config.context.layout,
             device=self.device,
-            documents=self.data.documents(tokens),
+            documents=batch.documents,
         )
 
     def sum_over_world(self, *values: torch.Tensor | float) -> list[float]:
@@ -108,8 +108,8 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; returns the loss (nats a token) before it and the gradient norm before clipping."""
         self.buckets.zero()
-        tokens, targets = self.data.train_batch(self.step, self.config.train.batch_size)
-        losses = self.runtime.step(self._microbatches(tokens, targets), on_last_backward=self.buckets)
+        batch = self.data.train_batch(self.step, self.config.train.batch_size)
+        losses = self.runtime.step(self._microbatches(batch), on_last_backward=self.buckets)
         self.buckets.finish()
         self.partial.sum()
         tied_copy = "embedding.weight" if self.model.has_tied_copy and not self.model.is_first else None
@@ -132,9 +132,9 @@ class Trainer:
         """Mean loss (nats a token) over the first ``num_batches`` validation batches."""
         total = count = 0.0
         for index in range(min(num_batches, self.data.num_validation_batches(self.config.train.batch_size))):
-            tokens, targets = self.data.validation_batch(index, self.config.train.batch_size)
-            num_targets = float((targets != -100).sum())
-            losses = self.runtime.evaluate(self._microbatches(tokens, targets))
+            batch = self.data.validation_batch(index, self.config.train.batch_size)
+            num_targets = float((batch.targets != -100).sum())
+            losses = self.runtime.evaluate(self._microbatches(batch))
             total += self._own_loss(losses) * num_targets
             count += num_targets
         if not count:
@@ -154,11 +154,14 @@ def _check_same_data(data: TokenData, mesh: Mesh) -> None:
     """Every node has a cache of its own, made of the files that it sees: they must be the same everywhere."""
     sampled = []
     for part, tokens in data.tokens.items():
-        every = max(1, len(tokens) // SAMPLED_TOKENS)
-        sampled += [
-            (f"length of the {part} text", torch.tensor([len(tokens)])),
-            (f"{part} tokens", torch.from_numpy(tokens[::every].astype("int64")).to(torch.int32)),
-        ]
+        held = {"tokens": tokens, "ends of documents": data.ends[part], "learned tokens": data.learned[part]}
+        for what, values in held.items():
+            if values is not None:
+                some = values[:: max(1, len(values) // SAMPLED_TOKENS)].astype("int64")
+                sampled += [
+                    (f"number of {part} {what}", torch.tensor([len(values)])),
+                    (f"{part} {what}", torch.from_numpy(some)),
+                ]
     difference = first_difference(sampled, mesh.world)
     if difference is not None:
         raise ValueError(
