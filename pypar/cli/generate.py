@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pypar.train import checkpoint
+from pypar.train.tokens import check_text
 
 SUMMARY = "sample text from a checkpoint"
 
@@ -27,23 +28,21 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
         raise ValueError(f"--tokens ({arguments.tokens}) must be at least 1")
     if not 0 <= arguments.temperature < math.inf:
         raise ValueError(f"--temperature ({arguments.temperature}) must be at least 0 and finite")
+    check_text("--prompt", arguments.prompt)
     path = checkpoint.resolve(arguments.checkpoint)
     checkpoint.check_readable(path)
 
     def job() -> int:
         from pypar.train.generate import generate, printable
 
-        print(
-            printable(
-                generate(
-                    path,
-                    arguments.prompt,
-                    arguments.tokens,
-                    temperature=arguments.temperature,
-                    seed=arguments.seed,
-                )
-            )
+        text = generate(
+            path,
+            arguments.prompt,
+            arguments.tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
         )
+        print(printable(text, arguments.prompt))
         return 0
 
     return job

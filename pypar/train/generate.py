@@ -1,5 +1,6 @@
 """Sampling text from a checkpoint, in one process."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from ..models import Decoder
 from ..models.cache import KeyValueCache
 from . import checkpoint
 from .config import RunConfig
-from .tokens import open_tokenizer
+from .tokens import check_text, continuation, open_tokenizer
 
 
 def load_model(path: Path) -> tuple[Decoder, RunConfig]:
     """The whole model of a checkpoint, whatever layout wrote it, in fp32, in a process without a process group."""
     config = RunConfig.from_dict(checkpoint.read_extra(path)["config"])
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
     model = Decoder(config.decoder_config(tokenizer.vocab_size), Mesh(), seed=config.seed)
     state = {f"model.{name}": (p.detach(), layout_of(p)) for name, p in model.global_parameters()}
     checkpoint.load(path, state, model.mesh)
@@ -58,24 +59,29 @@ def sample_tokens(
         yield token
 
 
-def printable(text: str) -> str:
-    """``text`` without control characters, which a model of bytes may write and a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+def printable(text: str, prompt: str = "") -> str:
+    """``text``, after its ``prompt``, without the control characters that a terminal would obey."""
+    new = re.sub(r"(?!\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.removeprefix(prompt))
+    return prompt + new
 
 
 def generate(path: Path, prompt: str, num_tokens: int, *, temperature: float = 0.8, seed: int = 0) -> str:
-    """The prompt and up to ``num_tokens`` sampled after it, to the document's end at most; temperature 0 = greedy."""
+    """The prompt and up to ``num_tokens`` sampled after it, to the document's end at most; temperature 0 = greedy.
+
+    The prompt stands first, exactly as it was given. Where it is empty, what follows begins a document.
+    """
     if temperature < 0:
         raise ValueError(
             f"temperature ({temperature}) must be at least 0; 0 always takes the likeliest token"
         )
+    check_text("the prompt", prompt)
     model, config = load_model(path)
-    tokenizer = open_tokenizer(config.data.tokenizer)
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_token]
+    tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
+    prompt_ids = tokenizer.encode(prompt)
     generator = torch.Generator().manual_seed(seed)
     tokens = sample_tokens(
         model,
-        torch.tensor(prompt_ids),
+        torch.tensor(prompt_ids or [tokenizer.end_token]),
         num_tokens,
         num_ids=tokenizer.vocab_size,
         context=config.train.sequence_length,
@@ -87,4 +93,4 @@ def generate(path: Path, prompt: str, num_tokens: int, *, temperature: float = 0
         if token == tokenizer.end_token:
             break
         new.append(token)
-    return prompt + tokenizer.decode(new)
+    return prompt + continuation(tokenizer, prompt_ids, new)

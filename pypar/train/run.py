@@ -123,8 +123,8 @@ def _report(config: RunConfig, entropies: Mapping[str, float], saved: Path) -> N
     print(f"validation loss {lines[-1]['val_loss']:.4f} nats a token ({compared} of the same text)")
     if train.sample_tokens:
         text = generate(saved, train.sample_prompt, train.sample_tokens, seed=config.seed)
-        (directory / "sample.txt").write_text(text + "\n")
-        print(f"sample:\n{printable(text)}\n")
+        (directory / "sample.txt").write_text(text + "\n", encoding="utf-8")
+        print(f"sample:\n{printable(text, train.sample_prompt)}\n")
     for what, path in (
         ("checkpoint", saved),
         ("loss curve", directory / "loss.png"),
