@@ -7,7 +7,6 @@ backend's `unsupported` is called with tensors that have a device and a dtype bu
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import platform
 import sys
@@ -19,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pypar
 from pypar.comm.allreduce import ENGINES, MAX_RANKS
 from pypar.comm.allreduce_thresholds import choose as choose_thresholds
+from pypar.comm.backend import BACKENDS
+from pypar.comm.backend import register as register_backend
 from pypar.ops import native
 from pypar.ops.attention_arguments import AttentionProblem, attention_problem
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
@@ -26,19 +27,28 @@ from pypar.ops.linear import cpu_vendor, library_choice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
+_NO_GPU = "torch finds no GPU"
 _SIZE = 64  # of every dimension and count that a backend is asked about: an ordinary one
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of arguments, without names
 
 
 def main() -> int:
     """Prints the report; returns the exit code, 0 also where parts are missing."""
-    for line in [*machine_lines(), "", *linear_lines(), *all_reduce_lines(), "", *support_lines()]:
+    for line in [
+        *machine_lines(),
+        *distributed_lines(),
+        "",
+        *linear_lines(),
+        *all_reduce_lines(),
+        "",
+        *support_lines(),
+    ]:
         print(line)
     return 0
 
 
 def machine_lines() -> Iterator[str]:
-    """Versions, processor, native module, accelerators, communication."""
+    """Versions, processor, native module, accelerators."""
     yield f"pypar {pypar.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     yield f"machine: {platform.machine()}, processor vendor {cpu_vendor()}, {torch.get_num_threads()} threads"
     missing = native.missing()
@@ -64,10 +74,37 @@ def machine_lines() -> Iterator[str]:
     else:
         built = torch.version.cuda
         yield f"GPU: none ({f'torch is built for CUDA {built}' if built else 'torch is built without CUDA'})"
-    yield f"triton: {'installed' if importlib.util.find_spec('triton') else 'not installed'}"
-    distributed = torch.distributed
-    backends = [n for n in ("gloo", "nccl", "mpi") if getattr(distributed, f"is_{n}_available", bool)()]
-    yield f"torch.distributed: {', '.join(backends) or 'not built'}"
+    try:
+        yield f"triton: {importlib.import_module('triton').__version__}"
+    except ImportError as error:
+        yield f"triton: none ({error})"
+
+
+def distributed_lines() -> Iterator[str]:
+    """The back ends of torch.distributed, those that were registered with it among them; which of them pypar takes."""
+    backend = torch.distributed.Backend
+    register_backend()
+    known = [name for name in backend.backend_list if name != backend.UNDEFINED]
+    there = [name for name in known if torch.distributed.is_backend_available(name)]
+    with_devices = (
+        f"{name} ({', '.join(devices)})" if (devices := backend.backend_capability.get(name)) else name
+        for name in there
+    )
+    yield f"torch.distributed: {', '.join(with_devices)}"
+    absent = [name for name in known if name not in there]
+    if absent:
+        yield f"torch.distributed is built without: {', '.join(absent)}"
+    for device, name in BACKENDS.items():
+        reason = _backend_missing(name, device)
+        yield f"ranks on {device}: pypar takes {name}{', which is not there: ' + reason if reason else ''}"
+
+
+def _backend_missing(name: str, device: str) -> str | None:
+    if device == "cuda" and not torch.cuda.is_available():
+        return _NO_GPU
+    if not torch.distributed.is_backend_available(name):
+        return "this torch is built without it"
+    return native.missing() if name == BACKENDS["cpu"] else None
 
 
 def linear_lines() -> Iterator[str]:
@@ -118,6 +155,8 @@ def support_table() -> tuple[list[list[str]], list[str]]:
                 cells = []
                 for dtype in DTYPES:
                     reason = ask(backend.unsupported, device, dtype)
+                    if device == "cuda" and not torch.cuda.is_available():
+                        reason = reason or _NO_GPU
                     if reason is not None and reason not in reasons:
                         reasons.append(reason)
                     cells.append("yes" if reason is None else f"[{reasons.index(reason) + 1}]")

@@ -1,7 +1,9 @@
 """The doctor's report."""
 
+import re
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from pypar import doctor
@@ -44,8 +46,46 @@ def test_the_report_names_what_a_user_asks_for(capsys):
         "all-reduce between GPUs by cuda: ",
         "all-reduce between GPUs by triton: ",
         "peers: ",
+        "torch.distributed: ",
+        "ranks on cpu: pypar takes pypar",
     ):
         assert words in report
+
+
+def test_every_back_end_of_torch_distributed_is_asked_for(monkeypatch):
+    backend = torch.distributed.Backend
+    lines = dict(line.split(": ", 1) for line in doctor.distributed_lines())
+    there = re.sub(r" \([^)]*\)", "", lines["torch.distributed"]).split(", ")
+    absent = lines.get("torch.distributed is built without", "").split(", ")
+    assert {*there, *absent} - {""} == {*backend.backend_list} - {"undefined"}
+    assert "pypar" in there and "gloo (cpu" in lines["torch.distributed"]
+    for name in ("gloo", "nccl", "mpi", "ucc"):
+        is_there = getattr(torch.distributed, f"is_{name}_available")()
+        assert (name in there, name in absent) == (is_there, not is_there)
+    assert lines["ranks on cpu"] == "pypar takes pypar"
+    if not torch.cuda.is_available():
+        assert lines["ranks on cuda"] == "pypar takes nccl, which is not there: torch finds no GPU"
+
+    monkeypatch.setattr(backend, "backend_list", [*backend.backend_list, "theirs"])
+    monkeypatch.setattr(
+        backend, "backend_capability", backend.backend_capability | {"theirs": ["cpu", "npu"]}
+    )
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    report = list(doctor.distributed_lines())
+    assert ", theirs (cpu, npu)" in report[0] and "nccl (cuda)" in report[0]
+    assert report[-1] == "ranks on cuda: pypar takes nccl"
+    monkeypatch.setattr(doctor.native, "missing", lambda: "it is not built")
+    assert (
+        "ranks on cpu: pypar takes pypar, which is not there: it is not built" in doctor.distributed_lines()
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nothing_runs_on_a_gpu_that_is_not_there():
+    rows, reasons = doctor.support_table()
+    assert not any("yes" in row[3:] for row in rows if row[2] == "cuda")
+    assert "torch finds no GPU" in reasons
 
 
 def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):

@@ -11,6 +11,11 @@ from pypar.comm.cpu_group import NAME
 from pypar.comm.process_group import ProcessGroup
 from pypar.comm.shared_memory import host_identity
 
+BACKENDS = {
+    "cpu": NAME,
+    "cuda": "nccl",
+}  # which one of torch.distributed's `pypar train` takes, by type of device
+
 
 def register() -> None:
     """Makes "pypar" known to torch.distributed, once. Importing pypar.comm does it."""

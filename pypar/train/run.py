@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..comm.backend import BACKENDS
 from ..mesh import Mesh, parse_mesh
 from . import checkpoint
 from .config import RunConfig
@@ -32,7 +33,7 @@ def process_group(threads: int) -> Iterator[torch.device]:
         device = torch.device("cpu")
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "pypar")
+        dist.init_process_group(BACKENDS[device.type])
     yield device
     if (
         world_size > 1
