@@ -96,8 +96,8 @@ def test_python_stdlib_is_large_and_has_no_packages(tmp_path: Path) -> None:
         (lambda d: d / "short.txt", "lower train.sequence_length to at most"),
         (lambda d: d / "bad.jsonl", "bad.jsonl line 3 is not JSON"),
         (lambda d: d / "fields.jsonl", "line 2 must be"),
-        (lambda d: d / "list.jsonl", "line 1 must be"),
-        (lambda d: d / "number.jsonl", "line 1 must be"),
+        (lambda d: d / "list.jsonl", "each text, not: list"),
+        (lambda d: d / "number.jsonl", "each text, not: text (int)"),
         (lambda d: d / "deep.jsonl", "deep.jsonl line 1 is not JSON"),
         (
             lambda d: d / "chat.jsonl",

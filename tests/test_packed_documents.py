@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig, Sequences
-from pypar.train.config import DataConfig
+from pypar.train.config import DataConfig, load_config
 from pypar.train.data import IGNORED, TokenData, open_data
+from pypar.train.plan import check
 
 SIZES = DecoderConfig(
     vocab_size=31, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_size=4, d_ff=24
@@ -141,3 +142,6 @@ def test_text_that_names_special_tokens_is_text_and_a_note_says_so(tmp_path: Pat
     (note,) = data.cache.notes
     assert "<|im_end|> (80 times)" in note and "<|im_start|> (80 times)" in note
     assert note.endswith("where a chat template wrote them, set data.special_tokens=parse")
+    files = {"data.path": tmp_path / "records.jsonl", "data.tokenizer": tmp_path, "directory": tmp_path}
+    files |= {"data.cache_directory": tmp_path / "cache", "train.sequence_length": 8, "model.vocab_size": 64}
+    assert note in check(load_config(None, [f"{key}={value}" for key, value in files.items()])).notes

@@ -48,8 +48,8 @@ class DataConfig:
     path: str = "python-stdlib"  # a folder, a glob, a text file, a .jsonl file, or "python-stdlib"
     pattern: str = "*"  # which files of a folder (at any depth; hidden ones never)
     tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json
-    # Whether "</s>" and the like in the data and in prompts are "text" as any other, or "parse": the tokens of that
-    # name, which a chat template has put there. Where a document ends, the records and files say in both cases.
+    # "text": "</s>" in the data or a prompt is text like any other. "parse": it is the token of that name, as where a
+    # chat template wrote it. Documents end where records and files do, whatever tokens they hold.
     special_tokens: str = "text"
     validation_fraction: float = 0.05  # of the documents; a single document is split by position
     cache_directory: str = ""  # "": $XDG_CACHE_HOME/pypar or ~/.cache/pypar

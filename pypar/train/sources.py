@@ -95,7 +95,7 @@ def _record_pieces(line: bytes, where: str) -> list[Piece]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-    if isinstance(record, dict) and "messages" in record and "text" not in record:
+    if isinstance(record, dict) and "messages" in record and not record.keys() & {"text", "prompt"}:
         raise ValueError(
             f'{where} holds "messages", and pypar does not render chat templates: write what the tokenizer\'s own '
             'template makes of them as {"text": ...} or {"prompt": ..., "response": ...} and set '
@@ -103,9 +103,11 @@ def _record_pieces(line: bytes, where: str) -> list[Piece]:
         )
     fields = ("prompt", "response") if isinstance(record, dict) and "text" not in record else ("text",)
     if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in fields):
-        has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        held = record if isinstance(record, dict) else {}
+        has = ", ".join(f"{name} ({type(value).__name__})" for name, value in held.items())
         raise ValueError(
-            f'{where} must be {{"text": ...}} or {{"prompt": ..., "response": ...}}, each text, not: {has}'
+            f'{where} must be {{"text": ...}} or {{"prompt": ..., "response": ...}}, each text, not: '
+            f"{has or type(record).__name__}"
         )
     return [Piece(record[name].encode("utf-8", "surrogatepass"), name != "prompt") for name in fields]
 
