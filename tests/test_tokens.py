@@ -108,6 +108,14 @@ def test_an_end_token_that_is_not_marked_special_is_special(tmp_path: Path) -> N
     assert 2 not in tokenizer.encode("a</s>b")
 
 
+def test_a_file_without_added_tokens(tmp_path: Path) -> None:
+    description = json.loads(word_level().to_str())
+    del description["added_tokens"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    tokenizer = open_tokenizer(str(tmp_path))
+    assert tokenizer.text_names == ("</s>",) and tokenizer.encode("the </s>") == [7, 0]
+
+
 def test_bytes_have_nothing_to_parse_and_only_two_values_are_known() -> None:
     with pytest.raises(ValueError, match="'parse' needs a tokenizer that has special tokens"):
         open_tokenizer("bytes", "parse")

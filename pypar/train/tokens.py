@@ -78,12 +78,13 @@ class FileTokenizer:
             self._library = Library.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer {path} is not a tokenizer.json: {error}") from error
-        self._text, self._parses = text, special_tokens == "parse"
+        self._text = text
         self._encoders: dict[bool, Any] = {}  # continued or not; a large one takes a second to make
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=0)
         end, self.end_token = self._find_end_token(path)
-        special = {token["content"] for token in json.loads(text)["added_tokens"] if token["special"]} | {end}
-        self.text_names = () if self._parses else tuple(sorted(special))
+        added = json.loads(text).get("added_tokens", [])
+        special = {end, *(token["content"] for token in added if token["special"])}
+        self.text_names = () if special_tokens == "parse" else tuple(sorted(special))
         self.fingerprint = hashlib.sha256(f"{special_tokens}\n{end}\n{text}".encode()).hexdigest()
 
     def _find_end_token(self, path: Path) -> tuple[str, int]:
@@ -129,7 +130,7 @@ def _hide(description: dict[str, Any], special: Iterable[str]) -> None:
     """
     hidden = {name: f"\U0010ffff{number}\U0010ffff" for number, name in enumerate(special)}  # noncharacters
     model = description["model"]
-    for token in description["added_tokens"]:
+    for token in description.get("added_tokens", []):
         token["content"] = hidden.get(token["content"], token["content"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {hidden.get(name, name): token for name, token in model["vocab"].items()}
