@@ -125,3 +125,21 @@ def test_forks_of_a_rank_do_not_end_it(tmp_path):
 def _fork_and_report(rank, results):
     _fork_workers()
     results.put(rank)
+
+
+def _make_and_destroy():
+    names = []
+    for _ in range(
+        2
+    ):  # torch gives the second the name of the first, as the rank belongs to equally many groups
+        group = dist.new_group([0, 1], use_local_synchronization=True)
+        total = torch.ones(3)
+        dist.all_reduce(total, group=group)
+        names.append((group.group_name, total.tolist()))
+        dist.destroy_process_group(group)
+    return names
+
+
+def test_a_group_may_have_the_name_of_one_that_was_destroyed(ranks):
+    for first, second in ranks(2, _make_and_destroy):
+        assert first == second and first[1] == [2.0] * 3

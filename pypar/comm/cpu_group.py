@@ -29,6 +29,11 @@ class CpuProcessGroup(dist.ProcessGroup):
 
     name = getBackendName
 
+    def _set_group_name(self, name: str) -> None:
+        """torch's name of the group, by which it takes it out of its register after the group is destroyed."""
+        super()._set_group_name(name)  # type: ignore[arg-type]
+        self._name = name
+
     @property
     def group_name(self) -> str:
         return c10d._world.pg_names.get(self, self._name)
