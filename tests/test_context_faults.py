@@ -1,4 +1,4 @@
-"""A rank of a ring is killed or fails: the others say so within seconds, and name the hop."""
+"""A rank of a ring is killed or fails, or differs from the others: they say so within seconds, or go on."""
 
 import multiprocessing
 import os
@@ -15,8 +15,9 @@ from context_cases import Case, inputs
 from ranks import PRELOAD
 from simulated_ranks import run_ranks
 
-from pypar.context_parallel import ring, ring_attention, shard_context
+from pypar.context_parallel import ring, ring_attention, shard, shard_context, unshard
 from pypar.mesh import Axis
+from pypar.ops.attention import attention
 
 SIZE, VICTIM = 3, 1
 
@@ -161,3 +162,28 @@ def test_calls_that_differ_raise_on_all_ranks_before_data_moves(ranks, backend, 
             assert re.search(sentence, error), (name, error)
             assert seconds < 5
             assert set(calls) == {"all_gather"} and calls["all_gather"] <= 2, (name, calls)  # of the question
+
+
+def _hybrid_after_groups(backend, own):
+    """own: groups that ranks are in beside, so that ranks 0 and 3 belong to more than the others."""
+    group = dist.new_group(backend=backend)
+    for ranks in own:
+        dist.new_group(ranks, backend=backend)
+    whole = [torch.randn(1, 16, n, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2)]
+    parts = [shard(x, 1, group, "zigzag") for x in whole]
+    options = {"method": "hybrid", "method_options": {"ulysses_size": 2}}
+    outs, groups = [], []
+    for _ in range(2):  # a group, not an axis, which would be another one at each call
+        outs.append(unshard(ring_attention(*parts, group, causal=True, **options), 1, group, "zigzag"))
+        groups.append(len(dist.distributed_c10d._world.pg_names))
+    assert torch.equal(*outs) and groups[0] == groups[1]
+    return outs[0], groups[0]
+
+
+@pytest.mark.parametrize("backend", ["pypar", "gloo"])
+def test_hybrid_makes_its_groups_where_ranks_belong_to_different_numbers_of_groups(ranks, backend):
+    q, k, v = (torch.randn(1, 16, n, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
+    results = ranks(4, _hybrid_after_groups, backend, [[0, 3], [0, 3], [3]])
+    for out, _ in results:
+        torch.testing.assert_close(out, attention(q, k, v, causal=True), rtol=1e-5, atol=1e-5)
+    assert len({count for _, count in results}) == 1
