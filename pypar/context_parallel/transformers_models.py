@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pypar.context_parallel.agreement import agree
 from pypar.context_parallel.arguments import no_seed
+from pypar.context_parallel.transformers_mixing import joined_positions, scaling_by_length
 from pypar.context_parallel.uncompiled import uncompiled
 from pypar.mesh import Axis
 
@@ -66,9 +68,11 @@ def _check(context: Context, model: Any, args: tuple[Any, ...], kwargs: dict[str
         return  # forward says what is wrong
     given = {**given, **kwargs}
     offset: int | None = None
-    refusal = _of_attention(model, given) or _of_labels(model, given)
+    refusal = _of_attention(model, given) or _of_labels(model, given) or _of_mixing(context, model, given)
     if refusal is None and {"position_ids", "input_ids"} & {*signature.parameters, *kwargs}:
-        takes = "position_ids" in {*signature.parameters, *kwargs}
+        # What is handed on to a model inside is looked at there; a model without one inside would drop it.
+        handed_on = "position_ids" in kwargs and len(_models(model)) > 1
+        takes = handed_on or "position_ids" in signature.parameters
         position_ids = given.get("position_ids")
         if position_ids is not None and position_ids.is_cuda:
             # The host must wait for the device to read them: once for each kind of call, as the ranks' calls are.
@@ -116,6 +120,29 @@ def _of_labels(model: Any, given: dict[str, Any]) -> str | None:
         "ends are lost; compute the loss of the logits and context.shard(targets, 1), or pass these as shift_labels "
         f"with num_items_in_batch; {_UNLOOKED}"
     )
+
+
+def _of_mixing(context: Context, model: Any, given: dict[str, Any]) -> str | None:
+    """Positions that are joined outside of attention, or a loss that is not a sum over positions."""
+    known = ("joins no positions", weakref.ref(model))
+    joining = None if known in context.looked_at else joined_positions(model)
+    if joining is None:
+        context.looked_at.add(known)
+        held = next((x for x in (given.get("input_ids"), given.get("inputs_embeds")) if x is not None), None)
+        if held is not None:
+            joining = scaling_by_length(model, context.whole_length(held.shape[1]) - 1)
+    if joining is not None:
+        return (
+            f"{joining} of {type(model).__name__} would take this rank's positions for the whole sequence; "
+            f"shard_context needs a model that joins positions by attention alone; {_UNLOOKED}"
+        )
+    routers = given.get("output_router_logits", getattr(model.config, "output_router_logits", False))
+    if routers and given.get("output_router_logits") is not False:
+        return (
+            f"the auxiliary loss of {type(model).__name__}'s routers is no sum over positions, so that the ranks' "
+            f"losses would not add up to it; pass output_router_logits=False; {_UNLOOKED}"
+        )
+    return None
 
 
 def _of_positions(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pypar.context_parallel.context import ShardContext, active_context
 from pypar.context_parallel.uncompiled import uncompiled
+from pypar.models.attention_options import refuse_options, watch_implementation
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import under_autocast
 
@@ -28,14 +29,18 @@ def register_with_transformers() -> None:
     """Makes `attn_implementation="pypar"` known to transformers (`from_pretrained`, `set_attn_implementation`).
 
     Causal and full attention, sliding windows, softcaps, sinks, grouped heads, dropout, padding, packed sequences and
-    key/value caches give what `eager` gives. ImportError without transformers >= 4.53.
+    key/value caches give what `eager` gives. Refused as a ValueError, with what it is: a model whose attention does not
+    come from this interface, when it is made, and an argument of attention that pypar does not know, when it runs.
+    ImportError without transformers >= 4.55.
     """
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
+
+        watch_implementation(NAME)
     except ImportError as error:
         raise ImportError(
-            f"transformers >= 4.53 is needed for attn_implementation={NAME!r} ({error}); pip install -U transformers"
+            f"transformers >= 4.55 is needed for attn_implementation={NAME!r} ({error}); pip install -U transformers"
         ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
@@ -59,12 +64,7 @@ def attention_forward(  # noqa: PLR0913 - transformers' signature
 
     attention_mask: True where a query sees a key, or numbers to add to the scores. s_aux: the sinks.
     """
-    if options.get("output_attentions"):
-        raise ValueError(f'attn_implementation="{NAME}" computes no attention weights; use "eager" for them')
-    if options.get("cache") is not None:
-        raise ValueError(
-            f'attn_implementation="{NAME}" has no paged cache; use "sdpa" for continuous batching'
-        )
+    refuse_options(NAME, options, None if hasattr(attention_mask, _WINDOW) else attention_mask)
     query, key, value = under_autocast(query, key, value)
     causal, window, bias = False, None, None
     if attention_mask is None:
@@ -83,7 +83,7 @@ def attention_forward(  # noqa: PLR0913 - transformers' signature
         softcap=softcap or 0.0,
         sinks=s_aux,
         bias=None if bias is None else bias.to(query.dtype),
-        dropout_p=dropout,
+        dropout_p=dropout if module.training else 0.0,
     )
     return out, None
 
