@@ -25,9 +25,8 @@ _ATTENDING = {
 }
 _TRAINED_LENGTHS = ("original_max_position_embeddings", "max_position_embeddings")
 _JOINING_CLASS = re.compile(
-    "mamba|ssm|rwkv|recurrent|lstm|delta|linearattention|lightningattention|shortconv|retention|lru|hyena|"
-    "tokenshift|indexer|compressor|ngram|blocksparse|lsh",
-    re.IGNORECASE,
+    "Mamba|SSM|R[Ww][Kk][Vv]|Recurrent|LSTM|Delta|LinearAttention|LightningAttention|ShortConv|Retention|Hyena|"
+    "TokenShift|Indexer|Compressor|N[Gg]ram|BlockSparse|LSH"
 )
 _JOINING_PARAMETERS = {"A_log", "dt_bias", "time_decay", "time_mix_key"}
 _CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)

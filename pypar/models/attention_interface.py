@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pypar.context_parallel.context import ShardContext, active_context
 from pypar.context_parallel.uncompiled import uncompiled
-from pypar.models.attention_options import refuse_options, watch_implementation
+from pypar.models.attention_options import knows_booleans, refuse_options, watch_implementation
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import under_autocast
 
@@ -31,7 +31,7 @@ def register_with_transformers() -> None:
     Causal and full attention, sliding windows, softcaps, sinks, grouped heads, dropout, padding, packed sequences and
     key/value caches give what `eager` gives. Refused as a ValueError, with what it is: a model whose attention does not
     come from this interface, when it is made, and an argument of attention that pypar does not know, when it runs.
-    ImportError without transformers >= 4.55.
+    ImportError without transformers >= 5.4.
     """
     try:
         from transformers import AttentionInterface
@@ -40,7 +40,7 @@ def register_with_transformers() -> None:
         watch_implementation(NAME)
     except ImportError as error:
         raise ImportError(
-            f"transformers >= 4.55 is needed for attn_implementation={NAME!r} ({error}); pip install -U transformers"
+            f"transformers >= 5.4 is needed for attn_implementation={NAME!r} ({error}); pip install -U transformers"
         ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
@@ -107,18 +107,24 @@ def attention_mask(  # noqa: PLR0913 - transformers' signature
     allow_is_bidirectional_skip: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """transformers' mask function: [B or 1, 1, T, S], True where a query sees a key.
+    """transformers' mask function: [B, 1, T, S], True where a query sees a key, or "eager"'s numbers to add.
 
     None for plain causal and full masks, which `attention_forward` makes itself; a mask that is no more than a sliding
     window carries the window.
     """
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        eager_mask,
+        sdpa_mask,
+    )
 
     mask_function = mask_function or causal_mask_function
     context = active_context()
     if context is not None and context.axis.size > 1:
         padded = _hides_padding(attention_mask, kv_length, kv_offset)
-        return _mask_over_ranks(context, mask_function, (q_length, kv_length), padded, options.get("device"))
+        mask = _mask_over_ranks(context, mask_function, (q_length, kv_length), padded, options.get("device"))
+        return _with_window(mask, batch_size, getattr(mask, _WINDOW))
     # The last query at the last key: what attention takes for granted. A static cache has room behind.
     # Its q_offset may be a tensor.
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
@@ -128,7 +134,9 @@ def attention_mask(  # noqa: PLR0913 - transformers' signature
     if whole and aligned and mask_function is causal_mask_function and allow_is_causal_skip:
         return None
     window = _window(mask_function) if whole and aligned else None
-    mask = sdpa_mask(
+    config: Any = options.get("config")
+    make: Callable[..., Any] = sdpa_mask if knows_booleans(config.__class__) else eager_mask
+    mask = make(
         1 if window else batch_size,
         q_length,
         kv_length,
@@ -141,7 +149,14 @@ def attention_mask(  # noqa: PLR0913 - transformers' signature
         **options,
     )
     if window:
-        setattr(mask, _WINDOW, window)
+        return _with_window(mask, batch_size, window)
+    return mask
+
+
+def _with_window(mask: Tensor, batch_size: int, window: Window) -> Tensor:
+    """For each sequence, as models put masks of their own beside it."""
+    mask = mask.expand(batch_size, -1, -1, -1)
+    setattr(mask, _WINDOW, window)
     return mask
 
 

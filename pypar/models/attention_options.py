@@ -141,3 +141,16 @@ def _takes_attention(model_class: Any) -> bool:
     return model_class._can_set_attn_implementation() and "_ATTENTION_CLASSES[" not in inspect.getsource(
         inspect.getmodule(model_class) or model_class
     )
+
+
+@torch.compiler.assume_constant_result
+def knows_booleans(config_class: Any) -> bool:
+    """Whether the model of a configuration runs with torch's function, and so with masks of True and False.
+
+    Others may compute with the numbers of masks, where True and False have no meaning or the opposite one.
+    """
+    from transformers import MODEL_MAPPING
+
+    found = MODEL_MAPPING.get(config_class, ())
+    models = found if isinstance(found, tuple) else (found,)
+    return bool(models) and all(getattr(model, "_supports_sdpa", False) for model in models)
