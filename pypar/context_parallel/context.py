@@ -67,11 +67,13 @@ def shard_context(
 
     A model of transformers, if that was imported before shard_context was called, is looked at before it runs (on
     GPUs once for each length): it needs position_ids (this rank's positions, shifted by no more than one number for
-    all), "sdpa" or "pypar" as attention, and no labels that it would shift itself.
+    all) that a forward in it names, "sdpa" or "pypar" as attention, no labels that it would shift itself, and no part
+    that joins positions outside of attention (`transformers_mixing` lists what is known to).
 
     Not seen, and so over this rank's positions only: attention written out as matrix products (outside
     transformers), FlashAttention before 2.7.1, in version 4 and with its cache of keys, models of torch.jit, calls of a
-    model's forward by name, and all that mixes positions without attention (convolutions, state spaces).
+    model's forward by name, and outside of transformers all that mixes positions without attention (convolutions, state
+    spaces).
 
     torch.compile breaks its graph at each attention, so fullgraph=True is refused. Activation checkpoints run
     forward again in backward, so call loss.backward() inside too.
