@@ -63,7 +63,7 @@ def set_layout(param: Tensor, layout: Layout) -> None:
     (copy.deepcopy, `to_empty` of a meta module) loses it, and the layout must be set again.
     """
     sharded = {dim for _, dim in layout.shards}
-    shape = tuple(param.shape)
+    shape = tuple(local_tensor(param).shape)
     fits = len(shape) == len(layout.global_shape) and all(
         total % part == 0 if dim in sharded and part else total == part
         for dim, (part, total) in enumerate(zip(shape, layout.global_shape, strict=True))
@@ -80,6 +80,17 @@ def layout_of(param: Tensor) -> Layout:
     """The layout that `set_layout` attached, or a replicated one of the tensor's own shape."""
     layout: Layout | None = getattr(param, _ATTRIBUTE, None)
     return Layout(tuple(param.shape)) if layout is None else layout
+
+
+def local_tensor(x: Tensor) -> Tensor:
+    """What this rank holds of ``x`` as a plain tensor: the part of a `pypar.sharded.Sharded`, else the tensor itself.
+
+    It shares memory with ``x``, and autograd leads back to it.
+    """
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)
 
 
 def local_shape(layout: Layout, mesh: Mesh) -> tuple[int, ...]:
@@ -113,6 +124,7 @@ def to_dtensor(local: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
     stage that has it.
     """
     expected = local_shape(layout, mesh)
+    local = local_tensor(local)
     if tuple(local.shape) != expected:
         raise ValueError(
             f"this rank's part of {layout.global_shape} cut by {layout.shards} on {mesh} has shape "

@@ -9,6 +9,7 @@ group are neighbours (one node) and the stages of a pipeline are far apart:
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,11 +58,31 @@ class Axis:
             return cls.single(name)
         return cls(name, group, group.rank(), len(ranks), ranks, Traffic(name))
 
+    def device_mesh(self, device_type: str) -> DeviceMesh:
+        """The axis as a DeviceMesh of one dim, the same object each time; for an axis of at least two ranks."""
+        made: dict[str, DeviceMesh] = self._device_meshes
+        if device_type not in made:
+            assert self.group is not None
+            made[device_type] = DeviceMesh.from_group(
+                self.group, device_type, mesh=list(self.ranks), mesh_dim_names=(self.name,)
+            )
+        return made[device_type]
+
+    @functools.cached_property
+    def _device_meshes(self) -> dict[str, DeviceMesh]:
+        return {}
+
     def __copy__(self) -> Axis:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
         return self
+
+    def __reduce__(self) -> Any:
+        raise ValueError(
+            f"axis {self.name!r} is not pickled, for its process group belongs to this job; save a model's "
+            "state_dict() with torch.distributed.checkpoint"
+        )
 
 
 def as_axis(group_or_axis: Axis | dist.ProcessGroup) -> Axis:

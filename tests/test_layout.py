@@ -22,6 +22,7 @@ LEVELS = {
     "comm": BASE,
     "mesh": BASE,
     "layout": BASE,
+    "sharded": BASE,
     "models": 4,
     "train": 5,
     "bench": 5,

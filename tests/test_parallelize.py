@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 import pypar
-from pypar.layout import layout_of, local_part, local_shape
+from pypar.layout import layout_of, local_part, local_shape, local_tensor
 from pypar.mesh import Mesh
 from pypar.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -68,10 +68,10 @@ def run_own_model(world_size):
     assert relative(model(ids), expected(ids)) < 1e-6
     for p, whole in zip(model.parameters(), expected.parameters(), strict=True):
         assert p.requires_grad == whole.requires_grad
-        assert tuple(p.shape) == local_shape(layout_of(p), mesh)
+        assert p.shape == whole.shape and tuple(local_tensor(p).shape) == local_shape(layout_of(p), mesh)
         if p.requires_grad:
             torch.testing.assert_close(
-                p.grad, local_part(whole.grad, layout_of(p), mesh), rtol=1e-5, atol=1e-5
+                local_tensor(p.grad), local_part(whole.grad, layout_of(p), mesh), rtol=1e-5, atol=1e-5
             )
     assert isinstance(model.down, RowParallelLinear if world_size > 1 else nn.Linear)
     assert isinstance(model.positions, nn.Embedding)

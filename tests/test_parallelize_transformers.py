@@ -7,7 +7,7 @@ import torch
 from samples import relative
 
 import pypar
-from pypar.layout import Layout, layout_of, local_part
+from pypar.layout import Layout, layout_of, local_part, local_tensor
 from pypar.mesh import Mesh
 from pypar.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 
@@ -66,12 +66,12 @@ def run_hugging_face(world_size, family, tied):
     for name, parameter in model.named_parameters():
         part = local_part(expected[name], layout_of(parameter), mesh)
         scale = expected[name].abs().max().item()
-        errors[name] = (gradients[name] - part).abs().max().item() / max(scale, 1e-3)
+        errors[name] = (local_tensor(gradients[name]) - part).abs().max().item() / max(scale, 1e-3)
     num_cut = sum(bool(layout_of(p).shards) for p in model.parameters())
     return (
         errors,
         num_cut,
-        sum(p.numel() for p in model.parameters()) / sum(g.numel() for g in expected.values()),
+        sum(local_tensor(p).numel() for p in model.parameters()) / sum(g.numel() for g in expected.values()),
     )
 
 

@@ -10,7 +10,7 @@ from samples import draw, relative
 from torch import nn
 from torch.nn import functional
 
-from pypar.layout import Layout, layout_of, local_shape
+from pypar.layout import Layout, layout_of, local_shape, local_tensor
 from pypar.mesh import Axis, Mesh
 from pypar.tensor_parallel import (
     ColumnParallelLinear,
@@ -65,10 +65,7 @@ def make_block(axis, tensors, sequence_parallel):
     }
     with torch.no_grad():
         for name, parameter in parts.items():
-            whole = tensors[name]
-            for _, dim in layout_of(parameter).shards:
-                whole = whole.chunk(axis.size, dim)[axis.rank]
-            parameter.copy_(whole)
+            parameter.copy_(tensors[name])
     return parts, gate, up, down
 
 
@@ -85,7 +82,9 @@ def run_block(world_size, dtype, sequence_parallel):
     )
     out = down(gated * upped)
     out.backward(dout)
-    return {"out": out.detach(), "dx": x.grad} | {f"d{name}": p.grad for name, p in parts.items()}
+    return {"out": out.detach(), "dx": x.grad} | {
+        f"d{name}": local_tensor(p.grad) for name, p in parts.items()
+    }
 
 
 def assemble(results, sequence_parallel):
@@ -135,7 +134,7 @@ def run_gathered(world_size):
     x = draw(2, 3, 5, seed=1).requires_grad_()
     out = layer(x)
     (out * draw(2, 3, 3 * world_size, seed=2)).sum().backward()
-    return out.detach(), x.grad, layer.weight.grad, layer.bias.grad
+    return out.detach(), x.grad, local_tensor(layer.weight.grad), local_tensor(layer.bias.grad)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -165,7 +164,7 @@ def run_first_values(world_size):
     )
     generator = torch.Generator().manual_seed(11)
     layers[0].reset_parameters(generator)
-    return [p.detach() for layer in layers for p in layer.parameters()]
+    return [local_tensor(p).detach() for layer in layers for p in layer.parameters()]
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -199,7 +198,9 @@ def run_layouts(sequence_parallel):
     copies = (layers, copy.deepcopy(layers), copy.deepcopy(layers).to(torch.bfloat16))
     layouts = [[layout_of(p) for p in module.parameters()] for module in copies]
     assert layouts[1] == layouts[0] and layouts[2] == layouts[0]
-    assert [tuple(p.shape) for p in layers.parameters()] == [local_shape(each, mesh) for each in layouts[0]]
+    assert [tuple(local_tensor(p).shape) for p in layers.parameters()] == [
+        local_shape(each, mesh) for each in layouts[0]
+    ]
     return layouts[0], [layout_of(p) for p in on_meta.parameters()]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from pypar.comm.identical import first_difference
 from pypar.data_parallel.arrivals import Hook
 from pypar.mesh import Axis
+from pypar.sharded import named_parts, refuse_different_parts
 
 
 def check_sizes(bucket_bytes: int, first_bucket_bytes: int) -> None:
@@ -38,8 +39,9 @@ def trainable(params: Iterable[nn.Parameter], axis: Axis) -> list[tuple[str, nn.
                 f"{name} {tuple(parameter.shape)} has gradient buckets already, and its gradient would be reduced "
                 "twice; use those, or close() them first"
             )
-    difference = first_difference(named, axis)
+    difference = first_difference(named_parts(named), axis)
     if difference is not None:
+        refuse_different_parts("summing gradients", named, axis)
         raise ValueError(
             f"the parameters are not the same on all {axis.size} ranks of axis {axis.name!r}: "
             f"{difference}; start every rank from one seed or one checkpoint"

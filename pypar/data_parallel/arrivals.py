@@ -60,12 +60,12 @@ def accept(slot: Slot) -> None:
             f"backward reached {where} after its bucket was handed to communication without it, since it did not "
             "require a gradient; change requires_grad before forward, not between forward and backward"
         )
-    if slot.is_stale and (grad is slot.gradient or not slot.is_shown):
+    if slot.is_stale and (grad is slot.shown or not slot.is_shown):
         raise RuntimeError(
             f"backward added to the sum that finish() left in the gradient of {where}; {_ZERO_FIRST}"
         )
     slot.is_stale = False
-    if grad is not slot.gradient:
+    if grad is not slot.shown:
         take_in(slot)
 
 
@@ -81,12 +81,12 @@ def settle_rest(bucket: Bucket, streams: BucketStreams | NoStreams) -> None:
 def _settle(slot: Slot) -> None:
     _refuse_moved(slot)
     grad = slot.parameter.grad
-    if slot.is_stale and (grad is slot.gradient or not slot.is_shown):
+    if slot.is_stale and (grad is slot.shown or not slot.is_shown):
         raise RuntimeError(
             f"the gradient of {slot.name} {tuple(slot.parameter.shape)} still holds the sum of the last finish(); "
             f"{_ZERO_FIRST}"
         )
     if slot.is_shown and grad is None:
         slot.gradient.zero_()
-    if grad is not slot.gradient:
+    if grad is not slot.shown:
         take_in(slot)

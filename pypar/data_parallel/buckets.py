@@ -131,7 +131,7 @@ class GradientBuckets:
                 "with reduce_scatter=True no rank has a whole gradient after finish(); read this rank's parts "
                 "with shards(), or make the buckets with reduce_scatter=False"
             )
-        return self._slot(parameter).gradient
+        return self._slot(parameter).shown
 
     def shards(self) -> list[Shard]:
         """What this rank answers for after a reduce-scatter: for each bucket (flat part, pieces).
@@ -205,7 +205,7 @@ class GradientBuckets:
             with self._streams.writing(bucket):
                 bucket.flat.zero_()
         for slot in self._slots.values():
-            slot.parameter.grad = slot.gradient if slot.is_shown else None
+            slot.parameter.grad = slot.shown if slot.is_shown else None
         self._forget_step()
         self._mark(is_stale=False)
 
@@ -293,7 +293,7 @@ class GradientBuckets:
 
     def _mark(self, *, is_stale: bool) -> None:
         for slot in self._slots.values():
-            slot.is_stale, slot.version = is_stale, slot.gradient._version
+            slot.is_stale, slot.version = is_stale, slot.shown._version
 
     def _refuse_in_flight(self, what: str) -> None:
         if self._next:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pypar.comm import shared_empty
+from pypar.layout import local_tensor
 from pypar.mesh import Axis
 from pypar.ops.bucket import move
+from pypar.sharded import Sharded, wrap
 
 # Each rank's part of a bucket starts on a cache line, and parts are equal.
 PART_BYTES = 64
@@ -28,8 +30,9 @@ class Started(Protocol):
 class Slot:
     """One parameter and where its gradient lies.
 
-    `gradient` has the parameter's shape and stays one and the same tensor: when buckets are filled anew it is
-    pointed at another memory, so whoever holds it (an optimizer) sees the new place.
+    `gradient` has the shape of what this rank holds of the parameter and stays one and the same tensor: when buckets
+    are filled anew it is pointed at another memory, so whoever holds it (an optimizer) sees the new place. `shown` is
+    what parameter.grad is: the gradient itself, or for a `Sharded` parameter one of the same memory.
     """
 
     parameter: nn.Parameter
@@ -42,9 +45,27 @@ class Slot:
     is_stale: bool = False  # holds the sum of an earlier step, not cleared since
     version: int = 0  # of `gradient` when this step began
     parameter_dtype: torch.dtype = field(init=False)  # when the slot was made
+    shape: torch.Size = field(init=False)  # of this rank's part
+    shown: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameter_dtype = self.parameter.dtype
+        self.shape = local_tensor(self.parameter).shape
+        self.shown = self.gradient
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def point_at(self, flat: Tensor, offset: int, strides: tuple[int, ...]) -> None:
+        """Let the gradient lie in a flat buffer from now on."""
+        # The same memory, but not what autograd calls a view: that would keep its first buffer alive for good.
+        self.gradient.set_(flat.untyped_storage(), offset, self.shape, strides)
+        if isinstance(self.parameter, Sharded):
+            if self.shown is self.gradient:
+                self.shown = wrap(self.gradient, self.parameter._pypar_cut)
+            with torch._C.DisableTorchFunctionSubclass():
+                self.shown.set_(flat.untyped_storage(), offset, self.shape, strides)
 
     @property
     def is_shown(self) -> bool:
@@ -59,7 +80,7 @@ class Slot:
             return grad is not None
         if grad is None:
             return False
-        return grad is not self.gradient or grad._version != self.version
+        return grad is not self.shown or grad._version != self.version
 
 
 @dataclass(eq=False)
@@ -120,7 +141,7 @@ def fill_buckets(
     for slot in slots:
         kind = (slot.gradient.dtype, slot.gradient.device)
         is_open.setdefault(kind, []).append(slot)
-        sizes[kind] = sizes.get(kind, 0) + slot.parameter.numel() * kind[0].itemsize
+        sizes[kind] = sizes.get(kind, 0) + slot.numel * kind[0].itemsize
         if sizes[kind] >= (bucket_bytes if closed else min(first_bucket_bytes, bucket_bytes)):
             closed.append(is_open.pop(kind))
             sizes[kind] = 0
@@ -130,7 +151,7 @@ def fill_buckets(
 
 def _bucket(members: list[Slot], axis: Axis, comm_dtype: torch.dtype | None) -> Bucket:
     old = members[0].gradient
-    num_elements = sum(slot.parameter.numel() for slot in members)
+    num_elements = sum(slot.numel for slot in members)
     unit = axis.size * PART_BYTES // old.itemsize
     length = -(-num_elements // unit) * unit
     if comm_dtype is None or comm_dtype == old.dtype or axis.size == 1:
@@ -141,11 +162,10 @@ def _bucket(members: list[Slot], axis: Axis, comm_dtype: torch.dtype | None) -> 
     flat = bucket.flat
     offset = 0
     for slot in members:
-        place = flat[offset : offset + slot.parameter.numel()].view(slot.parameter.shape)
+        place = flat[offset : offset + slot.numel].view(slot.shape)
         if slot.gradient.shape == place.shape:
             place.copy_(slot.gradient)
-        # The same memory, but not what autograd calls a view: that would keep its first buffer alive for good.
-        slot.gradient.set_(flat.untyped_storage(), offset, place.shape, place.stride())
+        slot.point_at(flat, offset, place.stride())
         slot.bucket, slot.offset = bucket, offset
         offset += place.numel()
     return bucket
@@ -157,7 +177,7 @@ def shard_of(bucket: Bucket, rank: int, size: int) -> tuple[Tensor, list[tuple[n
     pieces = []
     for slot in bucket.slots:
         begin = max(part.start, slot.offset)
-        end = min(part.stop, slot.offset + slot.parameter.numel())
+        end = min(part.stop, slot.offset + slot.numel)
         if begin < end:
             own = slice(begin - slot.offset, end - slot.offset)
             pieces.append((slot.parameter, own, slice(begin - part.start, end - part.start)))
@@ -172,9 +192,10 @@ def take_in(slot: Slot) -> None:
     grad = slot.parameter.grad
     if not slot.is_shown:
         if grad is not None:
-            slot.gradient.add_(grad)
+            slot.gradient.add_(local_tensor(grad))
         slot.parameter.grad = None
         return
-    if grad is not None and grad is not slot.gradient:
-        move(grad.detach().to_dense() if grad.is_sparse else grad.detach(), slot.gradient)
-    slot.parameter.grad = slot.gradient
+    if grad is not None and grad is not slot.shown:
+        grad = local_tensor(grad).detach()
+        move(grad.to_dense() if grad.is_sparse else grad, slot.gradient)
+    slot.parameter.grad = slot.shown

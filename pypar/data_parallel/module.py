@@ -16,7 +16,9 @@ from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
 from pypar.data_parallel.buckets import GradientBuckets
 from pypar.data_parallel.reduction import explained
+from pypar.layout import local_tensor
 from pypar.mesh import Axis, as_axis
+from pypar.sharded import named_parts, refuse_different_parts
 
 _BROADCAST_BYTES = 25 << 20
 
@@ -226,8 +228,10 @@ def _check(module: nn.Module) -> None:
 
 
 def _check_alike(module: nn.Module, axis: Axis) -> None:
-    difference = first_difference([*module.named_parameters(), *module.named_buffers()], axis, values=False)
+    named = named_parts([*module.named_parameters(), *module.named_buffers()])
+    difference = first_difference(named, axis, values=False)
     if difference is not None:
+        refuse_different_parts("DataParallel", module.named_parameters(), axis)
         raise ValueError(
             f"the models are not the same on all {axis.size} ranks of axis {axis.name!r}: {difference} of parameters "
             "and buffers; make every rank's from one configuration"
@@ -243,7 +247,7 @@ def _take_from_first(tensors: Sequence[Tensor], axis: Axis) -> None:
     if axis.size == 1:
         return
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in map(local_tensor, tensors):
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for group in groups.values():
         begin = num_bytes = 0

@@ -133,13 +133,13 @@ class _Reduction:
         self._matrices: list[_Matrix] = []
         self._plain: list[Slot] = []
         for slot in bucket.slots:
-            shape = factored_shape(slot.parameter.shape, owner.rank)
+            shape = factored_shape(slot.shape, owner.rank)
             if shape is None:
                 self._plain.append(slot)
             else:
                 self._matrices.append(owner.matrix_of(slot, *shape, dtype))
         sizes = [len(matrix.sent) * owner.rank for matrix in self._matrices]
-        sizes += [slot.parameter.numel() for slot in self._plain]
+        sizes += [slot.numel for slot in self._plain]
         self._first, parts = _message(sizes, bucket.flat, dtype)
         self._first_parts = parts
         for matrix, part in zip(self._matrices, parts, strict=False):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..context_parallel import positions
-from ..layout import Layout, initial_weight, layout_of, local_part, set_layout
+from ..layout import Layout, initial_weight, layout_of, local_part, local_tensor, set_layout
 from ..mesh import Mesh
 from ..ops import rms_norm, rope, swiglu
 from ..tensor_parallel import (
@@ -259,7 +259,7 @@ class Decoder(nn.Module):
                 else INITIAL_STD
             )
             whole = initial_weight(name, layout.global_shape, seed, std)
-            parameter.copy_(local_part(whole, layout, self.mesh))
+            local_tensor(parameter).copy_(local_part(whole, layout, self.mesh))
 
     def rope_tables(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [T, H/2] in fp32 of the angles position x theta^(-2i/H)."""

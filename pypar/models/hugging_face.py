@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..layout import layout_of, local_part
+from ..layout import layout_of, local_part, local_tensor
 from .decoder import Decoder
 
 _LAYER_PARTS = {
@@ -54,4 +54,4 @@ def load_llama_weights(model: Decoder, state: Mapping[str, Tensor]) -> None:
                 f"{name} is {tuple(whole[name].shape)} in the state dict but the model has "
                 f"{layout.global_shape}; build the Decoder with the checkpoint's sizes"
             )
-        parameter.copy_(local_part(whole[name], layout, model.mesh))
+        local_tensor(parameter).copy_(local_part(whole[name], layout, model.mesh))

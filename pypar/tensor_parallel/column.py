@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pypar.comm import all_gather_start, gather_replicated
-from pypar.layout import Layout
+from pypar.layout import Layout, local_tensor
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
 from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
@@ -50,6 +50,8 @@ def column_parallel(
         )
     if axis.size > 1 and sequence_parallel:
         check_sequence("column_parallel", x)
+    weights = [local_tensor(w) for w in weights]
+    biases = [None if b is None else local_tensor(b) for b in biases]
     tensors: Any = autocast((x, *weights, *biases))
     x, weights, biases = tensors[0], tensors[1 : 1 + len(weights)], tensors[1 + len(weights) :]
     if axis.size == 1:
@@ -144,8 +146,10 @@ class ColumnParallelLinear(ShardedLinear):
         return layouts
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.part("weight"), self.part("bias")
+        assert weight is not None
         (y,) = column_parallel(
-            x, (self.weight,), self.axis, sequence_parallel=self.sequence_parallel, biases=(self.bias,)
+            x, (weight,), self.axis, sequence_parallel=self.sequence_parallel, biases=(bias,)
         )
         return gather_replicated(y, self.axis, -1) if self.gather_output else y
 

@@ -71,9 +71,11 @@ class VocabParallelEmbedding(ShardedModule):
                 f"{tuple(ids.shape)}; pass ids.unsqueeze(0) for a single sequence"
             )
         _check_ids(ids, self.num_embeddings)
+        weight = self.part("weight")
+        assert weight is not None
         if self.axis.size == 1:
-            return nn.functional.embedding(ids, self.weight, self.padding_idx)
-        return _VocabParallel.apply(self.weight, ids, self.padding_idx, self.axis, self.sequence_parallel)
+            return nn.functional.embedding(ids, weight, self.padding_idx)
+        return _VocabParallel.apply(weight, ids, self.padding_idx, self.axis, self.sequence_parallel)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "

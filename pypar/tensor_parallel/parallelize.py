@@ -10,10 +10,12 @@ from torch import nn
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
 from pypar.mesh import Axis, Mesh
+from pypar.sharded import shard
 from pypar.tensor_parallel.column import ColumnParallelLinear
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.plan import USUAL_PLAN, Match, Region, head_counts, read_plan
 from pypar.tensor_parallel.row import RowParallelLinear
+from pypar.tensor_parallel.whole_files import write_whole_files
 
 __all__ = ["USUAL_PLAN", "parallelize"]
 
@@ -62,6 +64,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Mapping[str, str] | None = N
             if id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
     _localise(regions, mesh.tp)
+    write_whole_files(model, mesh)
     return model
 
 
@@ -89,8 +92,9 @@ def _swapped(match: Match, axis: Axis, shared: dict[int, nn.Parameter]) -> nn.Mo
             part = whole.detach()
             for _, dim in layout.shards:
                 part = part.chunk(axis.size, dim)[axis.rank].clone()
-            is_cut = bool(layout.shards)
-            shared[id(whole)] = nn.Parameter(part, requires_grad=whole.requires_grad) if is_cut else whole
+            label = f"{match.name}.{name}"
+            made = shard(part, layout, axis, label, whole.requires_grad) if layout.shards else whole
+            shared[id(whole)] = made
         setattr(new, name, shared[id(whole)])
     new.set_layouts()
     return new.train(old.training)

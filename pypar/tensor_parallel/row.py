@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pypar.comm import all_gather_start
-from pypar.layout import Layout
+from pypar.layout import Layout, local_tensor
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
 from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
@@ -36,7 +36,7 @@ def row_parallel(
     """
     if axis.size > 1 and sequence_parallel:
         check_sequence("row_parallel", x)
-    x, weight, bias = autocast((x, weight, bias))  # type: ignore[assignment]
+    x, weight, bias = autocast((x, local_tensor(weight), None if bias is None else local_tensor(bias)))  # type: ignore[assignment]
     if axis.size == 1:
         return linear(x, weight, bias)
     return _RowParallel.apply(x, weight, bias, axis, sequence_parallel)
@@ -103,6 +103,6 @@ class RowParallelLinear(ShardedLinear):
         return layouts
 
     def forward(self, x: Tensor) -> Tensor:
-        return row_parallel(
-            x, self.weight, self.axis, sequence_parallel=self.sequence_parallel, bias=self.bias
-        )
+        weight, bias = self.part("weight"), self.part("bias")
+        assert weight is not None
+        return row_parallel(x, weight, self.axis, sequence_parallel=self.sequence_parallel, bias=bias)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pypar.comm import Handle, all_reduce_start, reduce_scatter_start
-from pypar.layout import Layout, set_layout
+from pypar.layout import Layout, local_tensor, set_layout
 from pypar.mesh import Axis
+from pypar.sharded import Sharded, shard
 
 TP = "tp"  # the mesh axis that layouts of this room name
 Self = TypeVar("Self", bound="ShardedModule")
@@ -70,13 +71,14 @@ def fill(
     for _, dim in layout.shards:
         length = layout.global_shape[dim] // axis.size
         part = part.narrow(dim, axis.rank * length, length)
-    parameter.copy_(part)
+    local_tensor(parameter).copy_(part)
 
 
 class ShardedModule(nn.Module):
-    """A module whose parameters carry layouts.
+    """A module whose parameters are cut over an axis: `pypar.sharded.Sharded`, where it has more than one rank.
 
-    They are attached again wherever torch makes new Parameter objects: to_empty, copy.deepcopy, unpickling.
+    A state_dict has DTensors for them, and takes DTensors or whole tensors. The layouts of parameters that are not cut
+    are attached again wherever torch makes new Parameter objects: to_empty, copy.deepcopy.
     """
 
     axis: Axis
@@ -86,8 +88,43 @@ class ShardedModule(nn.Module):
         raise NotImplementedError
 
     def set_layouts(self) -> None:
+        """Make the module's parameters, which hold this rank's parts, what the layouts say."""
         for name, layout in self.layouts().items():
-            set_layout(getattr(self, name), layout)
+            parameter = self._parameters.get(name)  # not one that a parametrization computes
+            if parameter is None or isinstance(parameter, Sharded):
+                continue
+            if layout.shards and self.axis.size > 1:
+                label = f"{name} of {type(self).__name__}"
+                setattr(self, name, shard(parameter, layout, self.axis, label, parameter.requires_grad))
+            else:
+                set_layout(parameter, layout)
+
+    def part(self, name: str) -> Tensor | None:
+        """This rank's part of an own parameter as a plain tensor, whatever stands in its place.
+
+        ValueError: a plain tensor that is not the whole (from torch.func.functional_call, or a parametrization).
+        """
+        tensor: Tensor | None = getattr(self, name)
+        if tensor is None or isinstance(tensor, Sharded) or self.axis.size == 1:
+            return tensor if tensor is None else local_tensor(tensor)
+        layout = self.layouts()[name]
+        if tuple(tensor.shape) != layout.global_shape:
+            raise ValueError(
+                f"{name} of {type(self).__name__} was replaced by a plain tensor {tuple(tensor.shape)}; give the whole "
+                f"{layout.global_shape}, or a tensor made from the parameter that was there"
+            )
+        for _, dim in layout.shards:
+            length = layout.global_shape[dim] // self.axis.size
+            tensor = tensor.narrow(dim, self.axis.rank * length, length)
+        return tensor
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+        if not keep_vars:
+            for name in self._parameters:
+                tensor = destination.get(prefix + name)
+                if isinstance(tensor, Sharded):
+                    destination[prefix + name] = tensor.to_dtensor()
 
     def _apply(self: Self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..comm import all_reduce_start
-from ..layout import layout_of
+from ..layout import layout_of, local_tensor
 from ..mesh import Axis, Mesh
 
 
@@ -32,7 +32,7 @@ class PartialGradients:
     """Sums over tp what sequence parallelism leaves partial, over pp the tied embedding; after the data axis."""
 
     def __init__(self, gradients: Mapping[nn.Parameter, Tensor], mesh: Mesh) -> None:
-        self.mesh, self.gradients = mesh, gradients
+        self.mesh, self.gradients = mesh, {p: local_tensor(gradient) for p, gradient in gradients.items()}
         self.partial = [p for p in gradients if "tp" in layout_of(p).gradient_sum_axes and mesh.tp.size > 1]
         self.tied: tuple[Tensor, Axis] | None = None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data_parallel import GradientBuckets
-from ..layout import Layout, layout_of
+from ..layout import Layout, layout_of, local_tensor
 from ..mesh import Mesh
 from .config import OptimizerConfig
 
@@ -37,8 +37,9 @@ class Optimizer:
         self.parameters = dict(named_parameters)
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            master = parameter if parameter.dtype == torch.float32 else parameter.detach().float()
-            master.grad = buckets.gradient(parameter)
+            part = local_tensor(parameter).detach()
+            master = part if part.dtype == torch.float32 else part.float()
+            master.grad = local_tensor(buckets.gradient(parameter))
             self.masters[name] = master
         groups = [
             {
@@ -89,8 +90,8 @@ class Optimizer:
             group["lr"] = lr
         self.adamw.step()
         for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+            if parameter.dtype != torch.float32:
+                local_tensor(parameter).copy_(self.masters[name])
 
     def state(self) -> dict[str, tuple[Tensor, Layout]]:
         """Name -> (tensor, layout) of all that a resumed run needs: master weights and both moments."""
@@ -107,5 +108,5 @@ class Optimizer:
         """To be called once the tensors of ``state()`` were overwritten: ``step`` updates have been made."""
         for name, parameter in self.parameters.items():
             self.adamw.state[self.masters[name]]["step"].fill_(step)
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+            if parameter.dtype != torch.float32:
+                local_tensor(parameter).copy_(self.masters[name])

@@ -1,0 +1,155 @@
+"""Operations on each element alone, on one tensor or on lists of them: each rank does them to its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from pypar.sharded.tensor import Cut, Sharded, wrap
+
+_NAMES = """
+__and__ __eq__ __floordiv__ __invert__ __or__ __rdiv__ __rfloordiv__ __rmod__ __rpow__ __rsub__ __xor__
+abs absolute acos acosh add addcdiv addcmul alias asin asinh atan atan2 atanh bfloat16 bitwise_and bitwise_not
+bitwise_or bitwise_xor bool ceil clamp clamp_max clamp_min clip clone conj conj_physical contiguous copy copysign cos
+cosh cpu cuda detach div divide double elu empty_like eq erf erfc erfinv exp exp2 expm1 fill float float_power floor
+floor_divide fmax fmin fmod frac full_like ge gelu greater greater_equal gt half hardtanh heaviside hypot int
+isclose isfinite isinf isnan isneginf isposinf ldexp le leaky_relu lerp less less_equal log log10 log1p log2
+logical_and logical_not logical_or logical_xor long lt masked_fill maximum minimum mul multiply nan_to_num ne neg
+negative nextafter not_equal ones_like pin_memory positive pow reciprocal relu remainder resolve_conj
+resolve_neg round rsqrt rsub sgn sigmoid sign signbit silu sin sinh softplus sqrt square sub
+subtract tan tanh threshold to true_divide truediv trunc type where xlogy zero zeros_like
+"""
+_FOREACH_NAMES = """
+abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min copy cos cosh div erf erfc exp expm1 floor frac lerp
+log log10 log1p log2 maximum minimum mul neg pow reciprocal round rsqrt sigmoid sign sin sinh sqrt sub tan tanh trunc
+zero
+"""
+_FUSED = ("_fused_adam_", "_fused_adamw_", "_fused_adagrad_", "_fused_sgd_")
+
+
+def operand(x: Any, cut: Cut, name: str) -> Any:
+    """This rank's part of what stands beside a tensor that is cut so. Numbers and None stay as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    if isinstance(x, Sharded):
+        if not cut.fits(x._pypar_cut):
+            raise ValueError(f"{name} of {cut} and of {x._pypar_cut} would pair other elements on each rank")
+        return x
+    if isinstance(x, DTensor):
+        if not _is_cut_so(x, cut):
+            raise ValueError(
+                f"{name} pairs {cut} with a DTensor {tuple(x.shape)} on {x.device_mesh} {x.placements}, which has "
+                "other parts on its ranks; take x.full_tensor() of the DTensor"
+            )
+        return x._local_tensor
+    shape = x.shape
+    if _broadcast_shape(shape, cut.shape) != cut.shape:
+        raise ValueError(
+            f"{name} pairs {cut} with a plain tensor {tuple(shape)}, which has neither its shape nor one that is "
+            "broadcast to it; pass the whole tensor, or work on this rank's part with x.local()"
+        )
+    return cut.part(x)
+
+
+def _is_cut_so(x: DTensor, cut: Cut) -> bool:
+    placed = [(p, n) for p, n in zip(x.placements, x.device_mesh.shape, strict=True) if n > 1]
+    if x.shape != cut.shape or len(placed) != 1 or x._local_tensor.shape[cut.dim] != cut.local_length:
+        return False
+    placement, size = placed[0]
+    ranks = tuple(x.device_mesh.mesh.flatten().tolist())
+    return (
+        isinstance(placement, Shard)
+        and placement.dim == cut.dim
+        and size == cut.axis.size
+        and ranks == cut.axis.ranks
+    )
+
+
+def _broadcast_shape(first: torch.Size, second: torch.Size) -> torch.Size | None:
+    try:
+        return torch.broadcast_shapes(first, second)
+    except RuntimeError:
+        return None
+
+
+def _cut_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Cut:
+    return next(x._pypar_cut for x in (*args, *kwargs.values()) if isinstance(x, Sharded))
+
+
+def refuse_plain_result(target: Any, cut: Cut, name: str) -> None:
+    """A plain tensor cannot take in a result of which each rank has a part."""
+    if isinstance(target, Tensor) and not isinstance(target, (Sharded, DTensor)):
+        raise ValueError(
+            f"{name} would write {cut}, of which each rank has a part, into a plain tensor {tuple(target.shape)}; make "
+            "that with torch.zeros_like(x) of the sharded tensor, or read x.full_tensor()"
+        )
+
+
+def is_in_place(name: str) -> bool:
+    """By torch's rule for names."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def apply(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """func on the parts of all tensors among the arguments, whose result is cut as they are."""
+    cut = _cut_of(args, kwargs)
+    if is_in_place(name):
+        refuse_plain_result(args[0], cut, name)
+    refuse_plain_result(kwargs.get("out"), cut, name)
+    with torch._C.DisableTorchFunctionSubclass():
+        parts = [operand(x, cut, name) for x in args]
+        named = {key: operand(x, cut, name) for key, x in kwargs.items()}
+        result = func(*parts, **named)
+    if not isinstance(result, Tensor):
+        return result
+    if is_in_place(name):
+        return args[0]
+    if isinstance(result, Sharded):
+        return result
+    return wrap(result, cut)
+
+
+def apply_foreach(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The same for lists of tensors, whole ones and cut ones in any mixture."""
+    lists = [x for x in (*args, *kwargs.values()) if isinstance(x, (list, tuple))]
+    cuts: list[Cut | None] = []
+    for index in range(max(map(len, lists))):
+        members = [x[index] for x in lists if len(x) > index]
+        cuts.append(next((x._pypar_cut for x in members if isinstance(x, Sharded)), None))
+    if is_in_place(name):
+        for target, cut in zip(args[0], cuts, strict=False):
+            if cut is not None:
+                refuse_plain_result(target, cut, name)
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(
+            *(_parts(x, cuts, name) for x in args),
+            **{key: _parts(x, cuts, name) for key, x in kwargs.items()},
+        )
+    if not isinstance(result, (list, tuple)) or is_in_place(name):
+        return result
+    return [x if cut is None else wrap(x, cut) for x, cut in zip(result, cuts, strict=True)]
+
+
+def _parts(x: Any, cuts: list[Cut | None], name: str) -> Any:
+    if not isinstance(x, (list, tuple)):
+        return x
+    return [each if cut is None else operand(each, cut, name) for each, cut in zip(x, cuts, strict=False)]
+
+
+def _variants(names: str, prefix: str = "") -> list[str]:
+    return [
+        f"{prefix}{name}{ending}"
+        for name in names.split()
+        for ending in (("",) if name.startswith("__") else ("", "_"))
+    ]
+
+
+HANDLERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_variants(_NAMES), apply),
+    **dict.fromkeys(_variants(_FOREACH_NAMES, "_foreach_"), apply_foreach),
+    **dict.fromkeys(_FUSED, apply_foreach),
+}

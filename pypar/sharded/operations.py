@@ -1,0 +1,57 @@
+"""Which operations of torch a `Sharded` takes part in, and how; all others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from pypar.sharded import attributes, collectives, elementwise, initialise, reductions
+from pypar.sharded.tensor import Sharded
+
+Handler = Callable[[Callable[..., Any], str, Any, dict[str, Any]], Any]
+
+
+def run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """What `Sharded.__torch_function__` does: ``func`` with the whole tensors that the arguments stand for."""
+    name = name_of(func)
+    handler = _HANDLERS.get(name)
+    if handler is None:
+        handler = attributes.read if name.startswith("get ") else _refuse
+    return handler(func, name, args, kwargs)
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """ "add", "add_", "get shape", "set data", ...: one name for a function, a method and an operator."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__", "__delete__"):
+        owner = func.__self__  # type: ignore[attr-defined]
+        attribute = getattr(owner, "__name__", None) or owner.fget.__name__
+        return f"{name.strip('_')[:3]} {attribute}"
+    return name.removeprefix("linalg_")
+
+
+def _refuse(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> NoReturn:
+    cut = next(x._pypar_cut for x in _flat((args, kwargs)) if isinstance(x, Sharded))
+    raise ValueError(
+        f"{name} would mix the parts of {cut}, which its ranks {list(cut.axis.ranks)} hold; take the whole tensor with "
+        "x.full_tensor(), which every one of them calls, or this rank's part with x.local()"
+    )
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for each in value for x in _flat(each)] if isinstance(value, (list, tuple)) else []
+
+
+_HANDLERS: dict[str, Handler] = {
+    **elementwise.HANDLERS,
+    **reductions.HANDLERS,
+    **initialise.HANDLERS,
+    **attributes.HANDLERS,
+    **collectives.HANDLERS,
+}
