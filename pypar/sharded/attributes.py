@@ -70,24 +70,18 @@ def _get_data(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Sharde
 def _set(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
     """x.data = y, x.grad = y: y is cut alike, or whole, or None."""
     target, value = args
-    if isinstance(target, Sharded):
-        cut: Cut = target._pypar_cut
-        with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(value, Tensor) and not isinstance(value, Sharded):
-                if value.shape != cut.shape:
-                    raise ValueError(
-                        f"x.{name[4:]} of {cut} cannot become a plain tensor {tuple(value.shape)}; give the whole "
-                        f"{tuple(cut.shape)}, or a tensor made with torch.zeros_like(x) and filled"
-                    )
-                value = operand(value, cut, name).contiguous()
-            elif value is not None:
-                value = operand(value, cut, name)
-            func(target, value)
-        return
-    raise ValueError(
-        f"x.{name[4:]} of a plain tensor {tuple(target.shape)} cannot become {value._pypar_cut}; take "
-        "y.full_tensor(), on every rank of the axis, or y.local()"
-    )
+    cut: Cut = target._pypar_cut
+    if isinstance(value, Tensor) and not isinstance(value, Sharded):
+        if value.shape != cut.shape:
+            raise ValueError(
+                f"x.{name[4:]} of {cut} cannot become a plain tensor {tuple(value.shape)}; give the whole "
+                f"{tuple(cut.shape)}, or a tensor made with torch.zeros_like(x) and filled"
+            )
+        value = target.part_of(value)
+    elif value is not None:
+        operand(value, cut, name)  # cut alike
+    with torch._C.DisableTorchFunctionSubclass():
+        func(target, value)
 
 
 def _write(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -183,8 +177,12 @@ def _as_shape_of(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Ten
 
 
 def _whole_index(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """x[:], x[...] and x[:] = y; other indices would need other ranks' elements."""
+    """x[:], x[...], x[:] = y and x[mask] = number; other indices would need other ranks' elements."""
     x, index = args[:2]
+    is_mask = isinstance(index, Sharded) and index.dtype == torch.bool
+    if is_mask and name == "__setitem__" and (not isinstance(args[2], Tensor) or args[2].dim() == 0):
+        x.masked_fill_(index, args[2])
+        return None
     is_all = index is Ellipsis or (isinstance(index, slice) and index == slice(None))
     if not isinstance(x, Sharded) or not is_all:
         cut = next(each._pypar_cut for each in args if isinstance(each, Sharded))

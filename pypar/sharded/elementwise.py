@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from pypar.comm import copy_to
 from pypar.sharded.tensor import Cut, Sharded, wrap
 
 _NAMES = """
@@ -37,7 +38,10 @@ def operand(x: Any, cut: Cut, name: str) -> Any:
         return x
     if isinstance(x, Sharded):
         if not cut.fits(x._pypar_cut):
-            raise ValueError(f"{name} of {cut} and of {x._pypar_cut} would pair other elements on each rank")
+            raise ValueError(
+                f"{name} of {cut} and of {x._pypar_cut} would pair other elements on each rank; take "
+                "x.full_tensor() of both, which every rank of the axis calls"
+            )
         return x
     if isinstance(x, DTensor):
         if not _is_cut_so(x, cut):
@@ -52,6 +56,8 @@ def operand(x: Any, cut: Cut, name: str) -> Any:
             f"{name} pairs {cut} with a plain tensor {tuple(shape)}, which has neither its shape nor one that is "
             "broadcast to it; pass the whole tensor, or work on this rank's part with x.local()"
         )
+    if x.requires_grad and torch.is_grad_enabled():
+        x = copy_to(x, cut.axis)  # each rank's gradient of it is of its own part alone
     return cut.part(x)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pypar.layout import local_tensor
-from pypar.sharded.tensor import Cut, Sharded, wrap
+from pypar.sharded.tensor import Cut, Sharded
 
 _IN_PLACE = "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_ kaiming_uniform_ constant_"
 _NEW = "rand_like randn_like randint_like"
@@ -34,7 +34,7 @@ def _fill(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]
         )
     if not local_tensor(x).is_meta:
         whole = _whole_like(x, x._pypar_cut)
-        if func.__module__ == "torch.nn.init":
+        if getattr(func, "__module__", None) == "torch.nn.init":
             func(whole, *args[1:], **rest)
         else:
             getattr(whole, name)(*args[1:], **rest)
@@ -46,7 +46,7 @@ def _draw(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]
     """torch.randn_like(x) and its like."""
     x: Sharded = args[0]
     whole = func(_whole_like(x, x._pypar_cut), *args[1:], **kwargs)
-    return wrap(x._pypar_cut.part(whole).contiguous(), x._pypar_cut)
+    return x.part_of(whole)
 
 
 HANDLERS: dict[str, Callable[..., Any]] = {

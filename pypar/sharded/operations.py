@@ -29,14 +29,14 @@ def name_of(func: Callable[..., Any]) -> str:
         owner = func.__self__  # type: ignore[attr-defined]
         attribute = getattr(owner, "__name__", None) or owner.fget.__name__
         return f"{name.strip('_')[:3]} {attribute}"
-    return name.removeprefix("linalg_")
+    return name
 
 
 def _refuse(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> NoReturn:
     cut = next(x._pypar_cut for x in _flat((args, kwargs)) if isinstance(x, Sharded))
     raise ValueError(
-        f"{name} would mix the parts of {cut}, which its ranks {list(cut.axis.ranks)} hold; take the whole tensor with "
-        "x.full_tensor(), which every one of them calls, or this rank's part with x.local()"
+        f"{name.removeprefix('linalg_')} would mix the parts of {cut}, which its ranks {list(cut.axis.ranks)} hold; "
+        "take the whole tensor with x.full_tensor(), which every one of them calls, or this rank's part with x.local()"
     )
 
 

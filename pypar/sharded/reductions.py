@@ -99,8 +99,8 @@ def _count_nonzero(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> T
 
 def _norm(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
     x: Sharded = args[0] if args else kwargs.pop("input", None)
-    names = {"norm": "p", "vector_norm": "ord"}
-    order, dim, keepdim = _arguments((x, *args[1:]), kwargs, names[name], "dim", "keepdim")
+    order_name = "p" if name == "norm" else "ord"
+    order, dim, keepdim = _arguments((x, *args[1:]), kwargs, order_name, "dim", "keepdim")
     _of_whole(name, x._pypar_cut, dim, keepdim)
     order = {None: 2.0, "fro": 2.0, "inf": math.inf, "-inf": -math.inf}.get(order, order)
     if not isinstance(order, (int, float)):
@@ -116,7 +116,9 @@ def _linalg_norm(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Ten
             f"the matrix norm {order!r} of {x._pypar_cut} would mix its parts; take torch.linalg.vector_norm, or "
             "x.full_tensor()"
         )
-    return _norm(func, "vector_norm", (x, order or 2.0, dim, bool(keepdim)), {"dtype": kwargs.get("dtype")})
+    return _norm(
+        func, "linalg_vector_norm", (x, order or 2.0, dim, bool(keepdim)), {"dtype": kwargs.get("dtype")}
+    )
 
 
 def _power_norm(part: Tensor, order: float, cut: Cut, dtype: torch.dtype | None) -> Tensor:
@@ -217,7 +219,8 @@ def _unscale(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
 HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("sum", "nansum", "mean"), _sum),
     **dict.fromkeys(("max", "min", "amax", "amin", "all", "any"), _extreme),
-    **dict.fromkeys(("norm", "vector_norm"), _norm),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
+    "linalg_norm": _linalg_norm,
     **dict.fromkeys(("dot", "vdot", "inner"), _dot),
     **dict.fromkeys(("var", "std"), _spread),
     **dict.fromkeys(("equal", "allclose"), _verdict),

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pypar.layout import local_tensor
-from pypar.sharded.elementwise import operand
-from pypar.sharded.tensor import Sharded, wrap
+from pypar.sharded.tensor import Sharded
 
 
 def watch_optimizers() -> None:
@@ -49,8 +47,7 @@ def take_states(optimizer: torch.optim.Optimizer) -> None:
                     and not isinstance(value, Sharded)
                     and value.shape == parameter.shape
                 ):
-                    cut = parameter._pypar_cut
-                    state[name] = wrap(local_tensor(operand(value, cut, name)).contiguous(), cut)
+                    state[name] = parameter.part_of(value)
 
 
 def _show_dtensors(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from pypar.comm import all_gather_start
+from pypar.comm import gather_replicated
 from pypar.layout import Layout, local_tensor
 from pypar.mesh import Axis
 
@@ -84,8 +84,11 @@ class Sharded(Tensor):
         return local_tensor(self)
 
     def full_tensor(self) -> Tensor:
-        """The whole tensor, a new one without a graph. A collective: every rank of the axis calls it."""
-        return all_gather_start(self.local().detach(), self._pypar_cut.axis, self._pypar_cut.dim).wait()
+        """The whole tensor, which all ranks use alike where it has a gradient.
+
+        A collective: every rank of the axis calls it.
+        """
+        return gather_replicated(self.local(), self._pypar_cut.axis, self._pypar_cut.dim)
 
     def to_dtensor(self) -> DTensor:
         """The same as a DTensor over the axis's ranks, sharing memory, without a graph."""
@@ -100,6 +103,18 @@ class Sharded(Tensor):
             shape=cut.shape,
             stride=strides,
         )
+
+    def part_of(self, other: Tensor) -> Sharded:
+        """``other``, whole or a DTensor, as a tensor that is cut as this one is: a copy where it is whole."""
+        from pypar.sharded.elementwise import operand
+
+        if isinstance(other, Sharded) or other.shape != self._pypar_cut.shape:
+            return operand(other, self._pypar_cut, "part_of")  # as it is, or an error
+        with torch._C.DisableTorchFunctionSubclass():
+            part = operand(other.detach(), self._pypar_cut, "part_of")
+            if not isinstance(other, DTensor):  # a slice would keep the whole alive
+                part = part.clone(memory_format=torch.contiguous_format)
+            return wrap(part, self._pypar_cut)
 
     @classmethod
     def __torch_function__(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pypar.comm import Handle, all_reduce_start, reduce_scatter_start
+from pypar.comm import Handle, all_reduce_start, copy_to, reduce_scatter_start
 from pypar.layout import Layout, local_tensor, set_layout
 from pypar.mesh import Axis
 from pypar.sharded import Sharded, shard
@@ -90,7 +90,7 @@ class ShardedModule(nn.Module):
     def set_layouts(self) -> None:
         """Make the module's parameters, which hold this rank's parts, what the layouts say."""
         for name, layout in self.layouts().items():
-            parameter = self._parameters.get(name)  # not one that a parametrization computes
+            parameter: Tensor | None = self._parameters.get(name)  # not one that a parametrization computes
             if parameter is None or isinstance(parameter, Sharded):
                 continue
             if layout.shards and self.axis.size > 1:
@@ -115,8 +115,22 @@ class ShardedModule(nn.Module):
             )
         for _, dim in layout.shards:
             length = layout.global_shape[dim] // self.axis.size
-            tensor = tensor.narrow(dim, self.axis.rank * length, length)
+            whole = (
+                copy_to(tensor, self.axis) if tensor.requires_grad else tensor
+            )  # sums the parts of its gradient
+            tensor = whole.narrow(dim, self.axis.rank * length, length)
         return tensor
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        if local_metadata.get("assign_to_params_buffers"):  # else torch copies, which takes the part
+            own: dict[str, Any] = dict(self._parameters)
+            for name, parameter in own.items():
+                given = state_dict.get(prefix + name)
+                if isinstance(parameter, Sharded) and given is not None and given.shape == parameter.shape:
+                    state_dict[prefix + name] = parameter.part_of(given)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)  # type: ignore[arg-type]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]

@@ -167,14 +167,16 @@ class _Files:
     ):
         from huggingface_hub import split_torch_state_dict_into_shards
 
-        self._folder, self._names, self._variant = folder, names, options.get("variant")
+        self._folder, self._names = folder, names
+        variant = f".{options['variant']}" if options.get("variant") else ""
+        self._stem, self._index = f"model{variant}", folder / f"model.safetensors.index{variant}.json"
         default = inspect.signature(type(model).save_pretrained).parameters["max_shard_size"].default
         folder.mkdir(parents=True, exist_ok=True)
         _write_configuration(model, folder)
         described = {names[name]: _on_meta(x) for name, x in tensors.items()}
         self._split = split_torch_state_dict_into_shards(
             described,
-            filename_pattern=self._varied("model{suffix}.safetensors"),
+            filename_pattern=self._stem + "{suffix}.safetensors",
             max_shard_size=options.get("max_shard_size", default),
         )
         self._files = {
@@ -201,29 +203,22 @@ class _Files:
             return None
         return cls(model, folder, tensors, {names[id(x)]: name for name, x in stored.items()}, options)
 
-    def _varied(self, file: str) -> str:
-        """transformers' name of a variant's file: model.bf16.safetensors."""
-        return f"{(parts := file.rsplit('.', 1))[0]}.{self._variant}.{parts[1]}" if self._variant else file
-
     def write(self, name: str, whole: Tensor) -> None:
         stored = self._names[name]
         self._files[self._split.tensor_to_filename[stored]].write(stored, whole)
 
     def finish(self) -> None:
         """Put the files in the places of those of an earlier save, of whatever number."""
-        pattern = re.compile(
-            re.escape(self._varied("model@.safetensors")).replace("@", r"(-\d{5}-of-\d{5})?")
-        )
-        index = self._folder / self._varied("model.safetensors.index.json")
+        pattern = re.compile(re.escape(self._stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
         for file in self._files.values():
             file.finish()
         for old in [*self._folder.iterdir()]:
-            if old == index or (pattern.fullmatch(old.name) and old.name not in self._files):
+            if old == self._index or (pattern.fullmatch(old.name) and old.name not in self._files):
                 old.unlink()
         if self._split.is_sharded:
             metadata = {"total_parameters": self._num_parameters, **self._split.metadata}
             content = {"metadata": metadata, "weight_map": self._split.tensor_to_filename}
-            index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            self._index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _on_meta(x: Tensor) -> Tensor:
