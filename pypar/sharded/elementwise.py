@@ -83,12 +83,20 @@ def _broadcast_shape(first: torch.Size, second: torch.Size) -> torch.Size | None
 
 
 def _cut_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Cut:
-    return next(x._pypar_cut for x in (*args, *kwargs.values()) if isinstance(x, Sharded))
+    for x in args:
+        if type(x) is Sharded:
+            return x._pypar_cut
+    return next(x._pypar_cut for x in kwargs.values() if type(x) is Sharded)
 
 
 def refuse_plain_result(target: Any, cut: Cut, name: str) -> None:
     """A plain tensor cannot take in a result of which each rank has a part."""
-    if isinstance(target, Tensor) and not isinstance(target, (Sharded, DTensor)):
+    if (
+        target is not None
+        and type(target) is not Sharded
+        and isinstance(target, Tensor)
+        and not isinstance(target, DTensor)
+    ):
         raise ValueError(
             f"{name} would write {cut}, of which each rank has a part, into a plain tensor {tuple(target.shape)}; make "
             "that with torch.zeros_like(x) of the sharded tensor, or read x.full_tensor()"
@@ -103,29 +111,41 @@ def is_in_place(name: str) -> bool:
 def apply(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """func on the parts of all tensors among the arguments, whose result is cut as they are."""
     cut = _cut_of(args, kwargs)
-    if is_in_place(name):
-        refuse_plain_result(args[0], cut, name)
-    refuse_plain_result(kwargs.get("out"), cut, name)
+    target = args[0] if args and is_in_place(name) else kwargs.get("out")
+    if target is not None and type(target) is not Sharded:
+        refuse_plain_result(target, cut, name)
     with torch._C.DisableTorchFunctionSubclass():
-        parts = [operand(x, cut, name) for x in args]
-        named = {key: operand(x, cut, name) for key, x in kwargs.items()}
-        result = func(*parts, **named)
-    if not isinstance(result, Tensor):
-        return result
-    if is_in_place(name):
-        return args[0]
-    if isinstance(result, Sharded):
-        return result
-    return wrap(result, cut)
+        for x in args:
+            if not _goes_as_it_is(x, cut):
+                args = [operand(x, cut, name) for x in args]
+                break
+        if kwargs:
+            kwargs = {key: operand(x, cut, name) for key, x in kwargs.items()}
+        result = func(*args, **kwargs)
+    if target is not None:
+        return target
+    return wrap(result, cut) if type(result) is Tensor else result
+
+
+def _goes_as_it_is(x: Any, cut: Cut) -> bool:
+    """Whether torch can be given x itself: what `operand` would find out, of most operands in a moment."""
+    if type(x) is Sharded:
+        return x._pypar_cut is cut
+    return (
+        type(x) is float
+        or not isinstance(x, Tensor)
+        or (type(x) is Tensor and not x.dim() and not x.requires_grad)
+    )
 
 
 def apply_foreach(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """The same for lists of tensors, whole ones and cut ones in any mixture."""
     lists = [x for x in (*args, *kwargs.values()) if isinstance(x, (list, tuple))]
-    cuts: list[Cut | None] = []
-    for index in range(max(map(len, lists))):
-        members = [x[index] for x in lists if len(x) > index]
-        cuts.append(next((x._pypar_cut for x in members if isinstance(x, Sharded)), None))
+    cuts: list[Cut | None] = [None] * max(map(len, lists))
+    for members in lists:
+        for index, x in enumerate(members):
+            if type(x) is Sharded and cuts[index] is None:
+                cuts[index] = x._pypar_cut
     if is_in_place(name):
         for target, cut in zip(args[0], cuts, strict=False):
             if cut is not None:
@@ -143,7 +163,10 @@ def apply_foreach(func: Callable[..., Any], name: str, args: Any, kwargs: dict[s
 def _parts(x: Any, cuts: list[Cut | None], name: str) -> Any:
     if not isinstance(x, (list, tuple)):
         return x
-    return [each if cut is None else operand(each, cut, name) for each, cut in zip(x, cuts, strict=False)]
+    pairs = list(zip(x, cuts, strict=False))
+    if all(cut is None or _goes_as_it_is(each, cut) for each, cut in pairs):
+        return x
+    return [each if cut is None else operand(each, cut, name) for each, cut in pairs]
 
 
 def _variants(names: str, prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,11 +16,14 @@ Handler = Callable[[Callable[..., Any], str, Any, dict[str, Any]], Any]
 
 def run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """What `Sharded.__torch_function__` does: ``func`` with the whole tensors that the arguments stand for."""
-    name = name_of(func)
-    handler = _HANDLERS.get(name)
-    if handler is None:
-        handler = attributes.read if name.startswith("get ") else _refuse
+    name, handler = _how(func)
     return handler(func, name, args, kwargs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _how(func: Callable[..., Any]) -> tuple[str, Handler]:
+    name = name_of(func)
+    return name, _HANDLERS.get(name) or (attributes.read if name.startswith("get ") else _refuse)
 
 
 def name_of(func: Callable[..., Any]) -> str:

@@ -120,9 +120,7 @@ class Sharded(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from pypar.sharded.operations import run  # which needs this class
-
-        return run(func, args, kwargs or {})
+        return operations.run(func, args, kwargs or {})
 
     # torch.distributed.checkpoint asks tensors for these (torch.distributed._checkpointable): each rank writes and
     # reads its own part of the whole.
@@ -166,3 +164,6 @@ def support_foreach() -> None:
     for supported in (of_optimizers, of_clipping):
         if Sharded not in supported:
             supported.append(Sharded)
+
+
+from pypar.sharded import operations  # noqa: E402 (which needs the class)
