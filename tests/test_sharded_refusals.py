@@ -1,13 +1,15 @@
 """What a tensor that is cut says of itself, and what it refuses."""
 
+import copy
 import math
 
 import torch
-from sharded_cases import pair
+from sharded_cases import assert_same, pair
 from torch import nn
 
+import pypar
 from pypar.layout import layout_of
-from pypar.mesh import Axis
+from pypar.mesh import Axis, Mesh
 from pypar.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 # ---- what it says of itself
@@ -118,3 +120,31 @@ def test_an_axis_of_one_rank_has_plain_parameters():
         VocabParallelEmbedding(4, 6, Axis.single("tp")),
     ):
         assert type(layer.weight) is nn.Parameter and type(layer.state_dict()["weight"]) is torch.Tensor
+
+
+class Uses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = x.to(self.up.weight.dtype) * self.up.weight.shape[0] / self.up.weight.numel()
+        return x + self.down.weight.norm() + self.up.bias.sum()
+
+
+def run_compiled():
+    torch.manual_seed(0)
+    whole = Uses()
+    cut = pypar.parallelize(copy.deepcopy(whole), Mesh(tp=2), {"up": "column", "down": "row"})
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(cut, backend="eager")(x), whole(x))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (cut, whole)]
+    for model in (cut, whole):
+        sum(p.square().sum() for p in model.parameters()).backward()
+    torch.compile(optimizers[0].step, backend="eager")()
+    optimizers[1].step()
+    assert_same(cut, whole)
+
+
+def test_compiled_code_uses_the_whole_too(ranks):
+    ranks(2, run_compiled)

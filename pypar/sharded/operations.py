@@ -7,17 +7,33 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor
+from torch._guards import TracingContext
 
+from pypar.ops.uncompiled import uncompiled
 from pypar.sharded import attributes, collectives, elementwise, initialise, reductions
 from pypar.sharded.tensor import Sharded
 
 Handler = Callable[[Callable[..., Any], str, Any, dict[str, Any]], Any]
 
 
+@uncompiled("operations on tensors that are cut are not compiled")
 def run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """What `Sharded.__torch_function__` does: ``func`` with the whole tensors that the arguments stand for."""
+    if TracingContext.try_get() is not None:
+        _leave_graph()
     name, handler = _how(func)
     return handler(func, name, args, kwargs)
+
+
+def _leave_graph() -> None:
+    """torch.compile would take a part for the whole: its graph ends before the tensor is used, and goes on after."""
+    from torch._dynamo import config, exc
+
+    if Sharded not in config.nontraceable_tensor_subclasses:
+        config.nontraceable_tensor_subclasses.add(Sharded)  # from now on it does not try
+        raise exc.Unsupported(
+            "a tensor that is cut over an axis stays out of torch.compile's graphs", "Sharded"
+        )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pypar.comm import Handle, all_reduce_start, copy_to, reduce_scatter_start
 from pypar.layout import Layout, local_tensor, set_layout
 from pypar.mesh import Axis
+from pypar.ops.uncompiled import uncompiled
 from pypar.sharded import Sharded, shard
 
 TP = "tp"  # the mesh axis that layouts of this room name
@@ -99,6 +100,7 @@ class ShardedModule(nn.Module):
             else:
                 set_layout(parameter, layout)
 
+    @uncompiled("it takes this rank's part of a parameter; compile without fullgraph=True")
     def part(self, name: str) -> Tensor | None:
         """This rank's part of an own parameter as a plain tensor, whatever stands in its place.
 
