@@ -1,7 +1,8 @@
 """Which part of a global tensor this rank holds, and how a parameter's first values follow from its name.
 
-A parameter is a plain local tensor that carries a `Layout`. DTensors are made from it only at the boundary
-(checkpoint, export, inspection), where any layout can then load any other.
+A parameter carries a `Layout`: one that is cut is a `pypar.sharded.Sharded`, whose plain part (`local_tensor`) is what
+layers compute with. DTensors are made from it only at the boundary (checkpoint, export, inspection), where any layout
+can then load any other.
 """
 
 from __future__ import annotations

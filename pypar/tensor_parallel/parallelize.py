@@ -41,6 +41,10 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Mapping[str, str] | None = N
     this rank's. A weight shared between modules stays shared. Weights of one head's size beside the cut
     layers (a norm of each query) see this rank's heads only: their gradients are summed over tp in backward.
 
+    Parameters that are cut answer for the whole tensor (`pypar.sharded.Sharded`): norms, clipping, optimizers,
+    state_dict and the like are those of the whole model, or refused; what reduces or gathers them is called on every
+    rank of the axis. The save_pretrained of a transformers model writes whole files and is called on every rank.
+
     Axes other than tp change nothing here: for dp use `GradientBuckets(model.parameters(), mesh.data)`.
 
     Raises ValueError, and has then changed nothing: ranks with different weights, a plan that does not fit
