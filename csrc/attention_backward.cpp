@@ -231,6 +231,7 @@ struct Task {
   const Arithmetic m;
   const ScoreTerms terms;
   const bool decoded;  // forward was by decoding
+  bool cleansed_keys = false;
   const Rows q, dout, dq;
   char *keys, *rows, *dk, *dv, *scratch;  // of the arithmetic
   float *s_p, *dp_ds;                     // [row][kBlock]: scores, then p; dp, then ds
@@ -322,15 +323,16 @@ struct Task {
       const Float delta = broadcast(values.delta[i]);
       for (int64_t j = 0; j < width; j += kWidth) {
         const Int key = lane_indices() + static_cast<int32_t>(j);
-        const Int seen = (key >= trim.begin[i]) & (key < trim.end[i]);
+        Int seen = (key >= trim.begin[i]) & (key < trim.end[i]);
+        if (terms.hides) seen &= (Int)(load(bias + j) != -__builtin_inff());
         const Float kept = terms.dropout ? load(keep + j) : broadcast(1.0f);
         const Float probability = select(seen, probability_of(load(x + j), exponent), zero());
-        // Where p is 0, dp may be anything.
-        const Float gradient = select((Int)(probability > 0.0f) | (Int)(probability != probability),
-                                      probability * (load(y + j) * kept - delta), zero());
+        // Where p is 0, dp and the slope may be anything.
+        const Int some = (Int)(probability > 0.0f) | (Int)(probability != probability);
+        const Float gradient = select(some, probability * (load(y + j) * kept - delta), zero());
         if (a.dbias) store_dbias(row, span.first + i, j, gradient);
         store(x + j, select(seen, probability * kept, zero()));
-        store(y + j, p.softcap > 0.0f ? select(seen, gradient * load(slope + j), zero()) : gradient);
+        store(y + j, p.softcap > 0.0f ? select(some, gradient * load(slope + j), zero()) : gradient);
       }
     }
   }
@@ -368,8 +370,16 @@ struct Task {
     __atomic_compare_exchange_n(progress, &expected, turn + 1, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
   }
 
+  // Of the operands that probabilities and gradients of 0 are multiplied by. With decoding, where scores are
+  // computed from such an operand, there is one block of rows.
+  void cleanse(int64_t num_rows) {
+    const bool of_keys = !cleansed_keys && m.cleanse_keys(keys, num_keys);
+    cleansed_keys = true;
+    if (m.cleanse_rows(rows, num_rows) || of_keys) note_left_out(a.left_out);
+  }
+
   // One block of rows against the task's keys.
-  void propagate(int64_t row_block) const {
+  void propagate(int64_t row_block) {
     const RowSpan span = rows_of_block(plan, s, row_block);
     const Trim trim(plan, s, span, first_key, num_keys);
     const RowValues values =
@@ -383,11 +393,12 @@ struct Task {
     } else {
       differentiate(span, trim, values);
     }
+    if (trim.masked || terms.hides) cleanse(span.count);
     m.add_dk_dv(s_p, dp_ds, rows, span.count, num_keys, trim.masked ? trim.rows : nullptr, dk, dv, scratch);
     add_dq(row_block, span, trim);
   }
 
-  void run() const {
+  void run() {
     m.pack_key_operands(rows_of(p.k, s.batch, s.k_begin, head, 1), rows_of(p.v, s.batch, s.k_begin, head, 1),
                         first_key, num_keys, keys, scratch);
     m.clear_sums(dk, dv);
@@ -429,7 +440,7 @@ void run_task(const Plan& plan, int64_t index) {
   const int64_t sequence =
       p.cu_seqlens_k ? find_entry(plan.key_blocks, plan.num_sequences, block) : head / p.G;
   const int64_t in_sequence = p.cu_seqlens_k ? block - plan.key_blocks[sequence] : block;
-  const Task<Arithmetic> task(plan, sequence, head % p.G, in_sequence);
+  Task<Arithmetic> task(plan, sequence, head % p.G, in_sequence);
   task.run();
 }
 
@@ -470,10 +481,12 @@ void attention_backward(const AttentionBackward& a) {
 
 #  include "attention_binding.h"
 #  include "attention_half.h"
+#  include "attention_unseen.h"
 
 PYPAR_BIND(attention_backward) {
-  pypar::bind_attention_backward(module, pypar::check_attention_lengths, pypar::half::backward_bytes,
-                                 pypar::launch<pypar::attention_backward_kernels, pypar::AttentionBackward>);
+  pypar::bind_attention_backward(
+      module, pypar::check_attention_lengths, pypar::half::backward_bytes,
+      pypar::launch_with_unseen<pypar::attention_backward_kernels, pypar::AttentionBackward>);
 }
 
 #endif

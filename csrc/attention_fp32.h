@@ -36,6 +36,10 @@ struct Fp32Arithmetic {
     pack(v, first, count, Hv, 1.0f, floats(values), padded_hv);
   }
 
+  bool cleanse_values(void* values, int64_t num_keys) const {
+    return cleanse(floats(values), num_keys * padded_hv);
+  }
+
   void scores(const void* queries, int64_t count, const void* keys, int64_t num_keys, const Range* seen,
               float* result) const {
     multiply<false, false>(num_keys, (count + kWidth - 1) / kWidth, H, floats(keys), padded_h,
@@ -104,6 +108,16 @@ struct Fp32Arithmetic {
                                           floats(key_operands), padded_h, num_keys, padded_h,
                                           s + row * kBlock, kBlock);
     }
+  }
+
+  // k itself is the operand of dq, q and dout those of dk and dv.
+  bool cleanse_keys(void* key_operands, int64_t num_keys) const {
+    return cleanse(floats(key_operands), num_keys * padded_h);
+  }
+  bool cleanse_rows(void* row_operands, int64_t count) const {
+    float* const q = floats(row_operands);
+    const bool of_q = cleanse(q, count * padded_h);
+    return cleanse(q + kBlock * padded_h, count * padded_hv) || of_q;
   }
 
   void clear_sums(void* dk, void* dv) const {

@@ -14,10 +14,10 @@
 //   forward
 //     queries_bytes(), keys_bytes(), values_bytes(), out_bytes(), scratch_bytes()
 //     pack_queries(rows, first, count, sign, queries, scratch); pack_keys(rows, first, count, keys, scratch)
-//     pack_values(rows, first, count, values, scratch)         an operand = rows first, first + 1, ... (*
-//     sign) scores(queries, count, keys, num_keys, seen, result)     float [key][kBlock]; count rounded up to
-//     kWidth;
-//                                                              seen: ranges of rows, in vectors
+//     pack_values(rows, first, count, values, scratch)  an operand = rows first, first + 1, ... (* sign)
+//     cleanse_values(values, num_keys)      what is not finite becomes 0; whether there was any
+//     scores(queries, count, keys, num_keys, seen, result)  float [key][kBlock]; count rounded up to
+//                                           kWidth; seen: ranges of rows, in vectors
 //     clear_out(out)
 //     add_out(p, count, values, num_keys, seen, rescale, out, scratch)  out[row] = out[row] * rescale[row]
 //                                 + sum of p[key][row] value[key]; rescale null: all 1; seen: ranges of keys
@@ -32,6 +32,8 @@
 //                                                              vectors
 //     decoded_scores(row operands, count, key operands, num_keys, s)   the first of these once more, summed
 //                                                              as decoding sums it
+//     cleanse_keys(key operands, num_keys), cleanse_rows(row operands, count)  as cleanse_values, for what
+//                                          follows: neither `products` nor `decoded_scores` may come after
 //     clear_sums(dk, dv)
 //     add_dk_dv(p, ds, row operands, count, num_keys, seen, dk, dv, scratch)   dv += p^T dout, dk += ds^T q;
 //     p and ds
@@ -276,6 +278,27 @@ static inline void unpack_add(const float* packed, int64_t stride, int64_t count
     float* to = target.row<float>(first + r);
     for (int64_t i = 0; i < size; ++i) to[i * target.element_stride] += from[i] * factor;
   }
+}
+
+// ---- values that are not finite
+
+// Those of x[count] become 0; count is a multiple of kWidth. Whether there was any.
+static bool cleanse(float* x, int64_t count) {
+  // 0 * x is 0 for every number.
+  Float sums[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * kWidth) * 0.0f;
+  }
+  for (; i < count; i += kWidth) sums[0] += load(x + i) * 0.0f;
+  const Float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  if (!any((Int)(sum != 0.0f))) return false;
+  for (i = 0; i < count; i += kWidth) {
+    const Float value = load(x + i);
+    store(x + i, select((Int)(value * 0.0f == 0.0f), value, zero()));
+  }
+  return true;
 }
 
 // ---- transposition
