@@ -109,6 +109,23 @@ def test_in_the_reference(name, what):
     check_way(WAYS[name], torch.float32, what, "reference")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "bias over pairs", "decoding", "decoding a window", "documents"]
+)
+def test_a_single_element_reaches_what_it_does_by_definition(name, value):
+    """One column of a value is one column of out, and of dout one of dv. Which results are finite, both agree."""
+    way = WAYS[name]
+    problem, dout = make(way, torch.float32)
+    for x, at in ((problem.v, way.keys[-1]), (dout, way.rows[-1]), (problem.v, 7)):
+        x[..., at, 0, 3] = value
+    if math.isnan(value):
+        problem.k[..., 30, 0, 2] = problem.q[..., way.T // 2, 1, 1] = value
+    expected, got = run(problem, dout, "reference"), run(problem, dout, "native")
+    for result, theirs in expected.items():
+        assert torch.equal(got[result].isfinite(), theirs.isfinite()), result
+
+
 # What a GPU's kernels promise: other sequences.
 GPU_WAY = Way(150, 150, (60,), (90,), {}, lengths=(20, 57, 43, 30), H=32, Hv=40)
 

@@ -109,10 +109,10 @@ def attention(
 
     A query that sees no key gives 0, lse -inf and zero gradients. Autocast does not apply: q, k and v have one dtype.
 
-    A key that a query does not see changes no bit of the query's out, lse and dq, and such a query none of the key's
-    dk and dv, whatever they hold: NaN and inf reach those alone who see them. With the backends "cuda" and "triton"
-    this holds for keys of other sequences; NaN or inf in a key, value, query or dout that a mask or bias hides may
-    spoil results there.
+    A key that a query does not see changes no bit of that query's out, lse and dq, and the query changes no bit of that
+    key's dk and dv, whatever the two hold: NaN and inf reach only what sees them. With the backends "cuda" and "triton"
+    this holds for keys of other sequences of cu_seqlens; there NaN or inf in a key, value, query or dout may also reach
+    what a causal mask, a window or a bias hides it from.
 
     With backend "native" the bits of a query's out, lse and dq depend on the query and on its sequence's keys up to
     the last that it sees, not on the other queries of the call; but calls of few rows (T * N / G at most 16, with
