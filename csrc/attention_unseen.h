@@ -9,6 +9,7 @@
 // once, for all instruction sets: this rarely runs.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "attention_plan.h"
@@ -79,42 +80,65 @@ static inline bool bias_hides(const AttentionProblem& p, const Sequence& s, int6
   return read_unfinite(at, b.dtype) == Unfinite::kNegative;
 }
 
-// One vector's values into one that sees it. Whether there is nothing left to add: all is NaN.
-static inline bool add_unfinite(const Vectors& from, int64_t source, const Vectors& to, int64_t target,
-                                bool as_nan) {
-  bool all_nan = true;
-  for (int64_t i = 0; i < to.size; ++i) {
-    const Unfinite added = read_unfinite(from.at(source, i), from.x.dtype);
-    char* const at = to.at(target, i);
-    const Unfinite old = read_unfinite(at, to.x.dtype);
-    const Unfinite now = join(old, added != Unfinite::kNone && as_nan ? Unfinite::kNaN : added);
-    if (now != old) write_unfinite(at, to.x.dtype, now);
-    all_nan &= now == Unfinite::kNaN;
+// What is not finite in the vectors of one operand: of vector i of `indices` the elements [ends[i - 1],
+// ends[i]).
+struct Leftovers {
+  struct Element {
+    int64_t column;
+    Unfinite value;
+  };
+  std::vector<int64_t> indices, ends;
+  std::vector<Element> elements;
+  int64_t num_columns = 0;  // that have any
+
+  Leftovers(const Vectors& from, bool as_nan) {
+    std::vector<bool> columns(from.size);
+    for (int64_t i = 0; i < from.count; ++i) {
+      const auto before = elements.size();
+      for (int64_t j = 0; j < from.size; ++j) {
+        const Unfinite x = read_unfinite(from.at(i, j), from.x.dtype);
+        if (x == Unfinite::kNone) continue;
+        elements.push_back({j, as_nan ? Unfinite::kNaN : x});
+        num_columns += columns[j] ? 0 : 1;
+        columns[j] = true;
+      }
+      if (elements.size() == before) continue;
+      indices.push_back(i);
+      ends.push_back(static_cast<int64_t>(elements.size()));
+    }
   }
-  return all_nan;
-}
+};
 
 // What is not finite in one operand into the result that is a sum over its vectors, of one key/value head.
 static inline void add_head(const AttentionProblem& p, const Sequence& s, int64_t head, const Vectors& from,
                             const Vectors& to, bool as_nan) {
-  std::vector<int64_t> sources;
-  for (int64_t i = 0; i < from.count; ++i) {
-    bool some = false;
-    for (int64_t j = 0; j < from.size && !some; ++j)
-      some = read_unfinite(from.at(i, j), from.x.dtype) != Unfinite::kNone;
-    if (some) sources.push_back(i);
-  }
-  if (sources.empty()) return;
-  for (int64_t target = 0; target < to.count; ++target) {
+  const Leftovers left(from, as_nan);
+  const auto count = static_cast<int64_t>(left.indices.size());
+  std::vector<Unfinite> sums(to.size);
+  for (int64_t target = 0; target < to.count && count > 0; ++target) {
     const int64_t position = target / to.group;
     const Range seen = to.of_keys ? queries_seeing(s, position, position) : keys_seen(s, position, position);
     const int64_t begin = seen.begin * from.group, end = seen.end * from.group;
-    for (const int64_t source : sources) {
-      if (source < begin) continue;
-      if (source >= end) break;
+    if (begin == end) continue;
+    int64_t num_nan = 0,
+            i = std::lower_bound(left.indices.begin(), left.indices.end(), begin) - left.indices.begin();
+    sums.assign(to.size, Unfinite::kNone);
+    // Once every column that can become NaN is, nothing changes any more.
+    for (; i < count && left.indices[i] < end && num_nan < left.num_columns; ++i) {
+      const int64_t source = left.indices[i];
       const int64_t row = to.of_keys ? source : target, key = to.of_keys ? target : source;
       if (bias_hides(p, s, head, row, key)) continue;
-      if (add_unfinite(from, source, to, target, as_nan)) break;
+      for (int64_t j = i == 0 ? 0 : left.ends[i - 1]; j < left.ends[i]; ++j) {
+        Unfinite& sum = sums[left.elements[j].column];
+        const Unfinite now = join(sum, left.elements[j].value);
+        num_nan += now == Unfinite::kNaN && sum != now ? 1 : 0;
+        sum = now;
+      }
+    }
+    for (int64_t j = 0; j < to.size; ++j) {
+      char* const at = to.at(target, j);
+      if (sums[j] != Unfinite::kNone)
+        write_unfinite(at, to.x.dtype, join(read_unfinite(at, to.x.dtype), sums[j]));
     }
   }
 }
