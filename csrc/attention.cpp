@@ -218,14 +218,10 @@ struct Task {
     m.clear_out(block.out);
   }
 
-  static bool sees_all(const RowBlock& block, int64_t first_key, int64_t num_keys) {
-    return block.begin[block.count - 1] <= first_key && block.end[0] >= first_key + num_keys;
-  }
-
   // One block of keys against one block of rows.
   void attend(const RowBlock& block, int64_t first_key, int64_t num_keys) const {
     float *const scores = floats(layout.scores), *const rescale = floats(layout.rescale);
-    const bool masked = !sees_all(block, first_key, num_keys);
+    const bool masked = block.begin[block.count - 1] > first_key || block.end[0] < first_key + num_keys;
     const Trim trim(block, first_key, masked ? num_keys : 0);
     m.scores(block.queries, block.count, memory + layout.keys, num_keys, masked ? trim.rows : nullptr,
              scores);
@@ -248,10 +244,10 @@ struct Task {
     for (; first_key < end; first_key += kBlock) {
       const int64_t num_keys = smaller(kBlock, end - first_key);
       m.pack_keys(k, first_key, num_keys, memory + layout.keys, memory + layout.scratch);
-      m.pack_values(v, first_key, num_keys, memory + layout.values, memory + layout.scratch);
-      bool whole = !terms.hides;  // all rows see all of these keys
-      for (int64_t i = 0; i < count; ++i) whole &= sees_all(blocks[i], first_key, num_keys);
-      if (!whole && m.cleanse_values(memory + layout.values, num_keys)) note_left_out(a.left_out);
+      if (m.pack_values(v, first_key, num_keys, memory + layout.values, memory + layout.scratch)) {
+        m.cleanse_values(memory + layout.values, num_keys);
+        note_left_out(a.left_out);
+      }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t num_seen = smaller(num_keys, blocks[i].keys.end - first_key);
         if (num_seen <= 0 || blocks[i].keys.begin >= first_key + num_keys) continue;

@@ -230,8 +230,8 @@ struct Task {
   const int64_t head, group, key_block, first_key, num_keys;
   const Arithmetic m;
   const ScoreTerms terms;
-  const bool decoded;  // forward was by decoding
-  bool cleansed_keys = false;
+  const bool decoded;       // forward was by decoding
+  bool notes_keys = false;  // something in k was not finite
   const Rows q, dout, dq;
   char *keys, *rows, *dk, *dv, *scratch;  // of the arithmetic
   float *s_p, *dp_ds;                     // [row][kBlock]: scores, then p; dp, then ds
@@ -370,21 +370,13 @@ struct Task {
     __atomic_compare_exchange_n(progress, &expected, turn + 1, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
   }
 
-  // Of the operands that probabilities and gradients of 0 are multiplied by. With decoding, where scores are
-  // computed from such an operand, there is one block of rows.
-  void cleanse(int64_t num_rows) {
-    const bool of_keys = !cleansed_keys && m.cleanse_keys(keys, num_keys);
-    cleansed_keys = true;
-    if (m.cleanse_rows(rows, num_rows) || of_keys) note_left_out(a.left_out);
-  }
-
   // One block of rows against the task's keys.
   void propagate(int64_t row_block) {
     const RowSpan span = rows_of_block(plan, s, row_block);
     const Trim trim(plan, s, span, first_key, num_keys);
     const RowValues values =
         row_values(plan.values + plan.row_block_index(sequence, head, row_block) * row_block_floats(p));
-    m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
+    const bool notes_rows = m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
     m.products(rows, span.count, keys, num_keys, trim.masked ? trim.vectors : nullptr, s_p, dp_ds);
     // lse is the logarithm of a sum over these very scores.
     if (decoded) m.decoded_scores(rows, span.count, keys, num_keys, s_p);
@@ -393,14 +385,19 @@ struct Task {
     } else {
       differentiate(span, trim, values);
     }
-    if (trim.masked || terms.hides) cleanse(span.count);
+    if (notes_rows || notes_keys) {
+      m.cleanse_rows(rows, span.count);
+      m.cleanse_keys(keys, num_keys);  // if decoded, there is one block of rows: none needs the scores again
+      note_left_out(a.left_out);
+    }
     m.add_dk_dv(s_p, dp_ds, rows, span.count, num_keys, trim.masked ? trim.rows : nullptr, dk, dv, scratch);
     add_dq(row_block, span, trim);
   }
 
   void run() {
-    m.pack_key_operands(rows_of(p.k, s.batch, s.k_begin, head, 1), rows_of(p.v, s.batch, s.k_begin, head, 1),
-                        first_key, num_keys, keys, scratch);
+    notes_keys =
+        m.pack_key_operands(rows_of(p.k, s.batch, s.k_begin, head, 1),
+                            rows_of(p.v, s.batch, s.k_begin, head, 1), first_key, num_keys, keys, scratch);
     m.clear_sums(dk, dv);
     const Range queries = queries_seeing(s, first_key, first_key + num_keys - 1);
     const int64_t end = blocks_of(queries.end * group, kBlock);
