@@ -296,7 +296,7 @@ static inline void unpack_add(const float* packed, int64_t stride, int64_t count
 }
 
 // What is not finite in x[count] becomes 0; count is a multiple of kWidth.
-static void cleanse(float* x, int64_t count) {
+static __attribute__((noinline)) void cleanse(float* x, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) {
     const Float value = load(x + i);
     store(x + i, select((Int)(value * 0.0f == 0.0f), value, zero()));
