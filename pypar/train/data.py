@@ -1,4 +1,4 @@
-"""Batches of token windows, functions of (seed, step) alone: the same in every layout and after a restart."""
+"""Batches of token windows, functions of (seed, sample) alone: the same in every layout and after a restart."""
 
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
@@ -97,16 +97,16 @@ class TokenData:
         self.num_train_windows = max(1, (len(self.tokens["train"]) - sequence_length) // sequence_length)
         self.num_validation_windows = (len(self.tokens["validation"]) - 1) // sequence_length
 
-    def train_batch(self, step: int, batch_size: int) -> Batch:
-        """The windows of ``step`` (from 0)."""
-        samples = np.arange(step * batch_size, (step + 1) * batch_size)
+    def train_batch(self, first_sample: int, num_samples: int) -> Batch:
+        """The run's samples from ``first_sample`` on; the first of all is 0."""
+        samples = np.arange(first_sample, first_sample + num_samples)
         epochs, index = np.divmod(samples, self.num_train_windows)
         starts = np.empty_like(samples)
         for epoch in np.unique(epochs):
             now = epochs == epoch
             order = shuffled(index[now], self.num_train_windows, self.seed, int(epoch))
             starts[now] = order * self.sequence_length + self._offset(int(epoch))
-        return self._windows("train", starts, batch_size)
+        return self._windows("train", starts, num_samples)
 
     def _offset(self, epoch: int) -> int:
         slack = len(self.tokens["train"]) - 1 - self.num_train_windows * self.sequence_length

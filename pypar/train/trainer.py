@@ -60,7 +60,7 @@ class Trainer:
                 self.extra_axes.append(tied)
         self.optimizer = Optimizer(named, self.buckets, config.optimizer)
         self.runtime = self._pipeline(dtype)
-        self.step = 0
+        self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
 
     def _pipeline(self, dtype: torch.dtype) -> PipelineRuntime:
         train, mesh = self.config.train, self.mesh
@@ -108,7 +108,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; returns the loss (nats a token) before it and the gradient norm before clipping."""
         self.buckets.zero()
-        batch = self.data.train_batch(self.step, self.config.train.batch_size)
+        batch = self.data.train_batch(self.samples, self.config.train.batch_size)
         losses = self.runtime.step(self._microbatches(batch), on_last_backward=self.buckets)
         self.buckets.finish()
         self.partial.sum()
@@ -125,6 +125,7 @@ class Trainer:
         lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         self.optimizer.step(lr, norm)
         self.step += 1
+        self.samples += self.config.train.batch_size
         return {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
 
     @torch.no_grad()
@@ -147,6 +148,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         self.step = checkpoint.load(path, self.optimizer.state(), self.mesh)["step"]
+        self.samples = self.step * self.config.train.batch_size
         self.optimizer.loaded(self.step)
 
 
