@@ -18,6 +18,7 @@ LEVELS = {
     "kernels": 0,
     "_native": 0,
     "paths": 0,
+    "json_file": 0,
     "ops": 1,
     "comm": BASE,
     "mesh": BASE,

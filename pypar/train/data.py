@@ -137,6 +137,12 @@ class TokenData:
                 ends = self._ends_within(part, start)
                 targets[row, ends - 1] = IGNORED  # the first token of the next document
                 documents[row] = np.concatenate([[0], ends[ends < length], [length]], dtype=np.int32)
+        last = max(tokens.max(), targets.max())
+        if last >= self.vocab_size:  # kernels that look up logits trust what they are given
+            raise ValueError(
+                f"the token cache {self.cache.path} is damaged: it holds token {last}, but the tokenizer has "
+                f"{self.vocab_size}; delete it, and it is built again"
+            )
         told_apart = [torch.from_numpy(x) for x in documents] if self.packed_documents else None
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), told_apart)
 
