@@ -19,13 +19,14 @@ from .config import RunConfig
 from .data import Batch, TokenData, open_data
 from .gradients import PartialGradients, tied_embedding_axis
 from .optimizer import Optimizer, learning_rate
+from .resume import identity, resumption
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:
-    """One rank's share of a run. What it does is a function of (config, step): any layout resumes any other."""
+    """One rank's share of a run: a function of (config, step, samples seen), so that any layout resumes any other."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
@@ -143,13 +144,19 @@ class Trainer:
         return self.sum_over_world(total)[0] / count
 
     def save(self, directory: Path) -> Path:
-        extra = {"config": self.config.to_dict()}
+        extra = {"config": self.config.to_dict(), "samples": self.samples, "data": identity(self.data)}
         return checkpoint.save(directory, self.step, self.optimizer.state(), self.mesh, extra)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path) -> tuple[str, ...]:
+        """Go on from ``path``; returns what the configuration has changed since, a line each.
+
+        ValueError where the checkpoint cannot be read, or is of another model or other data.
+        """
+        going_on = resumption(path, checkpoint.read_manifest(path), self.config, self.data)
         self.step = checkpoint.load(path, self.optimizer.state(), self.mesh)["step"]
-        self.samples = self.step * self.config.train.batch_size
+        self.samples = going_on.samples
         self.optimizer.loaded(self.step)
+        return going_on.changes
 
 
 def _check_same_data(data: TokenData, mesh: Mesh) -> None:
