@@ -1,8 +1,7 @@
-"""Damaged and hostile checkpoint folders: a sentence, soon, without a large allocation, and no code of theirs runs."""
+"""Damaged and forged checkpoint folders get a sentence, soon and without a large allocation."""
 
 import json
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -13,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from forged import INDEX, RANK_0, agree, change_json
 
-from pypar.cli import main
 from pypar.layout import Layout
 from pypar.mesh import Mesh
 from pypar.train import checkpoint
 
-RANK_0, INDEX = "rank_00000.safetensors", "index.json"
 WEIGHTS = {"model.w": torch.arange(12.0).view(3, 4), "model.b": torch.arange(4.0), "count": torch.tensor(3)}
 
 
@@ -38,24 +36,6 @@ def path(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / good.name))
 
 
-def _agree(path: Path) -> None:
-    """Make the manifest name the sizes that the files have: whoever forges a file can forge its size."""
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    manifest["files"] = {name: (path / name).stat().st_size for name in manifest["files"]}
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-
-
-def _json(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
-    """What changes the JSON of one of the folder's files."""
-
-    def damage(path: Path) -> None:
-        value = json.loads((path / file).read_text())
-        change(value)
-        (path / file).write_text(json.dumps(value))
-
-    return damage
-
-
 def _header(change: Callable[[dict], object]) -> Callable[[Path], None]:
     """What changes the header of the tensors' file, whose bytes stay."""
 
@@ -71,7 +51,7 @@ def _header(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def _box(**changes: Any) -> Callable[[Path], None]:
-    return _json(INDEX, lambda v: v["tensors"]["model.w"]["boxes"][0].update(changes))
+    return change_json(INDEX, lambda v: v["tensors"]["model.w"]["boxes"][0].update(changes))
 
 
 def _bytes(file: str, content: bytes) -> Callable[[Path], None]:
@@ -128,12 +108,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "box outside": (_box(offsets=[1, 0]), "is not inside the tensor's shape [3, 4]"),
     "box of 10^15": (_box(lengths=[10**15, 4]), "is not inside"),
     "box smaller": (_box(lengths=[2, 4]), "leave gaps"),
-    "boxes overlap": (_json(INDEX, lambda v: v["tensors"]["model.w"].update(boxes=TWO_BOXES)), "overlap"),
+    "boxes overlap": (
+        change_json(INDEX, lambda v: v["tensors"]["model.w"].update(boxes=TWO_BOXES)),
+        "overlap",
+    ),
     "tensor of 10^30": (
-        _json(INDEX, lambda v: v["tensors"]["model.w"].update(shape=[10**15, 10**15])),
+        change_json(INDEX, lambda v: v["tensors"]["model.w"].update(shape=[10**15, 10**15])),
         "too large to be one",
     ),
-    "64 dims": (_json(INDEX, lambda v: v["tensors"]["model.w"].update(shape=[1] * 64)), "corners, more than"),
+    "64 dims": (
+        change_json(INDEX, lambda v: v["tensors"]["model.w"].update(shape=[1] * 64)),
+        "corners, more than",
+    ),
     "file of another folder": (_box(file="../outside"), "which is no file of a rank"),
     "absolute file": (_box(file="/etc/passwd"), "which is no file of a rank"),
     "file that the manifest lacks": (
@@ -147,19 +133,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index of NaN": (_bytes(INDEX, b"NaN"), "NaN is no number of JSON"),
     "index of Latin-1": (_bytes(INDEX, b'"\xff"'), "it is not JSON"),
     "index of a later version": (
-        _json(INDEX, lambda v: v.update(version=2)),
+        change_json(INDEX, lambda v: v.update(version=2)),
         "it is of version 2, and 1 is read",
     ),
-    "index of something else": (_json(INDEX, lambda v: v.update(format="x")), 'does not say "format"'),
+    "index of something else": (change_json(INDEX, lambda v: v.update(format="x")), 'does not say "format"'),
     "index is a pipe": (_pipe, "is missing"),
     "file is a link": (_link, f"{RANK_0} is missing"),
     "manifest names a path": (
-        _json(checkpoint.MANIFEST, lambda v: v["files"].update({"../../x": 1})),
+        change_json(checkpoint.MANIFEST, lambda v: v["files"].update({"../../x": 1})),
         "names '../../x', which is no file of a checkpoint",
     ),
-    "manifest without a step": (_json(checkpoint.MANIFEST, lambda v: v.update(step="7")), "it has no step"),
+    "manifest without a step": (
+        change_json(checkpoint.MANIFEST, lambda v: v.update(step="7")),
+        "it has no step",
+    ),
     "manifest with a step of 10^30": (
-        _json(checkpoint.MANIFEST, lambda v: v.update(step=10**30)),
+        change_json(checkpoint.MANIFEST, lambda v: v.update(step=10**30)),
         "its step is none",
     ),
     "manifest of 5 MB": (
@@ -174,7 +163,7 @@ def test_damage_gets_a_sentence(path: Path, name: str) -> None:
     damage, sentence = DAMAGES[name]
     damage(path)
     if not name.startswith("manifest") and not name.endswith(("a pipe", "a link")):
-        _agree(path)
+        agree(path)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with pytest.raises(ValueError) as refused:
         checkpoint.check_readable(path)
@@ -208,7 +197,7 @@ def test_flipped_bytes_are_refused_or_change_nothing_else(path: Path, file: str)
                 ) * chosen.randint(1, 40)
         (path / file).write_bytes(damaged)
         if file != checkpoint.MANIFEST:
-            _agree(path)
+            agree(path)
         state = _state()
         try:
             checkpoint.check_readable(path)
@@ -220,116 +209,3 @@ def test_flipped_bytes_are_refused_or_change_nothing_else(path: Path, file: str)
         for name, weight in WEIGHTS.items():
             assert state[name][0].shape == weight.shape
     assert refused > 200
-
-
-class _Runs:
-    """Unpickled, it makes a folder: code has run."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = str(place)
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (self.place,)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Arguments of `pypar train` for a small run that is there already, of two steps."""
-    place = tmp_path_factory.mktemp("run")
-    (place / "text.txt").write_text("".join(f"line {i} is {i * i % 97}\n" for i in range(500)))
-    sets = {
-        "directory": place,
-        "data.path": place / "text.txt",
-        "data.cache_directory": place / "cache",
-        "model.num_layers": 1,
-        "model.d_model": 16,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 2,
-        "model.d_ff": 16,
-        "train.steps": 2,
-        "train.sequence_length": 16,
-        "train.sample_tokens": 0,
-        "train.evaluate_every": 0,
-    }
-    arguments = ["train", "--name", "a"]
-    arguments += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-    assert main(arguments) == 0
-    return arguments
-
-
-@pytest.mark.parametrize("where", [".metadata", "alone", INDEX, RANK_0, checkpoint.MANIFEST])
-def test_no_command_runs_code_of_a_checkpoint(
-    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
-) -> None:
-    """A pickle in the place of each file; "alone": as pypar and torch wrote checkpoints before."""
-    directory = Path(run[4].partition("=")[2]) / "a" / "checkpoints" / "step_00000002"
-    hostile = tmp_path / "step_00000002"
-    shutil.copytree(directory, hostile)
-    pickled = pickle.dumps(_Runs(tmp_path / "ran"))
-    (hostile / (".metadata" if where == "alone" else where)).write_bytes(pickled)
-    if where == "alone":
-        (hostile / INDEX).unlink()
-    if where in (INDEX, RANK_0):
-        _agree(hostile)
-    longer = [
-        "--set",
-        "train.steps=3",
-        "--set",
-        f"train.resume={hostile}",
-        "--set",
-        f"directory={tmp_path / 'runs'}",
-    ]
-    for arguments in (["generate", str(hostile), "--tokens", "2"], [*run, *longer]):
-        if where == ".metadata":  # beside a whole checkpoint: nobody looks at it
-            assert main(arguments) == 0
-            continue
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 2
-        said = capsys.readouterr().err
-        assert said.startswith("pypar: ") and said.count("\n") == 1
-        assert where != "alone" or "is of an earlier format, whose .metadata is a pickle" in said
-    assert not (tmp_path / "ran").exists()
-    pickle.loads(pickled)
-    assert (tmp_path / "ran").exists()  # the pickle would have
-
-
-def test_a_run_with_a_checkpoint_of_before_is_not_written_over(
-    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old = tmp_path / "a" / "checkpoints" / "step_00000002"
-    old.mkdir(parents=True)
-    (old / ".metadata").write_bytes(b"x")
-    for more, sentence in (
-        ([], "holds an earlier run (checkpoint"),
-        (["--resume"], "is of an earlier format"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main([*run, "--set", f"directory={tmp_path}", *more])
-        assert ended.value.code == 2 and sentence in capsys.readouterr().err
-    assert (old / ".metadata").read_bytes() == b"x"
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda c: c["model"].update(num_layers=10**9), "weights but the model of the configuration has"),
-        (lambda c: c["model"].update(d_model=1 << 40), "shape [256, 16] but the model has"),
-        (lambda c: c["model"].update(num_kv_heads=0), "model.num_kv_heads (0) must be at least 1"),
-        (lambda c: c["model"].update(d_ff="16"), "must be a whole number, not '16'"),
-        (lambda c: c["data"].update(tokenizer="../gone.json"), "is neither 'bytes' nor a file"),
-        (lambda c: c.clear(), "shape [256, 16] but the model has"),
-    ],
-)
-def test_generate_makes_no_model_that_the_weights_do_not_fill(
-    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change, sentence: str
-) -> None:
-    directory = Path(run[4].partition("=")[2]) / "a" / "checkpoints" / "step_00000002"
-    hostile = Path(shutil.copytree(directory, tmp_path / "x"))
-    _json(checkpoint.MANIFEST, lambda v: change(v["extra"]["config"]))(hostile)
-    start = time.perf_counter()
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", str(hostile)])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and sentence in said and said.count("\n") == 1
-    assert time.perf_counter() - start < 5
