@@ -74,6 +74,32 @@ def test_every_layout_reads_every_layout(ranks, tmp_path: Path, written: dict[st
     assert tensor_bytes <= stored < tensor_bytes + 4096 * math.prod(written.values())  # what is shared: once
 
 
+def save_to_no_folder(directory: str) -> str:
+    mesh = Mesh(tp=2)
+    with pytest.raises(RuntimeError) as failed:
+        checkpoint.save(Path(directory), 1, _state(mesh, 1.0), mesh, {})
+    return str(failed.value)
+
+
+def load_more_on_one_rank(path: str) -> str:
+    """The second stage asks for a tensor that is not there."""
+    mesh = Mesh(pp=2)
+    state = _state(mesh, 0.0)
+    if mesh.pp.rank == 1:
+        state["model.more"] = (torch.zeros(3), Layout((3,)))
+    with pytest.raises(ValueError) as refused:
+        checkpoint.load(Path(path), state, mesh)
+    return str(refused.value)
+
+
+def test_what_one_rank_meets_all_raise(ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = ranks(2, save_to_no_folder, str(tmp_path / "file"))
+    assert said[0] == said[1] and "step_00000001 cannot be written: rank 0: FileExistsError" in said[0]
+    said = ranks(2, load_more_on_one_rank, save_in_rank(str(tmp_path), {}))
+    assert said[0] == said[1] and "does not hold model.more (it holds 'model.embedding.weight'" in said[0]
+
+
 def _save(directory: Path, step: int) -> Path:
     return Path(save_in_rank(str(directory), {}, step))
 

@@ -26,11 +26,11 @@ DTYPES_OF_TORCH = [getattr(torch, name) for name, _ in DTYPES.values()]
 
 
 def _save(state: dict, folder: Path) -> None:
-    dcp.save(state, storage_writer=SafetensorsWriter(folder), no_dist=True)
+    dcp.save(state, storage_writer=SafetensorsWriter(folder))
 
 
 def _load(state: dict, folder: Path) -> None:
-    dcp.load(state, storage_reader=SafetensorsReader(folder), no_dist=True)
+    dcp.load(state, storage_reader=SafetensorsReader(folder))
 
 
 def _samples() -> dict:

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,18 +47,11 @@ def save(directory: Path, step: int, state: State, mesh: "Mesh", extra: Mapping[
         )
     final = directory / f"step_{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
-    if mesh.world.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in (*directory.glob(f"step_*{PARTIAL}"), *directory.glob(f"step_*{REPLACED}")):
-            shutil.rmtree(old)  # what an interrupted run left
-        partial.mkdir()
-    _barrier(mesh)
+    _by_first_rank(lambda: _prepare(directory, partial), final, mesh)
     with _plain_errors(f"checkpoint {final} cannot be written"):
-        no_dist = mesh.world.size == 1
-        dcp.save(_global_tensors(state, mesh), storage_writer=SafetensorsWriter(partial), no_dist=no_dist)
-    if mesh.world.rank == 0:
-        _complete(partial, final, {"step": step, "written_at": time.time_ns(), "extra": extra})
-    _barrier(mesh)
+        dcp.save(_global_tensors(state, mesh), storage_writer=SafetensorsWriter(partial))
+    manifest = {"step": step, "written_at": time.time_ns(), "extra": extra}
+    _by_first_rank(lambda: _complete(partial, final, manifest), final, mesh)
     if not final.is_dir():
         raise RuntimeError(
             f"checkpoint {final} was not completed; the run directory must be one file system for all ranks"
@@ -75,11 +68,15 @@ def load(path: Path, state: State, mesh: "Mesh") -> dict[str, Any]:
 
     from pypar.train.checkpoint.storage import SafetensorsReader
 
-    manifest = read_manifest(path)
-    reader = SafetensorsReader(path)
-    check_shapes(path, reader.index, {name: layout.global_shape for name, (_, layout) in state.items()})
+    refused = ""
+    try:
+        manifest, reader = read_manifest(path), SafetensorsReader(path)
+        check_shapes(path, reader.index, {name: layout.global_shape for name, (_, layout) in state.items()})
+    except ValueError as error:
+        refused = str(error)
+    _refuse_together(refused, mesh)
     with _plain_errors(f"checkpoint {path} cannot be read"):
-        dcp.load(_global_tensors(state, mesh), storage_reader=reader, no_dist=mesh.world.size == 1)
+        dcp.load(_global_tensors(state, mesh), storage_reader=reader)
     return manifest
 
 
@@ -113,11 +110,39 @@ def _global_tensors(state: State, mesh: "Mesh") -> dict[str, Any]:
     return {name: to_dtensor(tensor, layout, mesh) for name, (tensor, layout) in state.items()}
 
 
-def _barrier(mesh: "Mesh") -> None:
+def _by_first_rank(act: Callable[[], None], final: Path, mesh: "Mesh") -> None:
+    """Rank 0 acts, and all ranks go on when it has; where it cannot, all raise what it met."""
     import torch.distributed as dist
 
+    failed = [""]
+    if mesh.world.rank == 0:
+        try:
+            act()
+        except (OSError, ValueError, RuntimeError) as error:
+            failed = [f"checkpoint {final} cannot be written: rank 0: {type(error).__name__}: {error}"]
     if mesh.world.size > 1:
-        dist.barrier(group=mesh.world.group)
+        dist.broadcast_object_list(failed, src=0, group=mesh.world.group)
+    if failed[0]:
+        raise RuntimeError(failed[0])
+
+
+def _refuse_together(refused: str, mesh: "Mesh") -> None:
+    """ValueError on every rank where one refuses ("": it does not), as its stage of a pipeline may be another's."""
+    import torch.distributed as dist
+
+    sentences = [refused]
+    if mesh.world.size > 1:
+        sentences = [""] * mesh.world.size
+        dist.all_gather_object(sentences, refused, group=mesh.world.group)
+    for sentence in filter(None, sentences):
+        raise ValueError(sentence)
+
+
+def _prepare(directory: Path, partial: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for old in (*directory.glob(f"step_*{PARTIAL}"), *directory.glob(f"step_*{REPLACED}")):
+        shutil.rmtree(old)  # what an interrupted run left
+    partial.mkdir()
 
 
 def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
