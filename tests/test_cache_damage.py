@@ -22,7 +22,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def _content(built: cache.TokenCache) -> list[bytes]:
-    columns = [built.tokens(part) for part in cache.PARTS] + [built.learned(part) for part in cache.PARTS]
+    columns = [f(part) for f in (built.tokens, built.learned, built.ends) for part in cache.PARTS]
     return [column.tobytes() for column in columns if column is not None]
 
 
@@ -70,11 +70,23 @@ def test_a_hostile_description_is_built_again(config: DataConfig, text: str) -> 
 def test_files_of_another_length_are_built_again(config: DataConfig) -> None:
     built = cache.prepare_cache(config, ByteTokenizer())
     expected = _content(built)
-    for name in ("train.tokens", "validation.tokens", "train.learned", "validation.learned"):
+    for name in (f"{part}.{kind}" for part in cache.PARTS for kind in ("tokens", "learned", "ends")):
         whole = (built.path / name).read_bytes()
         for content in (whole[:-1], whole + b"x", b""):
             (built.path / name).write_bytes(content)
             assert _content(cache.prepare_cache(config, ByteTokenizer())) == expected, name
+
+
+def test_ends_of_documents_out_of_order_are_refused_before_a_kernel_sees_them(config: DataConfig) -> None:
+    built = cache.prepare_cache(config, ByteTokenizer())
+    ends = np.fromfile(built.path / "train.ends", np.int64)
+    ends[2], ends[3] = ends[3], ends[2]
+    ends.tofile(built.path / "train.ends")
+    data = open_data(config, 27, 0, packed_documents=True)
+    with pytest.raises(
+        ValueError, match=r"is damaged: the ends of its documents are not in order; delete it"
+    ):
+        data.train_batch(0, data.num_train_windows)
 
 
 class _FewTokens(ByteTokenizer):

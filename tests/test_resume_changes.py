@@ -12,6 +12,7 @@ from pypar.cli import main
 from pypar.mesh import Mesh
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig, load_config
+from pypar.train.data import Batch
 from pypar.train.trainer import Trainer
 
 LENGTH = 8
@@ -56,10 +57,10 @@ def _windows(trainer: Trainer, num_steps: int) -> list[str]:
     seen: list[str] = []
     batch = trainer.data.train_batch
 
-    def spy(first_sample: int, num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, targets = batch(first_sample, num_samples)
-        seen.extend("".join(map(chr, row.tolist())) for row in tokens)
-        return tokens, targets
+    def spy(first_sample: int, num_samples: int) -> Batch:
+        samples = batch(first_sample, num_samples)
+        seen.extend("".join(map(chr, row.tolist())) for row in samples.tokens)
+        return samples
 
     trainer.data.train_batch = spy  # type: ignore[method-assign]
     for _ in range(num_steps):

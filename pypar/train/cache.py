@@ -118,6 +118,8 @@ def _open(path: Path) -> TokenCache | None:
         meta = read_json(path / "meta.json", MOST_META_BYTES)
         if meta["dtype"] not in DTYPES or type(meta["has_mask"]) is not bool:
             return None
+        if type(meta["notes"]) is not list or not all(type(note) is str for note in meta["notes"]):
+            return None
         sizes = {part: PartSize(**meta["sizes"][part]) for part in PARTS}
         cache = TokenCache(path, meta["dtype"], meta["has_mask"], sizes, tuple(meta["notes"]))
         return cache if all(_is_whole(cache, part) for part in PARTS) else None

@@ -139,10 +139,7 @@ class TokenData:
                 documents[row] = np.concatenate([[0], ends[ends < length], [length]], dtype=np.int32)
         last = max(tokens.max(), targets.max())
         if last >= self.vocab_size:  # kernels that look up logits trust what they are given
-            raise ValueError(
-                f"the token cache {self.cache.path} is damaged: it holds token {last}, but the tokenizer has "
-                f"{self.vocab_size}; delete it, and it is built again"
-            )
+            raise self._damaged(f"it holds token {last}, but the tokenizer has {self.vocab_size}")
         told_apart = [torch.from_numpy(x) for x in documents] if self.packed_documents else None
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), told_apart)
 
@@ -150,7 +147,16 @@ class TokenData:
         """How many tokens of the window from ``start`` on precede each end of a document in it, from 1 to T."""
         ends = self.ends[part]
         first, last = np.searchsorted(ends, [start, start + self.sequence_length], side="right")
-        return np.asarray(ends[first:last]) - start
+        within = np.asarray(ends[first:last]) - start
+        bounds = np.concatenate([[0], within])
+        if (np.diff(bounds) <= 0).any() or bounds[-1] > self.sequence_length:  # kernels trust these as well
+            raise self._damaged("the ends of its documents are not in order")
+        return within
+
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(
+            f"the token cache {self.cache.path} is damaged: {why}; delete it, and it is built again"
+        )
 
     def validation_entropies(self) -> dict[str, float]:
         """What a model of token counts alone would reach on the validation text, in nats a token.
