@@ -26,10 +26,10 @@ from pypar.context_parallel.other_attention import (
     refused_functions,
 )
 from pypar.context_parallel.transformers_models import watch_models
-from pypar.context_parallel.uncompiled import uncompiled
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import as_torch, scaled_dot_product_attention
+from pypar.ops.uncompiled import uncompiled
 
 _TOLD = "pypar_told"  # on an error that all ranks know of
 

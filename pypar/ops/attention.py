@@ -12,10 +12,12 @@ from pypar.ops.attention_op import BY_NAME, flat, run_forward
 from pypar.ops.backend import choose
 from pypar.ops.register import overridable
 from pypar.ops.rows import accumulate_dtype
+from pypar.ops.uncompiled import uncompiled
 
 Window = tuple[int | None, int | None]
 
 BACKENDS = tuple(BY_NAME.values())
+_RAW = "it is attention's kernels alone, for use within an operator or an autograd.Function; pypar.attention compiles"
 
 
 @overload
@@ -143,6 +145,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@uncompiled(_RAW)
 @torch.no_grad()
 def attention_forward(
     problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None = None, backend: str | None = None
@@ -158,6 +161,7 @@ def attention_forward(
     return out, lse
 
 
+@uncompiled(_RAW)
 @torch.no_grad()
 def attention_backward(
     problem: AttentionProblem,
