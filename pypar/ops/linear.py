@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pypar.ops.backend import Backend, choose, never_refuses
 from pypar.ops.register import register, register_gradient
@@ -171,6 +172,8 @@ def _onednn_unsupported(x: Tensor, in_features: int, out_features: int) -> str |
         return f"x is on {x.device.type}, and oneDNN computes on CPU"
     if x.dtype != torch.float32:
         return f"x is {x.dtype}; only float32 gains, torch's own choice is as good for other dtypes"
+    if forward_ad._current_level >= 0:
+        return "torch's own product has a derivative in forward mode (torch.func.jvp), and this one has none"
     if not x.numel() or min(in_features, out_features) < _MIN_FEATURES:
         return f"there is nothing to gain below {_MIN_FEATURES} features, nor for an empty x"
     return None
@@ -229,6 +232,21 @@ def _gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dbias, None
 
 
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    a, b, ctx.backend = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _gradient_of_input_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    dout, weight = ctx.saved_tensors
+    return _forward(ddx, weight, None, ctx.backend), _weight_gradient(dout, ddx, ctx.backend), None
+
+
+def _gradient_of_weight_gradient(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
+    dout, x = ctx.saved_tensors
+    return _forward(x, ddweight, None, ctx.backend), _input_gradient(dout, ddweight, ctx.backend), None
+
+
 _forward = register(
     "linear",
     "forward",
@@ -251,3 +269,5 @@ _weight_gradient = register(
     _fake_weight_gradient,
 )
 register_gradient("linear", _gradient, _save)
+register_gradient("linear", _gradient_of_input_gradient, _save_product, "input_gradient")
+register_gradient("linear", _gradient_of_weight_gradient, _save_product, "weight_gradient")
