@@ -13,6 +13,7 @@ from pypar.context_parallel.arguments import Arguments, checked, described, no_s
 from pypar.context_parallel.methods import method_named
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention import Window, attention
+from pypar.ops.uncompiled import between_ranks
 
 
 @overload
@@ -67,6 +68,7 @@ def ring_attention(
     method_options: Mapping[str, Any] | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@between_ranks("ring_attention")
 def ring_attention(
     q: Tensor,
     k: Tensor,

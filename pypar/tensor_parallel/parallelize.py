@@ -10,6 +10,7 @@ from torch import nn
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
 from pypar.mesh import Axis, Mesh
+from pypar.ops.uncompiled import uncompiled
 from pypar.tensor_parallel.column import ColumnParallelLinear
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.plan import USUAL_PLAN, Match, Region, head_counts, read_plan
@@ -18,6 +19,7 @@ from pypar.tensor_parallel.row import RowParallelLinear
 __all__ = ["USUAL_PLAN", "parallelize"]
 
 
+@uncompiled("it changes the model and compares it between ranks")
 def parallelize(model: nn.Module, mesh: Mesh, plan: Mapping[str, str] | None = None) -> nn.Module:
     """Swap the model's nn.Linear and nn.Embedding for ones cut over ``mesh.tp``, in place; returns the model.
 

@@ -21,6 +21,7 @@ from pypar.comm import all_gather_start
 from pypar.layout import Layout
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
+from pypar.ops.uncompiled import between_ranks, uncompiled
 from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
 
 
@@ -39,7 +40,7 @@ def row_parallel(
     x, weight, bias = autocast((x, weight, bias))  # type: ignore[assignment]
     if axis.size == 1:
         return linear(x, weight, bias)
-    return _RowParallel.apply(x, weight, bias, axis, sequence_parallel)
+    return _over_ranks(x, weight, bias, axis, sequence_parallel)
 
 
 class _RowParallel(Function):
@@ -54,6 +55,7 @@ class _RowParallel(Function):
         return out if bias is None else out.add_(bias)
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
@@ -65,6 +67,9 @@ class _RowParallel(Function):
         dx = linear_input_gradient(whole_dout, weight) if needs_x else None
         dweight = linear_weight_gradient(whole_dout, x) if needs_weight else None
         return dx, dweight, dbias, None, None
+
+
+_over_ranks = between_ranks("row_parallel")(_RowParallel.apply)
 
 
 class RowParallelLinear(ShardedLinear):
