@@ -114,6 +114,14 @@ def test_native_sources_include_no_torch_header():
         assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
 
 
+def test_native_code_gets_addresses_from_one_place():
+    """native.run and native.address refuse tensors without memory; the others compare two addresses."""
+    found = {
+        str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if "data_ptr(" in path.read_text()
+    }
+    assert found == {"ops/native.py", "comm/between_hosts.py", "data_parallel/arrivals.py"}
+
+
 def test_files_stay_short():
     lengths = {path: len(path.read_text().splitlines()) for path in _sources(*MAX_LINES)}
     too_long = [

@@ -75,8 +75,9 @@ def shard_context(
     model's forward by name, and outside of transformers all that mixes positions without attention (convolutions, state
     spaces).
 
-    torch.compile breaks its graph at each attention, so fullgraph=True is refused. Activation checkpoints run
-    forward again in backward, so call loss.backward() inside too.
+    torch.compile breaks its graph at each attention, so fullgraph=True is refused; in a compiled function `with ... as`
+    gives None, as for every mode of torch: name the context before. Activation checkpoints run forward again in
+    backward, so call loss.backward() inside too.
     """
     method_named(method)
     segments_of(0, 0, 1, layout)

@@ -1,5 +1,8 @@
 """1D tensor parallelism: linear layers, embedding and loss cut over tp; a ready model swapped onto it.
 
+torch.compile ends a graph before each of these layers and begins another behind it; with fullgraph=True torch's error
+names the layer. On an axis of one rank they are plain operators, and graphs stay whole.
+
 Sources: Megatron-LM (arXiv 1909.08053); sequence parallelism (arXiv 2205.05198).
 """
 
