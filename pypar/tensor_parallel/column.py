@@ -148,7 +148,7 @@ class ColumnParallelLinear(ShardedLinear):
             layouts["bias"] = Layout((self.out_features,), ((TP, 0),))
         return layouts
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         (y,) = column_parallel(
             x, (self.weight,), self.axis, sequence_parallel=self.sequence_parallel, biases=(self.bias,)
         )

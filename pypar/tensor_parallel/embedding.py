@@ -65,7 +65,7 @@ class VocabParallelEmbedding(ShardedModule):
 
         fill(self.weight, self.layouts()["weight"], self.axis, generator, draw)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def run(self, ids: Tensor) -> Tensor:
         if self.sequence_parallel and self.axis.size > 1 and ids.dim() < 2:
             raise ValueError(
                 "an embedding with sequence_parallel=True cuts dim 1 of ids [B, T], but they have shape "

@@ -107,7 +107,7 @@ class RowParallelLinear(ShardedLinear):
             layouts["bias"] = Layout((self.out_features,), gradient_sum_axes=partial)
         return layouts
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         return row_parallel(
             x, self.weight, self.axis, sequence_parallel=self.sequence_parallel, bias=self.bias
         )
