@@ -110,9 +110,16 @@ def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
         gathered,
         (work,),
         traffic=axis.traffic,
-        finish=lambda stacked: stacked.movedim(0, dim).flatten(dim, dim + 1),
+        finish=lambda stacked: _joined(stacked, dim),
         keep=(source,),
     )
+
+
+def _joined(stacked: Tensor, dim: int) -> Tensor:
+    """[R, .., n, ..] as [.., R*n, ..]; to autograd a tensor of its own, not a view, so that it may be written to."""
+    whole = stacked.movedim(0, dim).contiguous()
+    shape = whole.shape
+    return torch.ops.aten._unsafe_view(whole, (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :]))
 
 
 @between_ranks("reduce_scatter_start")

@@ -93,7 +93,7 @@ class _ColumnParallel(Function):
             for dout, needed in zip(douts, needs_w, strict=True)
         ]
         dbiases = [
-            dout.flatten(0, -2).sum(0) if dout is not None and needed else None
+            dout.reshape(-1, dout.shape[-1]).sum(0) if dout is not None and needed else None
             for dout, needed in zip(douts, needs_b, strict=True)
         ]
         return reduction.wait() if reduction is not None else None, None, None, *dweights, *dbiases

@@ -62,7 +62,9 @@ class _RowParallel(Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         gathers = ctx.sequence_parallel and (needs_x or needs_weight)
         gather = all_gather_start(dout, ctx.axis, 1) if gathers else None
-        dbias = dout.flatten(0, -2).sum(0) if needs_bias else None  # this rank's rows, while others arrive
+        dbias = (
+            dout.reshape(-1, dout.shape[-1]).sum(0) if needs_bias else None
+        )  # this rank's rows, while others arrive
         whole_dout = gather.wait() if gather is not None else dout
         dx = linear_input_gradient(whole_dout, weight) if needs_x else None
         dweight = linear_weight_gradient(whole_dout, x) if needs_weight else None
