@@ -58,7 +58,7 @@ class InOrder(TorchDispatchMode):
         if function in (_aten.mm.default, _aten.bmm.default):
             return self._product(*args)
         if function is _aten.addmm.default and not kwargs:
-            return self._product(args[1], args[2]) + args[0]
+            return self._product(args[1], args[2], args[0])
         if self._order == 0:
             return function(*args, **kwargs)
         if function in _SUMS and args[1]:
@@ -82,16 +82,17 @@ class InOrder(TorchDispatchMode):
         result = function(*(x.index_select(dim, places) for x in args[:count]), *args[count:])
         return result.index_select(dim, places.argsort())
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [.., M, K] @ b [.., K, N]. In 16 bits a sum in fp32 that is rounded once, as a processor has it."""
+    def _product(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a [.., M, K] @ b [.., K, N] + bias. In 16 bits a sum in fp32 that is rounded once, as processors have it."""
         if a.dtype != torch.float32:
             wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-            return (a.to(wide) @ b.to(wide)).to(a.dtype)
+            out = a.to(wide) @ b.to(wide)
+            return (out if bias is None else out + bias.to(wide)).to(a.dtype)
         places = self._places(a.shape[-1], a.device)
         a, b = a.index_select(-1, places), b.index_select(-2, places)
         total = a.new_zeros((*a.shape[:-1], b.shape[-1]))
         _add_products(total, a, b)
-        return total
+        return total if bias is None else total + bias
 
 
 def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
