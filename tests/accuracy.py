@@ -49,10 +49,16 @@ def expect(
 
 
 def assert_accurate(
-    name: str, actual: Tensor, plains: list[Tensor], exact: Tensor, *, gradient: bool = False
+    name: str,
+    actual: Tensor,
+    plains: list[Tensor],
+    exact: Tensor,
+    *,
+    gradient: bool = False,
+    plain_exact: Tensor | None = None,
 ) -> None:
     """`plains` are PyTorch's results in actual's dtype, `exact` the float64 result for the same inputs."""
-    judgement = judge_result(name, actual, plains, exact, gradient=gradient)
+    judgement = judge_result(name, actual, plains, exact, gradient=gradient, plain_exact=plain_exact)
     assert judgement.failure is None, judgement.failure
 
 

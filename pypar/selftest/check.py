@@ -93,18 +93,25 @@ def judge(actual: Results, expected: Expected) -> Judgement:
 
 
 def judge_result(
-    name: str, actual: Tensor, plains: Sequence[Tensor], exact: Tensor, *, gradient: bool = False
+    name: str,
+    actual: Tensor,
+    plains: Sequence[Tensor],
+    exact: Tensor,
+    *,
+    gradient: bool = False,
+    plain_exact: Tensor | None = None,
 ) -> Judgement:
     """The rule for one result: at most twice the largest error of `plains`, PyTorch's results in actual's dtype.
 
     `exact` is the float64 result for the same inputs; infinities must be where it has them. A gradient may also
-    lose, twice, what adding and subtracting 0.3 loses: tiny ones are sums of large terms.
+    lose, twice, what adding and subtracting 0.3 loses: tiny ones are sums of large terms. plain_exact: what `plains`
+    are compared with, where their intermediate results make that another.
     """
     if actual.shape != exact.shape or actual.dtype != plains[0].dtype:
         wrong = f"{name} is {actual.dtype} {tuple(actual.shape)} instead of {plains[0].dtype} {tuple(exact.shape)}"
         return Judgement(name, math.inf, 0.0, wrong)
     error = largest_error(actual, exact)
-    allowed = 2 * max(largest_error(plain, exact) for plain in plains)
+    allowed = 2 * max(largest_error(plain, exact if plain_exact is None else plain_exact) for plain in plains)
     if not math.isfinite(allowed):
         return Judgement(name, error, allowed, f"{name}: PyTorch has no finite result to compare with")
     if gradient and exact.numel():
