@@ -82,6 +82,17 @@ def layout_of(param: Tensor) -> Layout:
     return Layout(tuple(param.shape)) if layout is None else layout
 
 
+def local_tensor(x: Tensor) -> Tensor:
+    """What this rank holds of ``x`` as a plain tensor: the part of a `pypar.sharded.Sharded`, else the tensor itself.
+
+    It shares memory with ``x``, and autograd leads back to it.
+    """
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)
+
+
 def local_shape(layout: Layout, mesh: Mesh) -> tuple[int, ...]:
     """The shape of this rank's part."""
     shape = list(layout.global_shape)

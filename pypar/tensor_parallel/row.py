@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pypar.comm import all_gather_start
+from pypar.comm import all_gather_start, split_to
 from pypar.layout import Layout
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
@@ -80,6 +80,7 @@ class RowParallelLinear(ShardedLinear):
     weight [out_features, in_features/R], bias [out_features] on every rank; x and result as `row_parallel`
     has them.
 
+    ``split_input`` takes the whole x [..., in_features], the same on every rank, of which each uses its part.
     Under sequence parallelism each rank's bias gradient is a part, as the layout's gradient_sum_axes says.
     Initial values as in `ColumnParallelLinear`.
     """
@@ -92,13 +93,14 @@ class RowParallelLinear(ShardedLinear):
         *,
         bias: bool = False,
         sequence_parallel: bool = False,
+        split_input: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.axis = as_axis(axis)
         self.in_features, self.out_features = in_features, out_features
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.split_input = sequence_parallel, split_input
         part = part_length("in_features", in_features, self.axis)
         self.allocate((out_features, part), out_features if bias else 0, {"dtype": dtype, "device": device})
 
@@ -110,6 +112,11 @@ class RowParallelLinear(ShardedLinear):
         return layouts
 
     def run(self, x: Tensor) -> Tensor:
+        if self.split_input:
+            x = split_to(x, self.axis, -1)
         return row_parallel(
             x, self.weight, self.axis, sequence_parallel=self.sequence_parallel, bias=self.bias
         )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, split_input={self.split_input}"
