@@ -9,7 +9,7 @@ Sources: Megatron-LM (arXiv 1909.08053); sequence parallelism (arXiv 2205.05198)
 from pypar.tensor_parallel.column import ColumnParallelLinear, column_parallel
 from pypar.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
-from pypar.tensor_parallel.parallelize import USUAL_PLAN, parallelize
+from pypar.tensor_parallel.parallelize import USUAL_PLAN, parallelize, plan_of
 from pypar.tensor_parallel.row import RowParallelLinear, row_parallel
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "column_parallel",
     "parallelize",
+    "plan_of",
     "row_parallel",
     "vocab_parallel_cross_entropy",
 ]
