@@ -76,10 +76,10 @@ def parallel_mlp(axis):
     mesh = Mesh(tp=dist.get_world_size())
     object.__setattr__(mesh.tp, "group", axis.group)
     model = seeded(lambda: nn.Sequential(Mlp()))
-    return pypar.parallelize(model, mesh)
+    return pypar.parallelize(model, mesh, tensor_parallel.plan_of(model))
 
 
-@case("pypar.tensor_parallel.parallelize")
+@case("pypar.tensor_parallel.parallelize", "pypar.tensor_parallel.plan_of")
 def _parallelize(axis):
     model = parallel_mlp(axis)
     return lambda x: model(x) + 1, lambda length: (numbers(2, length, WIDTH),), model
