@@ -1,6 +1,7 @@
 # make train    set up .venv and train a small model on real text    ARGS="--mesh tp=2 --name other" goes to `pypar train`
 # make test     set up .venv and run the tests                      ARGS="-k attention" reaches pytest
-# make test-all the same with the long ones; make lint; make bench (BENCH=attention); make clean
+# make test-all the same with the long ones; WORKERS=1 runs one test at a time, as a debugger wants it
+# make lint; make bench (BENCH=attention); make clean
 # make gpu-report what the compiled GPU kernels promise: registers, spills, occupancy, tensor-core share; needs nvcc and triton
 #
 # PYTHON=python3.12 chooses the Python that .venv is made of; CONSTRAINTS= lets pip choose every version.
@@ -8,11 +9,15 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BENCH ?= *
+# Two tests at a time: most are one process with one thread, those of several ranks wait for each other.
+WORKERS ?= 2
 ARGS ?=
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
+# worksteal: neighbours in a file, which share what a fixture made, mostly stay with one worker.
+PYTEST_ARGS := -q $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
 .PHONY: train test test-all lint bench gpu-report clean
@@ -22,10 +27,10 @@ train: .venv/.set-up
 	$(BIN)/pypar train $(or $(ARGS),--mesh dp=2 --overwrite)
 
 test: .venv/.set-up-dev
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow" $(ARGS)
 
 test-all: .venv/.set-up-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
 
 lint: .venv/.set-up-dev
 	$(BIN)/ruff check

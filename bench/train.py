@@ -83,7 +83,7 @@ def save_initial_weights(path: Path) -> None:
 
 def plain_model(weights: Path) -> PlainLlama:
     model = PlainLlama(SIZES)
-    model.load_state_dict(torch.load(weights))
+    model.load_state_dict(torch.load(weights, weights_only=True))
     return model
 
 
@@ -95,7 +95,7 @@ def plain_steps(
     data = open_data(config.data, LENGTH, config.seed)
     step = 0
     while True:
-        tokens, targets, _ = data.train_batch(step, SEQUENCES)
+        tokens, targets, _ = data.train_batch(step * SEQUENCES, SEQUENCES)
         mine = range(rank * SEQUENCES // ranks, (rank + 1) * SEQUENCES // ranks)
         total = torch.zeros(())
         for row in mine:
@@ -212,7 +212,7 @@ def launch(name: str, num_steps: int) -> tuple[list[float], list[float]]:
     with tempfile.TemporaryDirectory() as directory:
         save_initial_weights(Path(directory, "weights"))
         mp.spawn(rank_main, (name, num_steps, directory), nprocs=CONTENDERS[name][0])
-        return torch.load(Path(directory, "result"))
+        return torch.load(Path(directory, "result"), weights_only=True)
 
 
 def main() -> None:

@@ -244,7 +244,10 @@ struct Task {
     for (; first_key < end; first_key += kBlock) {
       const int64_t num_keys = smaller(kBlock, end - first_key);
       m.pack_keys(k, first_key, num_keys, memory + layout.keys, memory + layout.scratch);
-      m.pack_values(v, first_key, num_keys, memory + layout.values, memory + layout.scratch);
+      if (m.pack_values(v, first_key, num_keys, memory + layout.values, memory + layout.scratch)) {
+        m.cleanse_values(memory + layout.values, num_keys);
+        note_left_out(a.left_out);
+      }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t num_seen = smaller(num_keys, blocks[i].keys.end - first_key);
         if (num_seen <= 0 || blocks[i].keys.begin >= first_key + num_keys) continue;
@@ -402,10 +405,12 @@ void attention_forward(const AttentionForward& a) {
 
 #  include "attention_binding.h"
 #  include "attention_half.h"
+#  include "attention_unseen.h"
 
 PYPAR_BIND(attention_forward) {
-  pypar::bind_attention_forward(module, pypar::check_attention_lengths, pypar::half::forward_bytes,
-                                pypar::launch<pypar::attention_forward_kernels, pypar::AttentionForward>);
+  pypar::bind_attention_forward(
+      module, pypar::check_attention_lengths, pypar::half::forward_bytes,
+      pypar::launch_with_unseen<pypar::attention_forward_kernels, pypar::AttentionForward>);
 }
 
 #endif

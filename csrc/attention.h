@@ -61,10 +61,11 @@ struct AttentionProblem {
 struct AttentionForward {
   AttentionProblem problem;
   AttentionTensor out;
-  float* lse;       // contiguous: [B, N, T], with cumulative lengths [N, T]
-  float* lse_rest;  // the same, or null: what rounding took off lse
-  bool carry;       // out (then fp32) and lse hold attention over earlier keys, which this one continues
-  void* memory;     // as many bytes as attention_forward_memory says, 64-byte aligned, of any content
+  float* lse;         // contiguous: [B, N, T], with cumulative lengths [N, T]
+  float* lse_rest;    // the same, or null: what rounding took off lse
+  bool carry;         // out (then fp32) and lse hold attention over earlier keys, which this one continues
+  void* memory;       // as many bytes as attention_forward_memory says, 64-byte aligned, of any content
+  int32_t* left_out;  // CPU: see note_left_out
 };
 
 struct AttentionBackward {
@@ -76,6 +77,13 @@ struct AttentionBackward {
   bool accumulate;        // dq, dk, dv (then fp32) are added to, not overwritten
   float* dbias;           // [B, N, T, S] contiguous, zero before the call, or null
   void* memory;           // as many bytes as attention_backward_memory says, 64-byte aligned, of any content
+  int32_t* left_out;      // CPU: see note_left_out
 };
+
+// A probability of 0, of a key that a query does not see, times a value that is not finite would be NaN. So
+// the products that sum over keys or over queries take such a value as 0, and a kernel notes that it did:
+// attention_unseen.h then brings the value to those who see it. That costs nothing else: whoever packs an
+// operand sees on the way whether all is finite.
+static inline void note_left_out(int32_t* left_out) { __atomic_store_n(left_out, 1, __ATOMIC_RELAXED); }
 
 }  // namespace pypar

@@ -230,7 +230,8 @@ struct Task {
   const int64_t head, group, key_block, first_key, num_keys;
   const Arithmetic m;
   const ScoreTerms terms;
-  const bool decoded;  // forward was by decoding
+  const bool decoded;       // forward was by decoding
+  bool notes_keys = false;  // something in k was not finite
   const Rows q, dout, dq;
   char *keys, *rows, *dk, *dv, *scratch;  // of the arithmetic
   float *s_p, *dp_ds;                     // [row][kBlock]: scores, then p; dp, then ds
@@ -322,15 +323,16 @@ struct Task {
       const Float delta = broadcast(values.delta[i]);
       for (int64_t j = 0; j < width; j += kWidth) {
         const Int key = lane_indices() + static_cast<int32_t>(j);
-        const Int seen = (key >= trim.begin[i]) & (key < trim.end[i]);
+        Int seen = (key >= trim.begin[i]) & (key < trim.end[i]);
+        if (terms.hides) seen &= (Int)(load(bias + j) != -__builtin_inff());
         const Float kept = terms.dropout ? load(keep + j) : broadcast(1.0f);
         const Float probability = select(seen, probability_of(load(x + j), exponent), zero());
-        // Where p is 0, dp may be anything.
-        const Float gradient = select((Int)(probability > 0.0f) | (Int)(probability != probability),
-                                      probability * (load(y + j) * kept - delta), zero());
+        // Where p is 0, dp and the slope may be anything.
+        const Int some = (Int)(probability > 0.0f) | (Int)(probability != probability);
+        const Float gradient = select(some, probability * (load(y + j) * kept - delta), zero());
         if (a.dbias) store_dbias(row, span.first + i, j, gradient);
         store(x + j, select(seen, probability * kept, zero()));
-        store(y + j, p.softcap > 0.0f ? select(seen, gradient * load(slope + j), zero()) : gradient);
+        store(y + j, p.softcap > 0.0f ? select(some, gradient * load(slope + j), zero()) : gradient);
       }
     }
   }
@@ -369,12 +371,12 @@ struct Task {
   }
 
   // One block of rows against the task's keys.
-  void propagate(int64_t row_block) const {
+  void propagate(int64_t row_block) {
     const RowSpan span = rows_of_block(plan, s, row_block);
     const Trim trim(plan, s, span, first_key, num_keys);
     const RowValues values =
         row_values(plan.values + plan.row_block_index(sequence, head, row_block) * row_block_floats(p));
-    m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
+    const bool notes_rows = m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
     m.products(rows, span.count, keys, num_keys, trim.masked ? trim.vectors : nullptr, s_p, dp_ds);
     // lse is the logarithm of a sum over these very scores.
     if (decoded) m.decoded_scores(rows, span.count, keys, num_keys, s_p);
@@ -383,13 +385,19 @@ struct Task {
     } else {
       differentiate(span, trim, values);
     }
+    if (notes_rows || notes_keys) {
+      m.cleanse_rows(rows, span.count);
+      m.cleanse_keys(keys, num_keys);  // if decoded, there is one block of rows: none needs the scores again
+      note_left_out(a.left_out);
+    }
     m.add_dk_dv(s_p, dp_ds, rows, span.count, num_keys, trim.masked ? trim.rows : nullptr, dk, dv, scratch);
     add_dq(row_block, span, trim);
   }
 
-  void run() const {
-    m.pack_key_operands(rows_of(p.k, s.batch, s.k_begin, head, 1), rows_of(p.v, s.batch, s.k_begin, head, 1),
-                        first_key, num_keys, keys, scratch);
+  void run() {
+    notes_keys =
+        m.pack_key_operands(rows_of(p.k, s.batch, s.k_begin, head, 1),
+                            rows_of(p.v, s.batch, s.k_begin, head, 1), first_key, num_keys, keys, scratch);
     m.clear_sums(dk, dv);
     const Range queries = queries_seeing(s, first_key, first_key + num_keys - 1);
     const int64_t end = blocks_of(queries.end * group, kBlock);
@@ -429,7 +437,7 @@ void run_task(const Plan& plan, int64_t index) {
   const int64_t sequence =
       p.cu_seqlens_k ? find_entry(plan.key_blocks, plan.num_sequences, block) : head / p.G;
   const int64_t in_sequence = p.cu_seqlens_k ? block - plan.key_blocks[sequence] : block;
-  const Task<Arithmetic> task(plan, sequence, head % p.G, in_sequence);
+  Task<Arithmetic> task(plan, sequence, head % p.G, in_sequence);
   task.run();
 }
 
@@ -470,10 +478,12 @@ void attention_backward(const AttentionBackward& a) {
 
 #  include "attention_binding.h"
 #  include "attention_half.h"
+#  include "attention_unseen.h"
 
 PYPAR_BIND(attention_backward) {
-  pypar::bind_attention_backward(module, pypar::check_attention_lengths, pypar::half::backward_bytes,
-                                 pypar::launch<pypar::attention_backward_kernels, pypar::AttentionBackward>);
+  pypar::bind_attention_backward(
+      module, pypar::check_attention_lengths, pypar::half::backward_bytes,
+      pypar::launch_with_unseen<pypar::attention_backward_kernels, pypar::AttentionBackward>);
 }
 
 #endif

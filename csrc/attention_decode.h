@@ -120,9 +120,10 @@ struct Decoder {
   const ScoreTerms terms;
   DecodeHead* heads;
   float *scores, *bias, *keep, *row_scratch;
+  Element* finite;  // [kDecodeBlock][padded_hv]: a turn's values, what is not finite as 0; null: as they are
   Range seen[kDecodeRows];
 
-  Decoder(const AttentionForward& arguments, const Sequence& sequence, int64_t num_rows)
+  Decoder(const AttentionForward& arguments, const Sequence& sequence, int64_t num_rows, bool cleanses)
       : a(arguments),
         p(arguments.problem),
         s(sequence),
@@ -134,8 +135,9 @@ struct Decoder {
     const int64_t head_floats = padded_rows * (padded_h + padded_hv),
                   shared = p.G * padded_rows * kDecodeBlock + 2 * kBlock;
     const int64_t heads_bytes = round_up(p.G * static_cast<int64_t>(sizeof(DecodeHead)), 64);
-    char* memory =
-        static_cast<char*>(thread_scratch(heads_bytes + (p.G * head_floats + shared + padded_hv) * 4));
+    const int64_t floats = p.G * head_floats + shared + padded_hv;
+    char* memory = static_cast<char*>(thread_scratch(heads_bytes + (floats + kDecodeBlock * padded_hv) * 4));
+    finite = cleanses ? reinterpret_cast<Element*>(memory + heads_bytes + floats * 4) : nullptr;
     heads = reinterpret_cast<DecodeHead*>(memory);
     scores = reinterpret_cast<float*>(memory + heads_bytes);
     bias = scores + p.G * padded_rows * kDecodeBlock;
@@ -229,9 +231,34 @@ struct Decoder {
     }
   }
 
+  void copy_finite(const Element* v, int64_t num_keys) const {
+    for (int64_t i = 0; i < num_keys; ++i) {
+      for (int64_t j = 0; j < p.Hv; ++j) {
+        const Element x = v[i * p.v.position_stride + j];
+        finite[i * padded_hv + j] = to_float(x) * 0.0f == 0.0f ? x : Element{};
+      }
+    }
+  }
+
+  // Whether a sum may have met a value that its row does not see and that is not finite.
+  bool may_have_leaked() const {
+    bool hidden = terms.hides;
+    for (int64_t row = 1; row < rows; ++row)
+      hidden |= seen[row].begin != seen[0].begin || seen[row].end != seen[0].end;
+    if (!hidden) return false;
+    Float sum = zero();
+    for (int64_t head = 0; head < p.G; ++head) {
+      const float* const out = heads[head].out;
+      for (int64_t i = 0; i < rows * padded_hv; i += kWidth) sum += load(out + i) * 0.0f;
+    }
+    return any((Int)(sum != 0.0f));
+  }
+
   void add_values(int64_t head, int64_t first, const Element* v, int64_t num_keys) const {
     float* out = heads[head].out;
-    const int64_t stride = p.v.position_stride;
+    if (finite) copy_finite(v, num_keys);
+    if (finite) v = finite;
+    const int64_t stride = finite ? padded_hv : p.v.position_stride;
     const float* x = scores_of(head, 0) + first;
     if (rows == 1) {
       decode_all_values<Element, 1>(x, kDecodeBlock, v, stride, num_keys, p.Hv, out, padded_hv);
@@ -291,14 +318,20 @@ struct Decoder {
   }
 };
 
-// One split of a sequence's keys; `splits`: the first head's, in the caller's memory.
+// One split of a sequence's keys; `splits`: the first head's, in the caller's memory. Values are read where
+// they lie, so whether they had to be cleansed shows in the sums, which are then made once more.
 template <class Element>
 static void decode_as(const AttentionForward& a, const Sequence& s, const ForwardShape& shape, int64_t split,
-                      const Parts& splits) {
-  Decoder<Element> decoder(a, s, shape.rows);
+                      const Parts& splits, bool cleanses = false) {
   const Range keys = keys_seen(s, 0, s.T - 1);
-  const int64_t begin = (shape.first_split + split) * shape.keys_per_split;
-  decoder.run(larger(keys.begin, begin), smaller(keys.end, begin + shape.keys_per_split));
+  const int64_t first = (shape.first_split + split) * shape.keys_per_split;
+  const int64_t begin = larger(keys.begin, first), end = smaller(keys.end, first + shape.keys_per_split);
+  Decoder<Element> decoder(a, s, shape.rows, cleanses);
+  decoder.run(begin, end);
+  if (!cleanses && decoder.may_have_leaked()) {
+    note_left_out(a.left_out);
+    return decode_as<Element>(a, s, shape, split, splits, true);
+  }
   for (int64_t head = 0; head < a.problem.G; ++head) {
     const Parts of_head = splits.of_head(head);
     decoder.finish(head, shape.num_splits > 1 ? &of_head : nullptr, split);

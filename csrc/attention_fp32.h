@@ -32,9 +32,11 @@ struct Fp32Arithmetic {
     pack(k, first, count, H, 1.0f, floats(keys), padded_h);
   }
 
-  void pack_values(const Rows& v, int64_t first, int64_t count, void* values, void*) const {
-    pack(v, first, count, Hv, 1.0f, floats(values), padded_hv);
+  bool pack_values(const Rows& v, int64_t first, int64_t count, void* values, void*) const {
+    return pack<true>(v, first, count, Hv, 1.0f, floats(values), padded_hv);
   }
+
+  void cleanse_values(void* values, int64_t num_keys) const { cleanse(floats(values), num_keys * padded_hv); }
 
   void scores(const void* queries, int64_t count, const void* keys, int64_t num_keys, const Range* seen,
               float* result) const {
@@ -70,20 +72,22 @@ struct Fp32Arithmetic {
   int64_t dk_bytes() const { return kBlock * padded_h * 4; }
   int64_t dv_bytes() const { return kBlock * padded_hv * 4; }
 
-  void pack_key_operands(const Rows& k, const Rows& v, int64_t first, int64_t count, void* operands,
+  bool pack_key_operands(const Rows& k, const Rows& v, int64_t first, int64_t count, void* operands,
                          void* scratch) const {
     float* const plain = floats(operands);
     float* const transposed = plain + kBlock * padded_h;
-    pack(k, first, count, H, 1.0f, plain, padded_h);
+    const bool noted = pack<true>(k, first, count, H, 1.0f, plain, padded_h);
     transpose(plain, padded_h, count, padded_h, transposed, kBlock);
     pack(v, first, count, Hv, 1.0f, floats(scratch), padded_hv);
     transpose(floats(scratch), padded_hv, count, padded_hv, transposed + kBlock * padded_h, kBlock);
+    return noted;
   }
 
-  void pack_row_operands(const Rows& q, const Rows& dout, int64_t first, int64_t count, float sign,
+  bool pack_row_operands(const Rows& q, const Rows& dout, int64_t first, int64_t count, float sign,
                          void* operands, void*) const {
-    pack(q, first, count, H, sign, floats(operands), padded_h);
-    pack(dout, first, count, Hv, 1.0f, floats(operands) + kBlock * padded_h, padded_hv);
+    const bool noted = pack<true>(q, first, count, H, sign, floats(operands), padded_h);
+    float* const packed_dout = floats(operands) + kBlock * padded_h;
+    return pack<true>(dout, first, count, Hv, 1.0f, packed_dout, padded_hv) || noted;
   }
 
   void products(const void* row_operands, int64_t count, const void* key_operands, int64_t num_keys,
@@ -104,6 +108,15 @@ struct Fp32Arithmetic {
                                           floats(key_operands), padded_h, num_keys, padded_h,
                                           s + row * kBlock, kBlock);
     }
+  }
+
+  // k itself is the operand of dq, q and dout those of dk and dv.
+  void cleanse_keys(void* key_operands, int64_t num_keys) const {
+    cleanse(floats(key_operands), num_keys * padded_h);
+  }
+  void cleanse_rows(void* row_operands, int64_t count) const {
+    cleanse(floats(row_operands), count * padded_h);
+    cleanse(floats(row_operands) + kBlock * padded_h, count * padded_hv);
   }
 
   void clear_sums(void* dk, void* dv) const {

@@ -109,10 +109,13 @@ static void prepare_rows(const AttentionBackward& a, const BackwardMemory& m, co
   }
   pack_right_transposed(q, first, count, kRowTiles, p.H,
                         reinterpret_cast<Bits*>(memory + layout.q_transposed));
-  pack_right<false>(q, first, count, kRowTiles / 2, p.H, reinterpret_cast<Bits*>(memory + layout.q));
+  bool left_out =
+      pack_right<false>(q, first, count, kRowTiles / 2, p.H, reinterpret_cast<Bits*>(memory + layout.q));
   pack_right_transposed(dout, first, count, kRowTiles, p.Hv,
                         reinterpret_cast<Bits*>(memory + layout.dout_transposed));
-  pack_right<false>(dout, first, count, kRowTiles / 2, p.Hv, reinterpret_cast<Bits*>(memory + layout.dout));
+  left_out |= pack_right<false>(dout, first, count, kRowTiles / 2, p.Hv,
+                                reinterpret_cast<Bits*>(memory + layout.dout));
+  if (left_out) note_left_out(a.left_out);
   auto* base = reinterpret_cast<float*>(memory + layout.base);
   auto* delta = reinterpret_cast<float*>(memory + layout.delta);
   for (int64_t i = 0; i < kBackwardRows; ++i) {
@@ -131,19 +134,24 @@ static void prepare_rows(const AttentionBackward& a, const BackwardMemory& m, co
       size = _mm512_add_ps(size, _mm512_abs_ps(x));
     }
     delta[i] = _mm512_reduce_add_ps(sum) - (a.dlse ? a.dlse[at] : 0.0f);
-    bounds.dout = larger_float(bounds.dout, _mm512_reduce_add_ps(size));
-    bounds.delta = larger_float(bounds.delta, __builtin_fabsf(delta[i]));
+    const float row_dout = _mm512_reduce_add_ps(size), row_delta = __builtin_fabsf(delta[i]);
+    // The gradients of a row that is not finite are NaN, whatever the scale; the others' keep theirs.
+    if (!(row_dout < __builtin_inff() && row_delta < __builtin_inff())) continue;
+    bounds.dout = larger_float(bounds.dout, row_dout);
+    bounds.delta = larger_float(bounds.delta, row_delta);
   }
 }
 
-// The largest magnitude of a head's values; infinite if one is not finite.
+// The largest magnitude of a head's values, of those that are finite.
 static float bound_values(const RowSource& v, int64_t num_keys, int64_t size) {
   const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __mmask32 unused = 0;
   __m512i most = _mm512_setzero_si512();
   for (int64_t key = 0; key < num_keys; ++key) {
     const int64_t offset = v.offset(key);
     for (int64_t column = 0; column < size; column += 32)
-      most = _mm512_max_epu16(most, _mm512_and_si512(load_pairs(v, offset, column, size), magnitude));
+      most = _mm512_max_epu16(
+          most, _mm512_and_si512(finite_of(load_pairs(v, offset, column, size), &unused), magnitude));
   }
   const __m512 both =
       _mm512_max_ps(widen(_mm512_castsi512_si256(most)), widen(_mm512_extracti64x4_epi64(most, 1)));
@@ -352,7 +360,8 @@ static void run_key_block(BackwardTask& task, int64_t sequence_index) {
   pack_left(k, task.first_key, task.num_keys, kKeyTiles, p.H, task.k);
   pack_left(rows_from(p.v, s.batch, s.k_begin, task.head, 1), task.first_key, task.num_keys, kKeyTiles, p.Hv,
             task.v);
-  pack_right<false>(k, task.first_key, task.num_keys, kKeyTiles / 2, p.H, task.k_transposed);
+  if (pack_right<false>(k, task.first_key, task.num_keys, kKeyTiles / 2, p.H, task.k_transposed))
+    note_left_out(a.left_out);
   for (int64_t i = 0; i < kKeyTiles / 2 * task.h_tiles; ++i)
     transpose_tile(task.k_transposed + i * kTileValues, task.k_transposed + i * kTileValues);
   const int64_t num_sums = task.scores - task.dk;

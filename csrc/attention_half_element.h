@@ -14,6 +14,7 @@ typedef uint16_t Bits;
 #if defined(PYPAR_FP16_TILES)
 
 constexpr int kHalf = kFloat16;
+constexpr int16_t kInfinityBits = 0x7c00;
 
 PYPAR_INLINE __m512 widen(__m256i x) { return _mm512_cvtph_ps(x); }
 PYPAR_INLINE __m256i narrow(__m512 x) {
@@ -65,6 +66,7 @@ constexpr int kScoreGradientBits = 13;
 #else
 
 constexpr int kHalf = kBFloat16;
+constexpr int16_t kInfinityBits = 0x7f80;
 
 PYPAR_INLINE __m512 widen(__m256i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
 PYPAR_INLINE __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }

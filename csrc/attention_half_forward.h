@@ -455,8 +455,7 @@ static void attention_forward(const AttentionForward& a) {
   const ForwardSizes sizes(p);
   const ForwardMemory memory(p, a.memory);
   const int64_t group = p.N / p.G;
-  // Keys and values are packed once, in pieces of so many blocks of 32.
-  constexpr int64_t kPiece = 8;
+  constexpr int64_t kPiece = 8;  // blocks of 32 of the keys and values, which are packed once
   parallel_for(memory.total_blocks * p.G, kPiece, p.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / memory.total_blocks, block = i % memory.total_blocks;
@@ -467,8 +466,9 @@ static void attention_forward(const AttentionForward& a) {
       const int64_t count = smaller(32, s.S - first);
       pack_right_transposed(rows_from(p.k, s.batch, s.k_begin, head, 1), first, count, 2, p.H,
                             static_cast<Bits*>(memory.k) + i * 32 * sizes.k_tiles * 32);
-      pack_right<kNeighbours>(rows_from(p.v, s.batch, s.k_begin, head, 1), first, count, 1, p.Hv,
-                              static_cast<Bits*>(memory.v) + i * 32 * sizes.hv_tiles * 16);
+      auto* const values = static_cast<Bits*>(memory.v) + i * 32 * sizes.hv_tiles * 16;
+      if (pack_right<kNeighbours>(rows_from(p.v, s.batch, s.k_begin, head, 1), first, count, 1, p.Hv, values))
+        note_left_out(a.left_out);
     }
   });
   const int64_t num_sequences = count_sequences(p);

@@ -304,20 +304,31 @@ static void pack_right_transposed(const RowSource& source, int64_t first, int64_
   }
 }
 
+// x with 0 for what is not finite, of which `some` receives the lanes.
+PYPAR_INLINE __m512i finite_of(__m512i x, __mmask32* some) {
+  const __m512i infinity = _mm512_set1_epi16(kInfinityBits);
+  const __mmask32 bad = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, infinity), infinity);
+  *some |= bad;
+  return _mm512_maskz_mov_epi16(~bad, x);
+}
+
 // to[32 rows][column tile]: a right operand with k along the source's rows, in pairs (i, i + 16) or of
-// neighbours. The number of column tiles is even.
+// neighbours, what is not finite as 0. The number of column tiles is even. Whether something was not finite.
 template <bool kNeighbours>
-static void pack_right(const RowSource& source, int64_t first, int64_t count, int64_t row_blocks,
+static bool pack_right(const RowSource& source, int64_t first, int64_t count, int64_t row_blocks,
                        int64_t size, Bits* to) {
   const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
   int64_t offsets[32];
+  __mmask32 some = 0;
   for (int64_t block = 0; block < row_blocks; ++block, first += 32, count -= 32) {
     find_rows(source, first, count, offsets);
     find_rows(source, first + 16, count - 16, offsets + 16);
     for (int64_t column = 0; column < size; column += 32, to += 2 * kTileValues) {
       for (int64_t i = 0; i < 16; ++i) {
-        const __m512i a = load_row(source, offsets[kNeighbours ? 2 * i : i], column, size);
-        const __m512i b = load_row(source, offsets[kNeighbours ? 2 * i + 1 : i + 16], column, size);
+        const int64_t of_a = offsets[kNeighbours ? 2 * i : i],
+                      of_b = offsets[kNeighbours ? 2 * i + 1 : i + 16];
+        const __m512i a = finite_of(load_row(source, of_a, column, size), &some);
+        const __m512i b = finite_of(load_row(source, of_b, column, size), &some);
         for (int half = 0; half < 2; ++half) {
           const __m256i ah = half ? _mm512_extracti64x4_epi64(a, 1) : _mm512_castsi512_si256(a);
           const __m256i bh = half ? _mm512_extracti64x4_epi64(b, 1) : _mm512_castsi512_si256(b);
@@ -328,6 +339,7 @@ static void pack_right(const RowSource& source, int64_t first, int64_t count, in
       }
     }
   }
+  return some != 0;
 }
 
 // 16 values of the row at `offset` from `column` on as fp32, zero from `size` on.

@@ -163,7 +163,7 @@ PYPAR_INLINE Float final_score(const AttentionProblem& p, Float product, Float b
     *capped = tanh(x / p.softcap);
     x = *capped * p.softcap;
   }
-  if (p.bias.data) x += bias;
+  if (p.bias.data) x = select((Int)(bias == -__builtin_inff()), bias, x + bias);  // x may be NaN or inf
   if (p.alibi_slopes) x -= slope * magnitude(__builtin_convertvector(distance, Float));
   return x;
 }

@@ -42,7 +42,7 @@ struct Seen {
 
 PYPAR_INLINE Int visible(const Seen& seen, int64_t key, Float score) {
   const Int k = broadcast_int(static_cast<int32_t>(key));
-  return (k >= seen.begin) & (k < seen.end) & (Int)(score > broadcast(-__builtin_inff()));
+  return (k >= seen.begin) & (k < seen.end) & (Int)(score != broadcast(-__builtin_inff()));
 }
 
 template <bool kMasked>

@@ -1,56 +1,65 @@
-"""The rule by which every operator is judged: its error may be twice what PyTorch makes in the same dtype."""
+"""The rule by which every operator is judged: its error may be twice what PyTorch makes in the same dtype.
+
+pypar.selftest.check has the rule, pypar.selftest.orders what PyTorch makes.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pypar.ops import native
-
-# With as few rows or columns there are few numbers, in which PyTorch's largest error is a matter of luck: it is then
-# the largest of so many calculations that differ in the order of what is summed.
-FEW = 3
-ORDERS = 8
+from pypar.selftest.check import judge_result
+from pypar.selftest.orders import in_orders
 
 
-def farthest(results: list[Tensor], exact: Tensor) -> Tensor:
-    """The one with the largest error."""
+@dataclass(frozen=True)
+class Expected:
+    """By name (output 0, output 1, ..., and of gradients the input's): plain PyTorch's results, float64's."""
 
-    def error(x: Tensor) -> float:
-        return (x - exact).masked_fill(exact.isinf(), 0).abs().max().item() if x.numel() else 0
+    plains: list[dict[str, Tensor]]
+    exact: dict[str, Tensor]
 
-    return max(results, key=error)
+    def check(self, name: str, actual: Tensor, *, gradient: bool = False) -> None:
+        assert_accurate(
+            name, actual, [plain[name] for plain in self.plains], self.exact[name], gradient=gradient
+        )
+
+
+def expect(
+    plain: Callable,
+    inputs: dict[str, Tensor],
+    douts: list[Tensor] | None = None,
+    beside: tuple[str, ...] = (),
+) -> Expected:
+    """What plain(**inputs) gives in the inputs' dtype, in several orders of summation, and in float64.
+
+    beside: results whose few numbers are no reason to try more orders.
+    """
+
+    def run(double: bool) -> dict[str, Tensor]:
+        outputs, gradients = run_with_gradients(plain, inputs, douts, double)
+        return {f"output {i}": out for i, out in enumerate(outputs)} | gradients
+
+    exact = run(double=True)
+    fewest = min(x.numel() for name, x in exact.items() if name not in beside)
+    return Expected(in_orders(lambda: run(False), next(iter(inputs.values())).dtype, fewest), exact)
 
 
 def assert_accurate(
-    name: str, actual: Tensor, plain: Tensor, exact: Tensor, *, gradient: bool = False
+    name: str,
+    actual: Tensor,
+    plains: list[Tensor],
+    exact: Tensor,
+    *,
+    gradient: bool = False,
+    plain_exact: Tensor | None = None,
 ) -> None:
-    """`plain` is PyTorch's result in actual's dtype, `exact` the float64 result for the same inputs.
-
-    A gradient may also lose, twice, what adding and subtracting 0.3 loses: tiny ones are sums of large terms.
-    Where `exact` is infinite, actual must be the same: the lse of a row that sees nothing.
-    """
-    assert actual.dtype == plain.dtype and actual.shape == plain.shape == exact.shape, (
-        f"{name}: {actual.dtype} {tuple(actual.shape)}, plain {plain.dtype} {tuple(plain.shape)}, "
-        f"exact {tuple(exact.shape)}"
-    )
-    infinite = exact.isinf()
-    if infinite.any():
-        assert torch.equal(actual[infinite].double(), exact[infinite]), (
-            f"{name} is not infinite where it must be"
-        )
-        actual, plain, exact = actual[~infinite], plain[~infinite], exact[~infinite]
-    assert torch.isfinite(actual).all(), f"{name} is not finite"
-    if not actual.numel():
-        return
-    error = (actual.double() - exact).abs().max().item()
-    plain_error = (plain.double() - exact).abs().max().item()
-    allowed = 2 * plain_error
-    if gradient:
-        rounded = exact.to(actual.dtype)
-        allowed += 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().item()
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (plain: {plain_error:.3g})"
+    """`plains` are PyTorch's results in actual's dtype, `exact` the float64 result for the same inputs."""
+    judgement = judge_result(name, actual, plains, exact, gradient=gradient, plain_exact=plain_exact)
+    assert judgement.failure is None, judgement.failure
 
 
 def run_with_gradients(
@@ -77,13 +86,13 @@ def check_operator(ours: Callable, plain: Callable, inputs: dict[str, Tensor]) -
     generator = torch.Generator().manual_seed(7)
     shapes = [(out.shape, out.dtype) for out in run_with_gradients(ours, inputs, None)[0]]
     douts = [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in shapes]
-    results = [run_with_gradients(ours, inputs, douts), run_with_gradients(plain, inputs, douts)]
-    exact = run_with_gradients(plain, inputs, douts, double=True)
-    for i in range(len(douts)):
-        assert_accurate(f"output {i}", results[0][0][i], results[1][0][i], exact[0][i])
-    assert results[0][1].keys() == exact[1].keys()
-    for name, gradient in results[0][1].items():
-        assert_accurate(f"gradient of {name}", gradient, results[1][1][name], exact[1][name], gradient=True)
+    outputs, gradients = run_with_gradients(ours, inputs, douts)
+    expected = expect(plain, inputs, douts)
+    for i, out in enumerate(outputs):
+        expected.check(f"output {i}", out)
+    assert gradients.keys() == {name for name, x in inputs.items() if x.requires_grad}
+    for name, gradient in gradients.items():
+        expected.check(name, gradient, gradient=True)
 
 
 def assert_same_for_any_threads(function: Callable, inputs: dict[str, Tensor]) -> None:

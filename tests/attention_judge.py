@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
-from accuracy import FEW, ORDERS, assert_accurate, farthest, run_with_gradients
+from accuracy import Expected, assert_accurate, expect, run_with_gradients
 from attention_cases import Case, operands
 from plain_attention import plain_attention
 from torch import Tensor
@@ -22,74 +23,78 @@ def run(backend: str | Backend, case: Case, device: str = "cpu") -> None:
     backend: a name of pypar.attention's; or a Backend, of which forward and backward are called (a native module
     that a test has built, kernels in an interpreter).
     """
+    compare(backend, *_of_case(case), device)
+
+
+@functools.lru_cache(maxsize=2)  # tests of one case by several backends stand one behind the other
+def _of_case(case: Case) -> tuple[dict[str, Tensor], dict, Asked]:
     tensors, keywords = operands(case)
-    compare(backend, tensors, keywords, device)
+    return tensors, keywords, ask(tensors, keywords)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The gradients of out and lse for which plain attention was asked, and what it answered."""
+
+    dout: Tensor
+    dlse: Tensor
+    expected: Expected
+
+
+def ask(tensors: dict[str, Tensor], keywords: dict) -> Asked:
+    *batch, T, N, _ = tensors["q"].shape
+    generator = torch.Generator().manual_seed(7)
+    dout = torch.randn(*batch, T, N, tensors["v"].shape[-1], generator=generator).to(tensors["q"].dtype)
+    dlse = torch.randn(*batch, N, T, generator=generator)
+    plain = functools.partial(plain_attention, **keywords)
+    return Asked(dout, dlse, expect(plain, tensors, [dout, dlse], beside=("sinks",)))
 
 
 def compare(
     backend: str | Backend,
     tensors: dict[str, Tensor],
     keywords: dict,
+    asked: Asked | None = None,
     device: str = "cpu",
     sinks_by_the_rule: bool = False,
 ) -> None:
     """The rule of `run` for any operands."""
-    *batch, T, N, _ = tensors["q"].shape
-    generator = torch.Generator().manual_seed(7)
-    dout = torch.randn(*batch, T, N, tensors["v"].shape[-1], generator=generator).to(tensors["q"].dtype)
-    dlse = torch.randn(*batch, N, T, generator=generator)
-
-    def ask(dlse: Tensor, double: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
-        return _plain(tensors, keywords, [dout, dlse], double)
-
-    few = min(T, tensors["k"].shape[-3]) <= FEW
-    plains = [_plain(tensors, keywords, [dout, dlse], False, order) for order in range(ORDERS if few else 1)]
-    exact = ask(dlse, True)
+    asked = asked or ask(tensors, keywords)
+    dout, dlse, expected = asked.dout, asked.dlse, asked.expected
     outputs, gradients = _results(backend, tensors, keywords, [dout, dlse], device)
     for i, name in enumerate(("out", "lse")):
         assert_accurate(
-            name, outputs[i], farthest([plain[0][i] for plain in plains], exact[0][i]), exact[0][i]
+            name,
+            outputs[i],
+            [plain[f"output {i}"] for plain in expected.plains],
+            expected.exact[f"output {i}"],
         )
-    exact_gradients = exact[1]
-    assert gradients.keys() == exact_gradients.keys()
+    assert gradients.keys() == {name for name, x in tensors.items() if x.requires_grad}
+    exact = expected.exact
     if given_out := _differences(tensors):
-        lost = (dout.double() * (exact[0][0] - outputs[0])).sum(-1).mT
-        corrected = ask(dlse + lost, True)[1]
-        exact_gradients = exact_gradients | {name: corrected[name] for name in given_out}
+        lost = (dout.double() * (exact["output 0"] - outputs[0])).sum(-1).mT
+        plain = functools.partial(plain_attention, **keywords)
+        corrected = run_with_gradients(plain, tensors, [dout, dlse + lost], double=True)[1]
+        exact = exact | {name: corrected[name] for name in given_out}
     for name, gradient in gradients.items():
         if name == "sinks" and not sinks_by_the_rule:
             check_sinks(gradient, tensors["sinks"], dout, dlse, *outputs)
         else:
-            plain = farthest([plain[1][name] for plain in plains], exact_gradients[name])
-            assert_accurate(f"d{name}", gradient, plain, exact_gradients[name], gradient=True)
-
-
-def _plain(
-    tensors: dict[str, Tensor], keywords: dict, douts: list[Tensor], double: bool, order: int = 0
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Plain attention's outputs and gradients, with the elements of heads in one of many orders (0: as given)."""
-    if order == 0:
-        return run_with_gradients(functools.partial(plain_attention, **keywords), tensors, douts, double)
-    generator = torch.Generator().manual_seed(order)
-    H, Hv = tensors["q"].shape[-1], tensors["v"].shape[-1]
-    places = {size: torch.randperm(size, generator=generator) for size in {H, Hv}}
-
-    def function(q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.index_select(-1, places[x.shape[-1]]) for x in (q, k, v))
-        out, lse = plain_attention(q, k, v, **others, **keywords)
-        return out.index_select(-1, places[Hv].argsort()), lse
-
-    return run_with_gradients(function, tensors, douts, double)
+            plains = [plain[name] for plain in expected.plains]
+            # Plain attention is judged by the out that it returned itself.
+            assert_accurate(
+                f"d{name}", gradient, plains, exact[name], gradient=True, plain_exact=expected.exact[name]
+            )
 
 
 def _differences(tensors: dict[str, Tensor]) -> set[str]:
     """Whose gradients are small differences of large terms, of which one is sum(dout * out).
 
     The out that is saved is rounded, so that not even exact arithmetic would keep the rule there (the reference does
-    not). They are compared with the exact gradients for the out that was returned. So it is with a few keys, and with
-    a bias that all of a row's keys share, whose gradient is the sum of a softmax's gradient.
+    not). They are compared with the exact gradients for the out that was returned. So it is with up to three keys, and
+    with a bias that all of a row's keys share, whose gradient is the sum of a softmax's gradient.
     """
-    chosen = {"q", "k", "bias"} if tensors["k"].shape[-3] <= FEW else set()
+    chosen = {"q", "k", "bias"} if tensors["k"].shape[-3] <= 3 else set()
     if "bias" in tensors and tensors["bias"].shape[-1] == 1:
         chosen.add("bias")
     return chosen & tensors.keys()

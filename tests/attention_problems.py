@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accuracy import assert_accurate, run_with_gradients
+from accuracy import expect
 from plain_attention import plain_attention
 from torch import Tensor
 
@@ -90,10 +90,7 @@ def check_carry(backend: Backend, tensors: dict[str, Tensor], keywords: dict, pa
     generator = torch.Generator().manual_seed(2)
     douts = [torch.randn(x, generator=generator) for x in (problem.out_shape, problem.lse_shape)]
     douts[0] = douts[0].to(q.dtype)
-    plain, exact = (
-        run_with_gradients(lambda **x: plain_attention(**x, **keywords), tensors, douts, double)
-        for double in (False, True)
-    )
+    expected = expect(lambda **x: plain_attention(**x, **keywords), tensors, douts)
     carry = (torch.full(problem.out_shape, math.nan), torch.full(problem.lse_shape, -math.inf))
     pieces = []
     for start, length in zip([sum(parts[:i]) for i in range(len(parts))], parts, strict=True):
@@ -104,11 +101,11 @@ def check_carry(backend: Backend, tensors: dict[str, Tensor], keywords: dict, pa
         )
         pieces.append((span, piece if start == 0 else replace(piece, sinks=None)))
         assert backend.forward(pieces[-1][1], carry)[0] is carry[0]
-    for name, actual, p, e in zip(("out", "lse"), carry, plain[0], exact[0], strict=True):
-        assert_accurate(name, actual, p.float(), e)
+    for i, actual in enumerate(carry):
+        expected.check(f"output {i}", actual.to(expected.plains[0][f"output {i}"].dtype))
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, problem.k, problem.v))
     out = carry[0].to(q.dtype)
     for span, piece in pieces:
         backend.backward(piece, douts[0], out, carry[1], douts[1], (dq, dk[:, span], dv[:, span]), None)
     for name, actual in zip("qkv", (dq, dk, dv), strict=True):
-        assert_accurate(f"d{name}", actual, plain[1][name].float(), exact[1][name], gradient=True)
+        expected.check(name, actual.to(q.dtype), gradient=True)

@@ -1,14 +1,23 @@
 """Fixtures of the whole suite."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves this folder out
 
 from ranks import RankPools
+
+
+def pytest_configure() -> None:
+    """Workers of pytest-xdist share the cores: more threads than cores wait for each other."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
 @pytest.fixture(scope="session")

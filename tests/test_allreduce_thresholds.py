@@ -46,7 +46,16 @@ def test_measured_values_replace_the_shipped_of_their_device_engine_and_number_o
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"cpu": 3}', '{"cpu": {"cuda": {"4": {}}}}', '{"cpu": {"cuda": {"4": 5}}}']
+    "text",
+    [
+        "{",
+        "[]",
+        "[" * 10**5,
+        " " * (1 << 20) + "{}",
+        '{"cpu": 3}',
+        '{"cpu": {"cuda": {"4": {}}}}',
+        '{"cpu": {"cuda": {"4": 5}}}',
+    ],
 )
 def test_a_damaged_file_is_named_and_replaced(cache, text):
     cache.parent.mkdir()

@@ -22,6 +22,7 @@ from attention_native_judge import (
 
 from pypar.ops import attention_native, native
 from pypar.ops.attention_arguments import AttentionProblem, Positions
+from pypar.selftest.orders import in_orders
 
 ISAS = native.module().supported_isas()
 
@@ -90,9 +91,6 @@ def test_few_blocks_of_rows_split_their_keys(name):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_carries_make_the_whole(T, name, dtype):
     """Three blocks of keys one after the other, as a ring's steps, give what all keys at once give."""
-    # Of two queries dv's error is 1.2 and 1.1 times what these two are allowed.
-    if T == 2 and dtype == torch.float32 and name in ("window", "alibi"):
-        T = 4
     S, ends = 700, [0, 230, 231, 700]
     whole = make(T, S, dtype=dtype, **{**OPTIONS[name], "positions": Positions(q_start=S - T)})
     module, douts = native.module(), make_douts(whole)
@@ -107,12 +105,14 @@ def test_carries_make_the_whole(T, name, dtype):
     for block, (begin, end) in zip(blocks, itertools.pairwise(ends), strict=True):
         into = totals[0], totals[1][:, begin:end], totals[2][:, begin:end]
         attention_native.backward(module, block, douts[0], out, carry[1], douts[1], into, None)
-    expected = run_plain(whole, douts, dtype)
     exact = run_plain(whole, douts, torch.float64)
+    fewest = min(x.numel() for x in exact.values())
+    plains = in_orders(lambda: run_plain(whole, douts, dtype), dtype, fewest)
     actual = {"out": out, "lse": carry[1]} | dict(zip(("dq", "dk", "dv"), totals, strict=True))
     for result, x in actual.items():
-        x = x.to(expected[result].dtype)
-        assert_accurate(result, x, expected[result], exact[result], gradient=result.startswith("d"))
+        x = x.to(plains[0][result].dtype)
+        found = [plain[result] for plain in plains]
+        assert_accurate(result, x, found, exact[result], gradient=result.startswith("d"))
 
 
 def test_a_sink_beside_a_carry():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_accurate, run_with_gradients
+from accuracy import expect, run_with_gradients
 from attention_cases import AXES, SHORT_LENGTHS, operands, sample
 from plain_attention import plain_attention
 from test_attention_matrix import BY_NAME, SHORT, device_of
@@ -191,14 +191,13 @@ def test_keys_in_parts(name, case):
     generator = torch.Generator().manual_seed(7)
     dout, dlse = (torch.randn(x.shape, generator=generator).to(x.dtype) for x in plain_outputs)
     ask = functools.partial(plain_attention, **keywords)
-    plain, exact = (run_with_gradients(ask, tensors, [dout, dlse], double) for double in (False, True))
+    expected = expect(ask, tensors, [dout, dlse])
     outputs, gradients = in_parts(BY_NAME[name], tensors, keywords, cuts, dout, dlse)
-    for what, *results in zip(("out", "lse"), outputs, plain[0], exact[0], strict=True):
-        assert_accurate(what, *results)
-
+    for i, output in enumerate(outputs):
+        expected.check(f"output {i}", output)
     for what, gradient in gradients.items():
-        assert_accurate(f"d{what}", gradient, plain[1][what], exact[1][what], gradient=True)
+        expected.check(what, gradient, gradient=True)
 
     if "sinks" in tensors:
         dsinks = sinks_gradient(tensors["sinks"].detach(), dout, *outputs, dlse)
-        torch.testing.assert_close(dsinks, exact[1]["sinks"].float(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(dsinks, expected.exact["sinks"].float(), rtol=2e-2, atol=2e-2)

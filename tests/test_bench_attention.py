@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pypar.selftest import check
-
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
@@ -50,7 +48,6 @@ def test_a_backend_that_refuses_or_errs_is_a_line(bench, monkeypatch):
     refused = dataclasses.replace(case, ours=refuses)
     assert bench.failure(refused, torch.float32) == "not supported: windows are missing"
     wrong = dataclasses.replace(case, ours=lambda backend, **inputs: case.plain(**inputs) * 1.01)
-    monkeypatch.setattr(check, "_DRAWS", {})
     assert bench.failure(wrong, torch.float32).startswith("WRONG: ")
 
 

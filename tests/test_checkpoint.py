@@ -1,5 +1,6 @@
 """Checkpoints: any layout reads what any other wrote, and only what was completely written."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pypar.layout import Layout, local_part
+from pypar.layout import Layout, layout_of, local_part
 from pypar.mesh import Mesh, format_mesh
-from pypar.models import DecoderConfig
+from pypar.models import Decoder, DecoderConfig
 from pypar.train import checkpoint
 
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
@@ -69,8 +70,34 @@ def test_every_layout_reads_every_layout(ranks, tmp_path: Path, written: dict[st
     manifest = checkpoint.check_readable(Path(paths[0]))
     assert manifest["extra"] == {"note": written}
     tensor_bytes = 2 * 4 * sum(math.prod(shape) for shape, _ in SHAPES.values())
-    stored = sum(size for name, size in manifest["files"].items() if name.endswith(".distcp"))
-    assert tensor_bytes <= stored < tensor_bytes + 4096 * len(SHAPES) * 4  # what ranks share is stored once
+    stored = sum(size for name, size in manifest["files"].items() if name.endswith(".safetensors"))
+    assert tensor_bytes <= stored < tensor_bytes + 4096 * math.prod(written.values())  # what is shared: once
+
+
+def save_to_no_folder(directory: str) -> str:
+    mesh = Mesh(tp=2)
+    with pytest.raises(RuntimeError) as failed:
+        checkpoint.save(Path(directory), 1, _state(mesh, 1.0), mesh, {})
+    return str(failed.value)
+
+
+def load_more_on_one_rank(path: str) -> str:
+    """The second stage asks for a tensor that is not there."""
+    mesh = Mesh(pp=2)
+    state = _state(mesh, 0.0)
+    if mesh.pp.rank == 1:
+        state["model.more"] = (torch.zeros(3), Layout((3,)))
+    with pytest.raises(ValueError) as refused:
+        checkpoint.load(Path(path), state, mesh)
+    return str(refused.value)
+
+
+def test_what_one_rank_meets_all_raise(ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = ranks(2, save_to_no_folder, str(tmp_path / "file"))
+    assert said[0] == said[1] and "step_00000001 cannot be written: rank 0: FileExistsError" in said[0]
+    said = ranks(2, load_more_on_one_rank, save_in_rank(str(tmp_path), {}))
+    assert said[0] == said[1] and "does not hold model.more (it holds 'model.embedding.weight'" in said[0]
 
 
 def _save(directory: Path, step: int) -> Path:
@@ -116,15 +143,24 @@ def test_a_partial_one_is_never_taken_and_is_removed_by_the_next(tmp_path: Path)
     assert checkpoint.latest(tmp_path) == newest and not partial.exists()
 
 
+RANK_0 = "rank_00000.safetensors"
+
+
+def _overwrite(file: Path, byte: bytes) -> None:
+    """Other content of the same size."""
+    file.write_bytes(byte * file.stat().st_size)
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (lambda p: (p / checkpoint.MANIFEST).unlink(), "has no complete.json"),
         (lambda p: (p / checkpoint.MANIFEST).write_text("{"), "its complete.json is damaged"),
         (lambda p: (p / checkpoint.MANIFEST).write_text('{"files": {}}'), "its complete.json is damaged"),
-        (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
-        (lambda p: os.truncate(p / "__0_0.distcp", 100), "__0_0.distcp has 100 bytes instead of"),
-        (lambda p: (p / ".metadata").write_bytes(b"x" * (p / ".metadata").stat().st_size), "cannot be read"),
+        (lambda p: (p / "index.json").unlink(), "index.json is missing"),
+        (lambda p: os.truncate(p / RANK_0, 100), f"{RANK_0} has 100 bytes instead of"),
+        (lambda p: _overwrite(p / "index.json", b"x"), "cannot be read: its index.json is damaged"),
+        (lambda p: _overwrite(p / RANK_0, b"\0"), f"cannot be read: {RANK_0} is damaged"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage, sentence: str) -> None:
@@ -133,7 +169,7 @@ def test_damage_is_named(tmp_path: Path, damage, sentence: str) -> None:
     with pytest.raises(ValueError) as refused:
         checkpoint.check_readable(path)
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
-    if sentence != "cannot be read":  # same size: found when it is read
+    if not sentence.startswith("cannot be read"):  # same size: found when it is read
         assert checkpoint.latest(tmp_path) == older
         assert len(checkpoint.survey(tmp_path)[1]) == 1
 
@@ -160,17 +196,34 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path, {"model.embedding.weight": (wrong, Layout((16, 12)))}, mesh)
     with pytest.raises(ValueError, match="does not hold model.extra"):
         checkpoint.load(path, {"model.extra": (wrong, Layout((16, 12)))}, mesh)
-    sizes = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_size": 4, "d_ff": 16}
-    checkpoint.check_readable(path, DecoderConfig(vocab_size=16, d_model=8, **sizes))
-    with pytest.raises(ValueError, match=r"shape \[16, 8\] but the model has \[32, 8\]"):
-        checkpoint.check_readable(path, DecoderConfig(vocab_size=32, d_model=8, **sizes))
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    manifest["extra"]["config"] = {"model": {"num_layers": 3, "vocab_size": 0}}
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(
-        ValueError, match="num_layers = 3 but the configuration says 2; set model.num_layers=3"
+
+
+SIZES = {"vocab_size": 16, "d_model": 8, "num_heads": 2, "num_kv_heads": 1, "head_size": 4, "d_ff": 12}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_is_compared_before_it_is_made(tmp_path: Path, tied: bool) -> None:
+    sizes = DecoderConfig(**SIZES, num_layers=2, tied_embeddings=tied)
+    mesh = Mesh()
+    state = {f"model.{n}": (p.detach(), layout_of(p)) for n, p in Decoder(sizes, mesh).global_parameters()}
+    written = dataclasses.asdict(sizes) | {"vocab_size": 0}  # 0: the tokenizer's
+    path = checkpoint.save(tmp_path, 5, state, mesh, {"config": {"model": written}})
+    checkpoint.check_readable(path, sizes)
+    for key, value, held in (
+        ("num_layers", 3, "2"),
+        ("tied_embeddings", not tied, str(tied).lower()),  # false is not 0, which would follow from others
+        ("norm_eps", 1e-6, "1e-05"),
     ):
-        checkpoint.check_readable(path, DecoderConfig(vocab_size=16, d_model=8, **sizes))
+        other = dataclasses.replace(sizes, **{key: value})
+        with pytest.raises(ValueError, match=f"holds a model with {key} = {held} but the configuration says"):
+            checkpoint.check_readable(path, other)
+    with pytest.raises(ValueError, match=r"shape \[16, 8\] but the model has \[32, 8\]"):
+        checkpoint.check_readable(path, dataclasses.replace(sizes, vocab_size=32))
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest["extra"]["config"]["model"]["num_layers"] = 10**9  # and the weights of two
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="weights but the model of the configuration has"):
+        checkpoint.check_readable(path, dataclasses.replace(sizes, num_layers=10**9))
 
 
 ENDLESS_SAVES = """

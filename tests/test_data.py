@@ -221,7 +221,7 @@ def test_an_epoch_shows_every_window_once_and_the_next_cuts_elsewhere(tmp_path: 
     count = data.num_train_windows
     epochs: list[list[int]] = []
     for epoch in range(2):
-        rows = [data.train_batch(step, 1) for step in range(epoch * count, (epoch + 1) * count)]
+        rows = [data.train_batch(sample, 1) for sample in range(epoch * count, (epoch + 1) * count)]
         starts = []
         for tokens, targets, _ in rows:
             starts.append(stream.index(bytes(tokens[0].tolist())))
@@ -231,15 +231,15 @@ def test_an_epoch_shows_every_window_once_and_the_next_cuts_elsewhere(tmp_path: 
     assert epochs[0] != sorted(epochs[0]) and set(epochs[0]) != set(epochs[1])
 
 
-def test_batches_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
+def test_batches_are_a_function_of_seed_and_sample(tmp_path: Path) -> None:
     config = _config(tmp_path, _folder(tmp_path))
     one, two, other = (open_data(config, 16, seed) for seed in (0, 0, 1))
-    for step in (5, 0, 3):
-        a, b = one.train_batch(step, 4), two.train_batch(step, 4)
+    for sample in (20, 0, 12):
+        a, b = one.train_batch(sample, 4), two.train_batch(sample, 4)
         assert a[0].equal(b[0]) and a[1].equal(b[1]) and a[0].dtype == a[1].dtype
         assert a[0][:, 1:].equal(a[1][:, :-1])
     assert not one.train_batch(0, 4)[0].equal(other.train_batch(0, 4)[0])
-    rows = [one.train_batch(step, 1)[0] for step in range(4)]
+    rows = [one.train_batch(sample, 1)[0] for sample in range(4)]
     assert all(
         one.train_batch(0, 4)[0][i].equal(rows[i][0]) for i in range(4)
     )  # sample g, whatever the batch

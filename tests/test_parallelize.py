@@ -9,7 +9,7 @@ from torch.nn import functional
 import pypar
 from pypar.layout import layout_of, local_part, local_shape, local_tensor
 from pypar.mesh import Mesh
-from pypar.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from pypar.tensor_parallel import USUAL_PLAN, ColumnParallelLinear, RowParallelLinear
 
 # ---- models and plans of the user's own
 
@@ -84,6 +84,45 @@ def test_own_model_with_a_plan_and_heads_as_an_attribute(ranks, world_size):
     assert ranks(world_size, run_own_model, world_size) == [4 // world_size] * world_size
 
 
+def run_gathered():
+    """Column-parallel layers whose outputs are gathered, and a row-parallel one that takes its part of the whole."""
+    mesh, ids = Mesh(tp=2), torch.arange(10).view(2, 5) % 12
+    plan = {"attention.[qkv]*": "column_gather", "*.up": "column_gather", "*.down": "row_split", **USUAL_PLAN}
+    plan |= {"attention.out": "row_split"}
+    expected, model = Model(), pypar.parallelize(Model(), mesh, plan, verify=(ids,))
+    for m in (expected, model):
+        m(ids).pow(2).sum().backward()
+    assert model.attention.num_heads == 4  # each rank has them all
+    for p, whole in zip(model.parameters(), expected.parameters(), strict=True):
+        if p.requires_grad:
+            part = local_part(whole.grad, layout_of(p), mesh)
+            torch.testing.assert_close(local_tensor(p.grad), part, rtol=1e-5, atol=1e-5)
+    return [bool(layout_of(m.weight).shards) for m in (model.up, model.down, model.attention.out)]
+
+
+def test_gathered_outputs_and_split_inputs(ranks):
+    assert ranks(2, run_gathered) == [[True, True, True]] * 2
+
+
+def run_shapes_alone():
+    """On the meta device there are no numbers to compare, and shapes still tell."""
+    with torch.device("meta"):
+        right, wrong = Model(), Model()
+    wrong.attention.key = nn.Linear(24, 24, device="meta")
+    ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    with pytest.raises(ValueError) as caught:
+        pypar.parallelize(wrong, Mesh(tp=2), {"*.query": "column", "*.out": "row"}, verify=(ids,))
+    assert type(wrong.attention.query) is nn.Linear and wrong.attention.num_heads == 4
+    pypar.parallelize(right, Mesh(tp=2), PLAN, verify=False)
+    return str(caught.value)
+
+
+def test_shapes_are_tried_without_data(ranks):
+    for message in ranks(2, run_shapes_alone):
+        assert "this Model, cut over tp, does not run: in attention RuntimeError" in message
+        assert 'put "attention.*": "whole" in front of the plan' in message
+
+
 def run_shared_module():
     model = nn.ModuleDict({"one": nn.Linear(4, 6), "down": nn.Linear(6, 4)})
     model["two"] = model["one"]
@@ -126,6 +165,8 @@ def build(what):
         model.up = type("ScaledLinear", (nn.Linear,), {})(24, 20)
     elif what == "hooks":
         model.up.register_forward_hook(lambda *_: None)
+    elif what == "gradient hooks":
+        model.down.weight.register_post_accumulate_grad_hook(lambda p: None)
     elif what == "max_norm":
         model.tokens.max_norm = 1.0
     elif what == "width":
@@ -140,6 +181,7 @@ PLANS = {
     "typing error": {"*.upp": "column"},
     "kind": {"tokens": "column"},
     "empty": {},
+    "nothing": USUAL_PLAN,
     "usual": None,
 }
 REFUSALS = {
@@ -149,6 +191,8 @@ REFUSALS = {
     "shared weight": "head and tokens share one weight",
     "subclass": "up is a ScaledLinear, which may compute more than nn.Linear",
     "hooks": "up has hooks",
+    "gradient hooks": "down has hooks",
+    "nothing": "the plan cuts nothing of this Model",
     "max_norm": "tokens uses one of max_norm",
     "style": "unknown style 'colunm'; did you mean 'column'",
     "typing error": "'*.upp' matches no module; did you mean 'up'?",

@@ -120,7 +120,7 @@ def _refusals():
     with pytest.raises(ValueError, match="dense CPU tensors"):
         dist.all_reduce(torch.ones(2, device="meta"), group=group)
     mesh = dist.device_mesh.DeviceMesh("cpu", list(range(dist.get_world_size())))
-    with pytest.raises(ValueError, match="a DTensor of shape \\(2,\\) has none"):
+    with pytest.raises(ValueError, match="a DTensor of shape \\(2,\\) has no memory"):
         group.allreduce([dist.tensor.distribute_tensor(torch.ones(2), mesh)])
     with pytest.raises(ValueError, match="must divide by the number of ranks"):
         dist.all_to_all_single(torch.ones(3), torch.ones(3), group=group)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ptx_attention
 import pytest
 import torch
-from accuracy import assert_accurate, run_with_gradients
+from accuracy import expect
 from plain_attention import plain_attention
 from ptx_attention import CProblem, CTensor, c_problem, c_tensor
 from torch import Tensor
@@ -156,12 +156,9 @@ def check(
         named["bias"] = dbias.sum_to_size(tensors["bias"].shape).to(tensors["bias"].dtype)
     for x in tensors.values():
         x.requires_grad_()
-    plain, exact = (
-        run_with_gradients(lambda **x: plain_attention(**x, **keywords), tensors, [dout, dlse], double)[1]
-        for double in (False, True)
-    )
+    expected = expect(lambda **x: plain_attention(**x, **keywords), tensors, [dout, dlse])
     for name, gradient in named.items():
-        assert_accurate(f"d{name}", gradient, plain[name], exact[name], gradient=True)
+        expected.check(name, gradient, gradient=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

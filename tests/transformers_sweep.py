@@ -37,7 +37,7 @@ _SIZES: tuple[tuple[object, str], ...] = (
     (1, "n_group topk_group n_shared_experts"),
     (0, "num_kv_shared_layers"),
     (32, "moe_intermediate_size shared_expert_intermediate_size"),
-    (8, "sliding_window"),
+    (8, "sliding_window mamba_chunk_size chunk_size"),
     (0, "pad_token_id"),
     (1, "bos_token_id"),
     (2, "eos_token_id num_experts_per_tok"),

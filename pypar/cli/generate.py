@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pypar.train import checkpoint
+from pypar.train.plan import check_whole_model
 from pypar.train.tokens import check_text
 
 SUMMARY = "sample text from a checkpoint"
@@ -30,7 +31,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
         raise ValueError(f"--temperature ({arguments.temperature}) must be at least 0 and finite")
     check_text("--prompt", arguments.prompt)
     path = checkpoint.resolve(arguments.checkpoint)
-    checkpoint.check_readable(path)
+    check_whole_model(path)
 
     def job() -> int:
         from pypar.train.generate import generate, printable

@@ -1,4 +1,8 @@
-"""Communication over one mesh axis: started collectives, differentiable pairs, point to point, counters."""
+"""Communication over one mesh axis: started collectives, differentiable pairs, point to point, counters.
+
+torch.compile leaves all of it out of its graphs, and with fullgraph=True refuses. torch.func's transforms and
+torch.export get a ValueError: what one rank traces is not what all do.
+"""
 
 from pypar.comm.allreduce import PeerAllReduce
 from pypar.comm.autograd import (

@@ -16,7 +16,9 @@ from pypar.comm import allreduce_cuda, allreduce_triton
 from pypar.comm.allreduce_ranks import Ranks
 from pypar.comm.allreduce_thresholds import Thresholds, choose
 from pypar.comm.shared_memory import host_identity
+from pypar.ops.native import address
 from pypar.ops.rms_norm import reference_forward
+from pypar.ops.uncompiled import uncompiled_class
 
 ENGINES: dict[str, ModuleType] = {m.NAME: m for m in (allreduce_cuda, allreduce_triton)}  # fastest first
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +50,7 @@ def _total(parts: list[Tensor]) -> Tensor:
     return total
 
 
+@uncompiled_class("it is communication between ranks")
 class PeerAllReduce:
     """Sums over the 2 to 8 ranks of a group, each with a GPU of its own in one node, without NCCL's latency.
 
@@ -285,4 +288,4 @@ def _topology_refusal(ranks: list[dict[str, Any]]) -> str | None:
 def _aligned(x: Tensor) -> Tensor:
     """Contiguous, at an address that is a multiple of 16 bytes."""
     x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return x if address(x) % 16 == 0 else x.clone()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,8 +105,9 @@ class CudaPeers:
                 )
 
     def all_reduce(self, x: Tensor, y: Tensor, two_shot: bool) -> None:
-        self._module.allreduce(
-            self._group, x.data_ptr(), y.data_ptr(), x.numel(), native.dtype_code(x), two_shot, 0,
+        native.run(
+            self._module.allreduce,
+            self._group, x, y, x.numel(), native.dtype_code(x), two_shot, 0,
             self._stream(),
         )  # fmt: skip
 
@@ -122,10 +122,10 @@ class CudaPeers:
 
     def residual_norm(self, tensors: dict[str, Tensor], eps: float, two_shot: bool) -> None:
         x = tensors["x"]
-        arguments: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         D = x.shape[-1]
-        self._module.allreduce_rms_norm(
-            self._group, arguments, x.numel() // D, D, eps, native.dtype_code(x), two_shot, 0,
+        native.run(
+            self._module.allreduce_rms_norm,
+            self._group, tensors, x.numel() // D, D, eps, native.dtype_code(x), two_shot, 0,
             self._stream(),
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from pypar.json_file import read_json
 from pypar.paths import cache_folder
 
 
@@ -27,6 +28,7 @@ class Thresholds(NamedTuple):
 
 
 _KIB, _MIB = 1 << 10, 1 << 20
+MOST_BYTES = _MIB  # of the file
 SEEDS = "seed values from other people's measurements; `pypar bench allreduce --tune` measures this machine's"
 # By class of device, then by number of ranks up to which. Seeds: the sizes up to which vLLM takes its own all-reduce
 # on sm_90 and sm_100 and its rule for one-shot; torch's IntraNodeComm for sm_80; A800 over PCIe for other devices.
@@ -112,7 +114,7 @@ def choose(device: torch.device, engine: str, num_ranks: int) -> Thresholds:
 
 def _read(path: Path) -> dict:
     try:
-        table = json.loads(path.read_text())
+        table = read_json(path, MOST_BYTES)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pypar.comm.collectives import all_gather_start, all_reduce_start, local_slice, reduce_scatter_start
+from pypar.ops.uncompiled import between_ranks, uncompiled
 
 if TYPE_CHECKING:
     from pypar.mesh import Axis
@@ -82,7 +83,7 @@ def _slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 def _apply(forward: Callable[..., Tensor], backward: Callable[..., Tensor], x: Tensor, *where: Any) -> Tensor:
     """forward(x, *where), whose derivative is `backward` of the same place; where: axis, and dim if they have one."""
-    return x if where[0].size == 1 else _Collective.apply(x, forward, backward, where)
+    return x if where[0].size == 1 else _over_ranks(x, forward, backward, where)
 
 
 class _Collective(Function):
@@ -94,5 +95,9 @@ class _Collective(Function):
         return forward(x, *where)
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _Collective.apply(dout, *ctx.other_way), None, None, None
+
+
+_over_ranks = between_ranks("a collective of pypar.comm")(_Collective.apply)

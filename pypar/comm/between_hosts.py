@@ -23,11 +23,13 @@ from pypar.comm import host_exchange
 from pypar.comm.cpu_group import CpuProcessGroup
 from pypar.comm.operands import reduction
 from pypar.comm.process_group import ProcessGroup
-from pypar.comm.work import ThreadWork
+from pypar.comm.work import IN_FLIGHT, ThreadWork
+from pypar.ops.uncompiled import uncompiled_class
 
 Options = Any
 
 
+@uncompiled_class(IN_FLIGHT)
 class ProcessGroupBetweenHosts(CpuProcessGroup):
     """torch.distributed's process group for ranks of which `hosts[rank]` says where they are."""
 

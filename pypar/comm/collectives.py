@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pypar.comm.cpu_group import CpuProcessGroup
 from pypar.comm.traffic import Traffic, wire_bytes
+from pypar.ops.uncompiled import between_ranks, uncompiled
 
 if TYPE_CHECKING:
     from pypar.mesh import Axis
@@ -49,10 +50,12 @@ class Handle:
         self._finish = finish
         self._keep = keep
 
+    @uncompiled("it asks a communication in flight")
     def is_done(self) -> bool:
         """Whether `wait()` would return at once. gloo says so of messages only after a `wait()`."""
         return all(work.is_completed() for work in self._works)
 
+    @uncompiled("it waits for a communication in flight")
     def wait(self) -> Tensor:
         """Wait until the communication is complete and return its tensor; later calls return it at once."""
         if self._works:
@@ -68,6 +71,7 @@ class Handle:
         return self._tensor
 
 
+@between_ranks("all_reduce_start")
 def all_reduce_start(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Handle:
     """Reduce x [any shape] over the axis, in place: after `wait()` x holds the result, and x is returned.
 
@@ -88,6 +92,7 @@ def all_reduce_start(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.R
     return Handle(buffer, (work,), traffic=axis.traffic, finish=write_back)
 
 
+@between_ranks("all_gather_start")
 def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
     """Concatenate every rank's x [.., n, ..] along dim, in rank order: `wait()` gives a new [.., R*n, ..].
 
@@ -105,11 +110,19 @@ def all_gather_start(x: Tensor, axis: Axis, dim: int = 0) -> Handle:
         gathered,
         (work,),
         traffic=axis.traffic,
-        finish=lambda stacked: stacked.movedim(0, dim).flatten(dim, dim + 1),
+        finish=lambda stacked: _joined(stacked, dim),
         keep=(source,),
     )
 
 
+def _joined(stacked: Tensor, dim: int) -> Tensor:
+    """[R, .., n, ..] as [.., R*n, ..]; to autograd a tensor of its own, not a view, so that it may be written to."""
+    whole = stacked.movedim(0, dim).contiguous()
+    shape = whole.shape
+    return torch.ops.aten._unsafe_view(whole, (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :]))
+
+
+@between_ranks("reduce_scatter_start")
 def reduce_scatter_start(
     x: Tensor,
     axis: Axis,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pypar.ops.native import address
+
 # ShmType in csrc/shm_reduce.h.
 _TYPES = {
     torch.float32: 0,
@@ -38,11 +40,6 @@ def dense(tensor: Tensor, copies: list, reads: bool, writes: bool = True) -> Ten
             f'the backend "pypar" is for dense CPU tensors, this one is {tensor.layout} on {tensor.device}; '
             "use nccl for GPUs, gloo for sparse tensors"
         )
-    if tensor.numel() and not tensor.data_ptr():
-        raise ValueError(
-            f'the backend "pypar" needs a tensor with memory, and a {type(tensor).__name__} of shape '
-            f"{tuple(tensor.shape)} has none; pass the local tensor of a DTensor (to_local())"
-        )
     is_plain = not (tensor.is_neg() or tensor.is_conj())  # what memory holds is what the tensor says
     if is_plain and tensor.is_complex():
         tensor = torch.view_as_real(tensor.detach())
@@ -59,7 +56,7 @@ def dense(tensor: Tensor, copies: list, reads: bool, writes: bool = True) -> Ten
 
 
 def part(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.numel() * x.element_size()
+    return address(x), x.numel() * x.element_size()
 
 
 def type_code(x: Tensor) -> int:

@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pypar.comm.collectives import Handle
+from pypar.ops.uncompiled import between_ranks
 
 if TYPE_CHECKING:
     from pypar.mesh import Axis
 
 
+@between_ranks("send_start")
 def send_start(x: Tensor, peer_index: int, axis: Axis, tag: int = 0) -> Handle:
     """Start sending x [any shape] to the rank with index peer_index on the axis; `wait()` returns x."""
     peer = _peer(peer_index, axis, "send to")
@@ -28,6 +30,7 @@ def send_start(x: Tensor, peer_index: int, axis: Axis, tag: int = 0) -> Handle:
     return Handle(x, tuple(works), traffic=axis.traffic, keep=(source,))
 
 
+@between_ranks("receive_start")
 def receive_start(
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -44,6 +47,7 @@ def receive_start(
     return Handle(buffer, tuple(works), traffic=axis.traffic)
 
 
+@between_ranks("exchange_start")
 def exchange_start(
     sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], axis: Axis, tag: int = 0
 ) -> tuple[list[Handle], list[Handle]]:

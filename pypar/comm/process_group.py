@@ -26,11 +26,14 @@ from torch import Tensor
 from pypar.comm.cpu_group import CpuProcessGroup
 from pypar.comm.operands import dense, equal_parts, in_background, part, reduction, row_parts, type_code
 from pypar.comm.shared_memory import map_together, open_group
-from pypar.comm.work import FinishedWork, Work, complete
+from pypar.comm.work import IN_FLIGHT, FinishedWork, Work, complete
+from pypar.ops.native import address
+from pypar.ops.uncompiled import uncompiled_class
 
 Options = Any  # torch's per-collective option structs
 
 
+@uncompiled_class(IN_FLIGHT)
 class ProcessGroup(CpuProcessGroup):
     """torch.distributed's process group over shared memory; all ranks on one host."""
 
@@ -84,14 +87,14 @@ class ProcessGroup(CpuProcessGroup):
         for tensor in tensors:
             flat = dense(tensor, copies, reads=True)
             code, op = reduction(flat, opts.reduceOp)
-            works.append(self.native.all_reduce(flat.data_ptr(), flat.numel(), code, op, opts.asyncOp))
+            works.append(self.native.all_reduce(address(flat), flat.numel(), code, op, opts.asyncOp))
         return self._work(works, tensors, copies)
 
     def reduce(self, tensors: list[Tensor], opts: Options) -> Any:
         copies: list = []
         flat = dense(tensors[0], copies, reads=True)
         code, op = reduction(flat, opts.reduceOp)
-        arguments = flat.data_ptr(), flat.numel(), code, op, opts.rootRank, opts.asyncOp
+        arguments = address(flat), flat.numel(), code, op, opts.rootRank, opts.asyncOp
         return self._work([self.native.reduce(*arguments)], tensors, copies)
 
     def broadcast(self, tensors: list[Tensor], opts: Options = None) -> Any:
@@ -145,7 +148,7 @@ class ProcessGroup(CpuProcessGroup):
                 )
             code, op = reduction(out, opts.reduceOp)
             parts = [part(flat) for flat in flats]
-            works.append(self.native.reduce_scatter(parts, out.data_ptr(), code, op, opts.asyncOp))
+            works.append(self.native.reduce_scatter(parts, address(out), code, op, opts.asyncOp))
         return self._work(works, outputs, copies, inputs)
 
     def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Options = None) -> Any:
@@ -162,7 +165,7 @@ class ProcessGroup(CpuProcessGroup):
             flat = dense(source, copies, reads=True, writes=False)
             parts = equal_parts(flat, self._size, "input", out.numel() * self._size)
             code, op = reduction(out, opts.reduceOp)
-            works.append(self.native.reduce_scatter(parts, out.data_ptr(), code, op, opts.asyncOp))
+            works.append(self.native.reduce_scatter(parts, address(out), code, op, opts.asyncOp))
         return self._work(works, outputs, copies, inputs)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Options = None) -> Any:

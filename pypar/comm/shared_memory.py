@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.comm.operands import part
 from pypar.ops import native
 
 # A data buffer holds one step of a collective: small enough to stay in the caches of two cores, large enough that
@@ -127,8 +128,8 @@ def map_together(native: Any, rank: int, size: int, part_bytes: int, number: int
 def _exchange(native: Any, size: int, offer: bytes) -> list[tuple[int, int, bytes]]:
     mine = torch.frombuffer(bytearray(offer), dtype=torch.uint8)
     all_ranks = torch.empty(size, len(offer), dtype=torch.uint8)
-    parts = [(row.data_ptr(), len(offer)) for row in all_ranks]
-    native.all_gather((mine.data_ptr(), len(offer)), parts, _BYTES, False)
+    parts = [part(row) for row in all_ranks]
+    native.all_gather(part(mine), parts, _BYTES, False)
     offers = [struct.unpack(_OFFER, bytes(row.tolist())) for row in all_ranks]
     return [(num_bytes, number, address.rstrip(b"\0")) for num_bytes, number, address in offers]
 

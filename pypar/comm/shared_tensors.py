@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pypar.comm.process_group import ProcessGroup
+from pypar.ops.uncompiled import between_ranks, uncompiled
 
 if TYPE_CHECKING:
     from pypar.mesh import Axis
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _PART_BYTES = 4096
 
 
+@uncompiled("it looks at a process group")
 def shares_memory(axis: Axis) -> bool:
     """Whether what CPU tensors of the axis send goes through memory of the one host that its ranks are on."""
     return _group(axis) is not None
@@ -24,6 +26,7 @@ def _group(axis: Axis) -> ProcessGroup | None:
     return axis.group if type(axis.group) is ProcessGroup else None
 
 
+@between_ranks("shared_empty")
 def shared_empty(numel: int, dtype: torch.dtype, axis: Axis, device: torch.device | str = "cpu") -> Tensor:
     """A flat tensor [numel] for collectives over the axis. Every rank of the axis calls this, with the same arguments.
 

@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pypar.ops.uncompiled import uncompiled_class
 
+IN_FLIGHT = "it reads and writes memory while other ranks do"
+
+
+@uncompiled_class(IN_FLIGHT)
 class Work(dist._Work):  # type: ignore[name-defined, misc]
     """A started collective or message."""
 
@@ -75,6 +80,7 @@ class Work(dist._Work):  # type: ignore[name-defined, misc]
         return self._future
 
 
+@uncompiled_class(IN_FLIGHT)
 class FinishedWork(dist._Work):  # type: ignore[name-defined, misc]
     """A collective that ran before its call returned."""
 
@@ -102,6 +108,7 @@ class FinishedWork(dist._Work):  # type: ignore[name-defined, misc]
         return future
 
 
+@uncompiled_class(IN_FLIGHT)
 class ThreadWork(dist._Work):  # type: ignore[name-defined, misc]
     """A collective that the group's own thread runs."""
 

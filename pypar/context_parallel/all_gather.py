@@ -39,6 +39,7 @@ from pypar.context_parallel.partial import (
     sinks_share,
 )
 from pypar.ops.rows import accumulate_dtype
+from pypar.ops.uncompiled import uncompiled
 
 
 def all_gather(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -74,6 +75,7 @@ class _AllGather(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, bias, out, lse, lse_rest = ctx.saved_tensors

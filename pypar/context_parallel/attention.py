@@ -13,6 +13,7 @@ from pypar.context_parallel.arguments import Arguments, checked, described, no_s
 from pypar.context_parallel.methods import method_named
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention import Window, attention
+from pypar.ops.uncompiled import between_ranks
 
 
 @overload
@@ -67,6 +68,7 @@ def ring_attention(
     method_options: Mapping[str, Any] | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@between_ranks("ring_attention")
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -116,8 +118,9 @@ def ring_attention(
     cu_seqlens [N, T]). Both are differentiable; the gradients of sinks and bias are the share of this rank's
     queries: their sum over the axis is the whole. On one rank it is `pypar.attention`. Each rank sends what
     `volume` says.
-    ValueError, on every rank and before any data moves: arguments that do not fit, or differ between ranks (on
-    GPUs the ranks compare each combination of shapes and options once).
+    torch.compile ends its graph here (with fullgraph=True torch's error says so).
+    ValueError, on every rank and before any data moves: torch.func's transforms, arguments that do not fit, or differ
+    between ranks (on GPUs the ranks compare each combination of shapes and options once).
     """
     axis = as_axis(group)
     arguments = Arguments(

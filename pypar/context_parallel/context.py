@@ -26,10 +26,10 @@ from pypar.context_parallel.other_attention import (
     refused_functions,
 )
 from pypar.context_parallel.transformers_models import watch_models
-from pypar.context_parallel.uncompiled import uncompiled
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import as_torch, scaled_dot_product_attention
+from pypar.ops.uncompiled import uncompiled
 
 _TOLD = "pypar_told"  # on an error that all ranks know of
 
@@ -75,8 +75,9 @@ def shard_context(
     model's forward by name, and outside of transformers all that mixes positions without attention (convolutions, state
     spaces).
 
-    torch.compile breaks its graph at each attention, so fullgraph=True is refused. Activation checkpoints run
-    forward again in backward, so call loss.backward() inside too.
+    torch.compile breaks its graph at each attention, so fullgraph=True is refused; in a compiled function `with ... as`
+    gives None, as for every mode of torch: name the context before. Activation checkpoints run forward again in
+    backward, so call loss.backward() inside too.
     """
     method_named(method)
     segments_of(0, 0, 1, layout)

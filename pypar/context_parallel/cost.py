@@ -24,6 +24,7 @@ from pypar.context_parallel.machine_costs import MachineCosts, costs_of
 from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.methods import methods
 from pypar.context_parallel.volume import Sizes, Volume
+from pypar.ops.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class MethodCost:
         return self.method + sizes
 
 
+@uncompiled("it is computed once for a shape, on the host")
 @functools.lru_cache(maxsize=256)
 def method_costs(
     sizes: Sizes,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pypar.comm import gather_replicated
 from pypar.mesh import Axis, as_axis
+from pypar.ops.uncompiled import between_ranks, uncompiled
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Segment:
 Segments = tuple[Segment, ...]
 
 
+@uncompiled("positions are worked out on the host, for each length anew")
 def shard(x: Tensor, dim: int, group: Axis | dist.ProcessGroup, layout: str) -> Tensor:
     """This rank's part [.., T, ..] of x [.., length, ..], which is the same on every rank; contiguous.
 
@@ -57,6 +59,7 @@ def shard(x: Tensor, dim: int, group: Axis | dist.ProcessGroup, layout: str) -> 
     return x.index_select(dim, positions_of(x.shape[dim], axis.rank, axis.size, layout).to(x.device))
 
 
+@between_ranks("unshard")
 def unshard(
     x: Tensor, dim: int, group: Axis | dist.ProcessGroup, layout: str, length: int | None = None
 ) -> Tensor:
@@ -84,6 +87,7 @@ def unshard(
     return gather_replicated(x, axis, dim).index_select(dim, place.to(x.device))
 
 
+@uncompiled("positions are worked out on the host, for each length anew")
 def positions(length: int, group: Axis | dist.ProcessGroup, layout: str) -> Tensor:
     """Which positions of a sequence of `length` this rank holds: int64 [T], ascending, on CPU."""
     axis = as_axis(group)

@@ -23,10 +23,12 @@ from pypar.context_parallel.partial import add_backward, add_forward, empty_sums
 from pypar.context_parallel.volume import Sizes
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention_arguments import UNBOUNDED
+from pypar.ops.uncompiled import between_ranks
 
 _HEADS = 4  # of the attention that is measured
 
 
+@between_ranks("measure_costs")
 def measure_costs(
     group: Axis | dist.ProcessGroup, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> MachineCosts:

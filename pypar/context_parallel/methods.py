@@ -8,8 +8,10 @@ import pkgutil
 
 from pypar.context_parallel.call import Method
 from pypar.ops.backend import unknown_name
+from pypar.ops.uncompiled import uncompiled
 
 
+@uncompiled("it imports modules")
 @functools.cache
 def methods() -> dict[str, Method]:
     """Every method by its name: what the METHODS of this folder's files hold, name -> Method."""

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from pypar.context_parallel.uncompiled import uncompiled
+from pypar.ops.uncompiled import uncompiled
 
 # Operators by their names in torch.ops. FlashAttention has some since 2.7.1; before, and in its version 4, it has none.
 _ATEN = (

@@ -24,6 +24,7 @@ from pypar.context_parallel.parts import Part, rounds_of
 from pypar.context_parallel.route import rank_route
 from pypar.context_parallel.walk import Block, Walk
 from pypar.ops.rows import accumulate_dtype
+from pypar.ops.uncompiled import uncompiled
 
 
 def ring(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,7 @@ class _Ring(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, bias, out, lse, *kept = ctx.saved_tensors

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pypar.context_parallel.agreement import agree
 from pypar.context_parallel.arguments import no_seed
 from pypar.context_parallel.transformers_mixing import joined_positions, scaling_by_length
-from pypar.context_parallel.uncompiled import uncompiled
 from pypar.mesh import Axis
+from pypar.ops.uncompiled import uncompiled
 
 _INSTALLED = "pypar_looks_first"
 # Attention of transformers that never comes to torch's function. Names of others may be anyone's, who may call it.

@@ -22,6 +22,7 @@ from pypar.context_parallel.heads import HeadShare, head_share
 from pypar.context_parallel.layouts import Segments, num_positions, positions_in, unions
 from pypar.context_parallel.ring import ring
 from pypar.mesh import Axis
+from pypar.ops.uncompiled import uncompiled
 
 _TAG = 1 << 27  # apart from the tags of a ring on the same group
 
@@ -151,6 +152,7 @@ class _Exchange(torch.autograd.Function):
             return _swap(axis, parts, [shape for each in shapes for shape in each])
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with _named("backward", ctx.axis):

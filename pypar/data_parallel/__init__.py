@@ -1,5 +1,9 @@
 """Data parallelism: every rank has the whole model and a part of the batch; gradients are summed over
-ranks."""
+ranks.
+
+Either the wrapped model or the wrapper may be compiled, the latter not with fullgraph=True. A model that is one graph
+hands all its gradients over when its backward ends, so nothing is summed beside it: compile its layers one by one.
+"""
 
 from pypar.data_parallel.buckets import GradientBuckets
 from pypar.data_parallel.module import DataParallel

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pypar.data_parallel.flat import Bucket, Slot, take_in
 from pypar.data_parallel.streams import BucketStreams, NoStreams
+from pypar.ops.uncompiled import uncompiled
 
 _ZERO_FIRST = "call buckets.zero() before each step's first backward"
 
@@ -23,6 +24,7 @@ class Hook:
     def is_alive(self) -> bool:
         return self._method() is not None
 
+    @uncompiled("it is communication between ranks")
     def __call__(self, parameter: Tensor) -> None:
         method = self._method()
         if method is not None:

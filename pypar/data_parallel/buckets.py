@@ -29,10 +29,12 @@ from pypar.data_parallel.ready_order import agree_on_order
 from pypar.data_parallel.reduction import explained, make_compressor
 from pypar.data_parallel.streams import streams_for
 from pypar.mesh import Axis, as_axis
+from pypar.ops.uncompiled import uncompiled_class
 
 Shard = tuple[Tensor, list[tuple[nn.Parameter, slice, slice]]]
 
 
+@uncompiled_class("it is communication between ranks")
 class GradientBuckets:
     """Sums the gradients of ``params`` over ``axis``, in buckets, while backward runs.
 
@@ -147,9 +149,7 @@ class GradientBuckets:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Backward in here adds to the gradients and starts no communication: for all but a step's last
-        backward.
-        """
+        """Backward in here adds to the gradients, without communication: for all but a step's last backward."""
         before, self._accumulating = self._accumulating, True
         try:
             yield

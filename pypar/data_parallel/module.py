@@ -18,6 +18,7 @@ from pypar.data_parallel.buckets import GradientBuckets
 from pypar.data_parallel.reduction import explained
 from pypar.layout import local_tensor
 from pypar.mesh import Axis, as_axis
+from pypar.ops.uncompiled import between_ranks, uncompiled
 from pypar.sharded import named_parts, refuse_different_parts
 
 _BROADCAST_BYTES = 25 << 20
@@ -98,13 +99,17 @@ class DataParallel(nn.Module):
         self._without_gradient: list[nn.Parameter] = []  # frozen, and have none
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        self._before_forward()
+        return self.module(*inputs, **kwargs)
+
+    @between_ranks("DataParallel's forward")
+    def _before_forward(self) -> None:
         if torch.is_grad_enabled():
             self._refuse_use()
         if self.broadcast_buffers and self._buffers_may_differ:
             with explained("taking the buffers of the first rank", self.axis):
                 _take_from_first(list(self.module.buffers()), self.axis)
         self._buffers_may_differ = torch.is_grad_enabled() and not self._buckets.is_accumulating
-        return self.module(*inputs, **kwargs)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -112,6 +117,7 @@ class DataParallel(nn.Module):
         with self._buckets.accumulate():
             yield
 
+    @uncompiled("it takes hooks off")
     def close(self) -> None:
         """Take the hooks off the module's parameters, so that it may be wrapped anew."""
         self._buckets.close()

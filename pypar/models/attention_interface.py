@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pypar.context_parallel.context import ShardContext, active_context
-from pypar.context_parallel.uncompiled import uncompiled
 from pypar.models.attention_options import knows_booleans, refuse_options, watch_implementation
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import under_autocast
+from pypar.ops.uncompiled import uncompiled
 
 NAME = "pypar"
 # On a mask that is nothing but a window of positions; attention then skips what lies outside. An attribute, so that

@@ -1,4 +1,8 @@
-"""The operators of a transformer: one file each, with contract, definition in plain PyTorch and backends."""
+"""The operators of a transformer: one file each, with contract, definition in plain PyTorch and backends.
+
+torch.compile keeps them in its graphs. torch.func.grad, vjp and jacrev differentiate them once, torch.vmap runs them
+for one element of the batch after the other; forward mode (jvp, jacfwd, hessian) is refused.
+"""
 
 from pypar.ops.attention import attention
 from pypar.ops.cross_entropy import cross_entropy

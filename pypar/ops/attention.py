@@ -12,10 +12,12 @@ from pypar.ops.attention_op import BY_NAME, flat, run_forward
 from pypar.ops.backend import choose
 from pypar.ops.register import overridable
 from pypar.ops.rows import accumulate_dtype
+from pypar.ops.uncompiled import uncompiled
 
 Window = tuple[int | None, int | None]
 
 BACKENDS = tuple(BY_NAME.values())
+_RAW = "it is attention's kernels alone, for use within an operator or an autograd.Function; pypar.attention compiles"
 
 
 @overload
@@ -109,6 +111,11 @@ def attention(
 
     A query that sees no key gives 0, lse -inf and zero gradients. Autocast does not apply: q, k and v have one dtype.
 
+    A key that a query does not see changes no bit of that query's out, lse and dq, and the query changes no bit of that
+    key's dk and dv, whatever the two hold: NaN and inf reach only what sees them. With the backends "cuda" and "triton"
+    this holds for keys of other sequences of cu_seqlens; there NaN or inf in a key, value, query or dout may also reach
+    what a causal mask, a window or a bias hides it from.
+
     With backend "native" the bits of a query's out, lse and dq depend on the query and on its sequence's keys up to
     the last that it sees, not on the other queries of the call; but calls of few rows (T * N / G at most 16, with
     cu_seqlens on average), as in decoding, are summed in another order, and fp16 products scale dq by all rows.
@@ -138,6 +145,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@uncompiled(_RAW)
 @torch.no_grad()
 def attention_forward(
     problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None = None, backend: str | None = None
@@ -153,6 +161,7 @@ def attention_forward(
     return out, lse
 
 
+@uncompiled(_RAW)
 @torch.no_grad()
 def attention_backward(
     problem: AttentionProblem,

@@ -32,15 +32,16 @@ def forward(
     else:
         out, lse = carry
     arguments = _problem(problem)
-    memory = _memory(module.attention_forward_memory(arguments), q)
+    memory = _memory(native.run(module.attention_forward_memory, arguments), q)
     running_lse = lse.contiguous()
-    module.attention_forward(
+    native.run(
+        module.attention_forward,
         arguments,
         _tensor(out),
-        running_lse.data_ptr(),
-        _address(lse_rest),
+        running_lse,
+        _or_zero(lse_rest),
         carry is not None,
-        memory.data_ptr(),
+        memory,
     )
     if running_lse is not lse:
         lse.copy_(running_lse)
@@ -66,20 +67,21 @@ def backward(
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     arguments = _problem(problem)
-    memory = _memory(module.attention_backward_memory(arguments, into is not None), problem.q)
-    module.attention_backward(
+    memory = _memory(native.run(module.attention_backward_memory, arguments, into is not None), problem.q)
+    native.run(
+        module.attention_backward,
         arguments,
         _tensor(dout),
         _tensor(out),
-        lse.data_ptr(),
-        _address(lse_rest),
-        _address(dlse),
+        lse,
+        _or_zero(lse_rest),
+        _or_zero(dlse),
         _tensor(dq),
         _tensor(dk),
         _tensor(dv),
         into is not None,
-        _address(dbias),
-        memory.data_ptr(),
+        _or_zero(dbias),
+        memory,
     )
     return dq, dk, dv
 
@@ -92,7 +94,7 @@ def with_aligned_rows(problem: AttentionProblem) -> AttentionProblem:
 def aligned(x: Tensor) -> Tensor:
     """x, or a contiguous copy where its rows are not contiguous or do not begin at multiples of 16 bytes."""
     size = x.element_size()
-    starts = (x.data_ptr(), *(stride * size for stride in x.stride()[:-1]))
+    starts = (native.address(x), *(stride * size for stride in x.stride()[:-1]))
     whole = x.stride(-1) == 1 and all(start % _GPU_ROW_BYTES == 0 for start in starts)
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
@@ -114,8 +116,8 @@ def _problem(problem: AttentionProblem) -> dict:
         "q": _tensor(q),
         "k": _tensor(k),
         "v": _tensor(v),
-        "cu_seqlens_q": _address(problem.cu_seqlens_q),
-        "cu_seqlens_k": _address(problem.cu_seqlens_k),
+        "cu_seqlens_q": _or_zero(problem.cu_seqlens_q),
+        "cu_seqlens_k": _or_zero(problem.cu_seqlens_k),
         "scale": problem.scale,
         "softcap": problem.softcap,
         "left": problem.left,
@@ -127,29 +129,29 @@ def _problem(problem: AttentionProblem) -> dict:
         "batch_start": at.batch_start,
         "head_start": at.head_start,
         "bias": None if bias is None else _bias(bias.expand(problem.scores_shape)),
-        "sinks": _address(problem.sinks),
-        "alibi_slopes": _address(slopes),
+        "sinks": _or_zero(problem.sinks),
+        "alibi_slopes": _or_zero(slopes),
         "alibi_batch_stride": 0 if slopes is None or slopes.dim() == 1 else slopes.shape[1],
         "dropout_p": problem.dropout_p,
         "dropout_threshold": math.floor(problem.dropout_p * 2**32),
-        "seed": _address(problem.seed),
+        "seed": _or_zero(problem.seed),
         "num_threads": native.num_threads(),
         "stream": torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0,
     }
 
 
-def _tensor(x: Tensor) -> tuple[int, tuple[int, ...], int]:
+def _tensor(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
     strides = x.stride() if x.dim() == 4 else (0, *x.stride())
-    return x.data_ptr(), strides, native.dtype_code(x)
+    return x, strides, native.dtype_code(x)
 
 
-def _bias(x: Tensor) -> tuple[int, tuple[int, ...], int]:
-    return x.data_ptr(), x.stride(), native.dtype_code(x)
+def _bias(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+    return x, x.stride(), native.dtype_code(x)
 
 
-def _address(x: Tensor | None) -> int:
-    """Of a contiguous tensor, 0 for none. The problem's small tensors are made contiguous when it is made."""
-    return 0 if x is None else x.data_ptr()
+def _or_zero(x: Tensor | None) -> Tensor | int:
+    """A contiguous tensor, 0 for none. The problem's small tensors are made contiguous when it is made."""
+    return 0 if x is None else x
 
 
 def _memory(num_bytes: int, like: Tensor) -> Tensor:

@@ -147,8 +147,8 @@ def _batch(problem: AttentionProblem, x: Tensor, span: slice) -> Tensor:
     return x[span].unsqueeze(0)
 
 
-def _scores(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """(scores [B, N, T, S], -inf where a query does not see a key; derivative of the cap). fp64."""
+def _scores(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [B, N, T, S], -inf where a query does not see a key; derivative of the cap; seen [B, N, T, S]). fp64."""
     q, k = problem.q.double(), problem.k.double()
     group = q.shape[2] // k.shape[2]
     scores = torch.einsum("btnh,bsnh->bnts", q, k.repeat_interleave(group, 2)) * problem.scale
@@ -162,12 +162,14 @@ def _scores(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     distance = q_position[:, None] - k_position
     if problem.alibi_slopes is not None:
         scores = scores - problem.alibi_slopes.double()[..., None, None] * distance.abs()
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    seen = torch.ones_like(distance, dtype=torch.bool)
     if problem.left != UNBOUNDED:
-        hidden |= distance > problem.left
+        seen &= distance <= problem.left
     if problem.right != UNBOUNDED:
-        hidden |= -distance > problem.right
-    return scores.masked_fill(hidden, -math.inf), slope
+        seen &= -distance <= problem.right
+    if problem.bias is not None:
+        seen = seen & (problem.bias != -math.inf)
+    return scores.masked_fill(~seen, -math.inf), slope, seen.expand(scores.shape)
 
 
 def _positions(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -199,8 +201,24 @@ def _kept(problem: AttentionProblem) -> Tensor | float:
     return keep.double() / (1 - problem.dropout_p)
 
 
+def _sum_seen(weights: Tensor, seen: Tensor, values: Tensor) -> Tensor:
+    """[B, R, N, H]: the sum of weights [B, N, R, C] times values [B, C, N, H] over C, where `seen` [B, N, R, C].
+
+    Elsewhere the weights are 0, and 0 times a value that is not finite would be NaN.
+    """
+    finite = values.isfinite()
+    if finite.all():
+        return torch.einsum("bnrc,bcnh->brnh", weights, values)
+    total = torch.einsum("bnrc,bcnh->brnh", weights, values.masked_fill(~finite, 0.0))
+    rest = values.masked_fill(finite, 0.0)
+    for c in (~finite).any(-1).any(-1).any(0).nonzero().flatten().tolist():
+        product = weights[..., c].mT.unsqueeze(-1) * rest[:, c : c + 1]
+        total += product.where(seen[..., c].mT.unsqueeze(-1), 0.0)
+    return total
+
+
 def _forward(problem: AttentionProblem, before: Carry | None) -> tuple[Tensor, Tensor]:
-    scores, _ = _scores(problem)
+    scores, _, seen = _scores(problem)
     v = problem.v.double().repeat_interleave(problem.q.shape[2] // problem.v.shape[2], 2)
     terms = [scores]
     if problem.sinks is not None:
@@ -209,10 +227,11 @@ def _forward(problem: AttentionProblem, before: Carry | None) -> tuple[Tensor, T
         terms.append(before[1].double().unsqueeze(-1))
     terms.append(scores.new_full((*scores.shape[:3], 1), -math.inf))  # logsumexp of nothing has no value
     lse = torch.cat(terms, -1).logsumexp(-1)
-    p = (scores - _finite(lse).unsqueeze(-1)).exp() * _kept(problem)
-    out = torch.einsum("bnts,bsnh->btnh", p, v)
+    p = (scores - _finite(lse).unsqueeze(-1)).exp().masked_fill(~seen, 0.0) * _kept(problem)
+    out = _sum_seen(p, seen, v)
     if before is not None:
-        out = out + before[0].double() * (before[1].double() - _finite(lse)).exp().mT.unsqueeze(-1)
+        share = before[0].double() * (before[1].double() - _finite(lse)).exp().mT.unsqueeze(-1)
+        out = out + share.masked_fill((before[1] == -math.inf).mT.unsqueeze(-1), 0.0)
     return out, lse
 
 
@@ -231,17 +250,17 @@ def _backward(
     delta = (dout * out.double()).sum(-1).mT
     if dlse is not None:
         delta = delta - dlse
-    scores, slope = _scores(problem)
+    scores, slope, seen = _scores(problem)
     kept = _kept(problem)
-    p = (scores - _finite(lse.double()).unsqueeze(-1)).exp()
+    p = (scores - _finite(lse.double()).unsqueeze(-1)).exp().masked_fill(~seen, 0.0)
     dp = torch.einsum("btnh,bsnh->bnts", dout, v_heads) * kept
-    dscores = p * (dp - delta.unsqueeze(-1))
+    dscores = (p * (dp - delta.unsqueeze(-1))).masked_fill(~seen, 0.0)
     if dbias is not None:
         dbias.copy_(dscores)
-    dscores = dscores * slope * problem.scale
-    dq = torch.einsum("bnts,bsnh->btnh", dscores, k_heads)
-    dk = torch.einsum("bnts,btnh->bsnh", dscores, q)
-    dv = torch.einsum("bnts,btnh->bsnh", p * kept, dout)
+    dscores = (dscores * slope * problem.scale).masked_fill(~seen, 0.0)
+    dq = _sum_seen(dscores, seen, k_heads)
+    dk = _sum_seen(dscores.mT, seen.mT, q)
+    dv = _sum_seen((p * kept).mT, seen.mT, dout)
     return dq, dk.unflatten(2, (-1, group)).sum(3), dv.unflatten(2, (-1, group)).sum(3)
 
 

@@ -9,6 +9,7 @@ from pypar.ops import native
 from pypar.ops.backend import Backend, choose, never_refuses
 from pypar.ops.register import register
 from pypar.ops.rows import accumulate_dtype, native_refusal
+from pypar.ops.uncompiled import uncompiled
 
 _MOVED = (torch.float32, torch.bfloat16, torch.float16)
 _LARGE_BYTES = 256 << 10  # kStreamBytes in csrc/bucket.cpp
@@ -34,6 +35,7 @@ def bucket(src: Tensor, scale: float = 1.0, *, out: Tensor, backend: str | None 
     return out
 
 
+@uncompiled("it writes memory past the caches")
 def move(src: Tensor, out: Tensor) -> None:
     """out.copy_(src), past the caches where a large CPU tensor is only copied: nobody reads it soon."""
     is_plain = src.is_cpu and out.is_cpu and src.dtype == out.dtype and not src.is_sparse
@@ -61,8 +63,9 @@ def _native_unsupported(src: Tensor, scale: float, out: Tensor) -> str | None:
 
 
 def _native_forward(src: Tensor, scale: float, out: Tensor) -> None:
-    native.module().bucket_forward(
-        src.data_ptr(), out.data_ptr(), src.numel(), scale, native.dtype_code(src), native.dtype_code(out),
+    native.run(
+        native.module().bucket_forward,
+        src, out, src.numel(), scale, native.dtype_code(src), native.dtype_code(out),
         native.num_threads(),
     )  # fmt: skip
 

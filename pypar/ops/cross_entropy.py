@@ -90,8 +90,9 @@ def _native_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple
     rows = as_rows(logits)
     targets = targets.contiguous()
     loss, maximum, total = (torch.empty(targets.shape, dtype=torch.float32) for _ in range(3))
-    wrong_row = native.module().cross_entropy_forward(
-        rows.data_ptr(), targets.data_ptr(), loss.data_ptr(), maximum.data_ptr(), total.data_ptr(),
+    wrong_row = native.run(
+        native.module().cross_entropy_forward,
+        rows, targets, loss, maximum, total,
         rows.shape[0], rows.shape[1], rows.stride(0), ignore_index,
         native.dtype_code(logits), native.num_threads(),
     )  # fmt: skip
@@ -107,9 +108,10 @@ def _native_backward(
     dloss = dloss.float().contiguous()
     targets = targets.contiguous()
     dlogits = torch.empty(logits.shape, dtype=logits.dtype)
-    native.module().cross_entropy_backward(
-        dloss.data_ptr(), rows.data_ptr(), targets.data_ptr(), maximum.data_ptr(), total.data_ptr(),
-        dlogits.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0), ignore_index,
+    native.run(
+        native.module().cross_entropy_backward,
+        dloss, rows, targets, maximum, total,
+        dlogits, rows.shape[0], rows.shape[1], rows.stride(0), ignore_index,
         native.dtype_code(logits), native.num_threads(),
     )  # fmt: skip
     return dlogits

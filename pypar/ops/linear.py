@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pypar.ops.backend import Backend, choose, never_refuses
 from pypar.ops.register import register, register_gradient
 
-# oneDNN adds up in long chains, whose error grows with their length (2.5 times MKL's at 2048): the sum over
-# rows is cut into pieces, which costs one addition per output and 1024 products.
-_MAX_SUM_ROWS = 1024
+# oneDNN adds up to 1024 terms, and more, in one chain, whose error grows with its length: at 1024 terms it is 2.5
+# times MKL's and twice OpenBLAS's, which add 128 to 384 before they begin another. A sum is cut into pieces of at most
+# so many terms, which costs one addition for each result and piece, and copies of operands that lie row by row.
+_MAX_TERMS = 512
 _MIN_FEATURES = 16
 
 
@@ -130,6 +132,17 @@ def _torch_weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
 
 def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [M, K] @ b.T [K, O] + bias."""
+    pieces = -(-a.shape[1] // _MAX_TERMS)
+    if pieces == 1:
+        return _onednn_chain(a, b, bias)
+    parts = zip(a.tensor_split(pieces, 1), b.tensor_split(pieces, 1), strict=True)
+    out = _onednn_chain(*next(parts), bias)
+    for part in parts:
+        out += _onednn_chain(*part)
+    return out
+
+
+def _onednn_chain(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
 
 
@@ -139,21 +152,21 @@ def _dense(a: Tensor) -> Tensor:
 
 
 def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _onednn_product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return _unflatten(_onednn_product(x.reshape(-1, x.shape[-1]), weight, bias), x.shape[:-1])
 
 
 def _onednn_input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
-    dx = _onednn_product(dout.reshape(-1, dout.shape[-1]), weight.t())
-    return dx.view(*dout.shape[:-1], weight.shape[1])
+    return _unflatten(_onednn_product(dout.reshape(-1, dout.shape[-1]), weight.t()), dout.shape[:-1])
 
 
 def _onednn_weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
     dout, x = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
-    dweight = _onednn_product(dout[:_MAX_SUM_ROWS].t(), x[:_MAX_SUM_ROWS].t())
-    for begin in range(_MAX_SUM_ROWS, x.shape[0], _MAX_SUM_ROWS):
-        end = begin + _MAX_SUM_ROWS
-        dweight += _onednn_product(dout[begin:end].t(), x[begin:end].t())
-    return dweight
+    return _onednn_product(dout.t(), x.t())
+
+
+def _unflatten(result: Tensor, leading: torch.Size) -> Tensor:
+    """[rows, features] as [*leading, features]: to autograd a tensor of its own, not a view, as torch's results are."""
+    return torch.ops.aten._unsafe_view(result, (*leading, result.shape[-1]))
 
 
 def _onednn_missing() -> str | None:
@@ -171,6 +184,8 @@ def _onednn_unsupported(x: Tensor, in_features: int, out_features: int) -> str |
         return f"x is on {x.device.type}, and oneDNN computes on CPU"
     if x.dtype != torch.float32:
         return f"x is {x.dtype}; only float32 gains, torch's own choice is as good for other dtypes"
+    if forward_ad._current_level >= 0:
+        return "torch's own product has a derivative in forward mode (torch.func.jvp), and this one has none"
     if not x.numel() or min(in_features, out_features) < _MIN_FEATURES:
         return f"there is nothing to gain below {_MIN_FEATURES} features, nor for an empty x"
     return None
@@ -229,6 +244,21 @@ def _gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dbias, None
 
 
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    a, b, ctx.backend = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _gradient_of_input_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    dout, weight = ctx.saved_tensors
+    return _forward(ddx, weight, None, ctx.backend), _weight_gradient(dout, ddx, ctx.backend), None
+
+
+def _gradient_of_weight_gradient(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
+    dout, x = ctx.saved_tensors
+    return _forward(x, ddweight, None, ctx.backend), _input_gradient(dout, ddweight, ctx.backend), None
+
+
 _forward = register(
     "linear",
     "forward",
@@ -251,3 +281,5 @@ _weight_gradient = register(
     _fake_weight_gradient,
 )
 register_gradient("linear", _gradient, _save)
+register_gradient("linear", _gradient_of_input_gradient, _save_product, "input_gradient")
+register_gradient("linear", _gradient_of_weight_gradient, _save_product, "weight_gradient")

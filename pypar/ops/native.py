@@ -1,5 +1,7 @@
 """The thin Python side of the native module: loading it, its instruction set, its threads.
 
+Tensors reach native code through `run` alone, which passes their addresses.
+
 The instruction set is the best that the CPU has; the environment variable PYPAR_ISA (baseline, avx2, avx512,
 avx512_bf16, amx, amx_fp16; neon) names a poorer one, for tests and comparisons. Threads are those of torch: as many as
 `torch.get_num_threads()`, from the OpenMP pool that torch itself uses.
@@ -12,11 +14,15 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pypar.ops.uncompiled import uncompiled
 
 ISA_VARIABLE = "PYPAR_ISA"
 
@@ -56,6 +62,51 @@ def cuda_module() -> ModuleType:
         return importlib.import_module("pypar._cuda")
     except ImportError as error:
         raise ImportError(f"the CUDA module does not load ({error}); {_BUILD_CUDA}") from error
+
+
+@uncompiled("a native function reads and writes memory, which a graph does not see")
+def run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), where native code gets the address in place of each tensor, also within tuples and dicts.
+
+    The tensors are held until it returns: a graph of torch.compile that was given addresses would free what
+    they point to. ValueError as `address` has it.
+    """
+    return function(*map(_with_addresses, arguments))
+
+
+def address(x: Tensor) -> int:
+    """Where the elements of x begin in memory, 0 where it has none. Whoever uses it keeps x alive meanwhile.
+
+    ValueError: x has no memory of its own (it stands for one in torch.compile, torch.export, FakeTensorMode or
+    torch.func; it is sparse or a DTensor), or what its memory holds is yet to be negated or conjugated.
+    """
+    try:
+        found = x.data_ptr()
+    except RuntimeError:  # says that there is no storage
+        found = 0
+    if not found and x.numel():
+        raise ValueError(
+            f"a {type(x).__name__} of shape {tuple(x.shape)} has no memory that native code could read or write: it is "
+            "only traced (torch.compile, torch.export, FakeTensorMode, torch.func), or sparse, or a DTensor; call "
+            "the functions of pypar.ops, which torch can trace, or pass a plain tensor (of a DTensor its to_local())"
+        )
+    if x.is_neg() or x.is_conj():
+        raise ValueError(
+            f"a tensor of shape {tuple(x.shape)} is a view whose elements are negated or conjugated as they are read, "
+            "and native code would read them as they lie; pass x.resolve_neg().resolve_conj()"
+        )
+    return found
+
+
+def _with_addresses(value: Any) -> Any:
+    kind = type(value)
+    if kind is int or kind is float or kind is bool or value is None:
+        return value
+    if kind is tuple:
+        return tuple(map(_with_addresses, value))
+    if kind is dict:
+        return {name: _with_addresses(x) for name, x in value.items()}
+    return address(value) if isinstance(value, Tensor) else value
 
 
 def dtype_code(x: Tensor) -> int:

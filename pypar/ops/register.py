@@ -12,15 +12,17 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch._compile import _disable_dynamo  # torch.compiler.disable would import the whole compiler
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function
 from torch.utils._device import DeviceContext
 
 from pypar.ops.backend import Backend
+from pypar.ops.derivative import Derivative, Derivatives, autograd_kernel, one_by_one
+from pypar.ops.uncompiled import uncompiled
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _library = torch.library.Library("pypar", "FRAGMENT")
+_derivatives: Derivatives = {}
 
 
 def register(
@@ -42,25 +44,20 @@ def register(
 def define(name: str, signature: str, run: Callable, fake: Callable) -> Callable:
     """Define pypar::<name> with `signature`; `run` and `fake` take its arguments.
 
-    A derivative, by its name, refuses to be differentiated: autograd would go on with zeros.
+    Without a call of `register_gradient` it refuses to be differentiated: autograd would go on with zeros.
     """
     _library.define(name + signature)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pypar::{name}", fake, lib=_library)
-    if name.endswith("_backward"):
-        torch.library.register_autograd(f"pypar::{name}", _refuse_second, lib=_library)
-    return getattr(torch.ops.pypar, name).default
+    op = getattr(torch.ops.pypar, name).default
+    _library.impl(name, autograd_kernel(op, _derivatives), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"pypar::{name}", one_by_one(op), lib=_library)
+    return op
 
 
-def _refuse_second(ctx: object, *_: object) -> None:
-    raise NotImplementedError(
-        "pypar's operators differentiate once; write this one in plain PyTorch for second derivatives"
-    )
-
-
-def register_gradient(op: str, gradient: Callable, save: Callable) -> None:
-    """Give pypar::<op>_forward its derivative: save(ctx, inputs, output), gradient(ctx, *douts)."""
-    torch.library.register_autograd(f"pypar::{op}_forward", gradient, setup_context=save, lib=_library)
+def register_gradient(op: str, gradient: Callable, save: Callable, direction: str = "forward") -> None:
+    """Give pypar::<op>_<direction> its derivative: save(ctx, inputs, output), gradient(ctx, *douts)."""
+    _derivatives[f"{op}_{direction}"] = Derivative(gradient, save)
 
 
 def overridable(function: Function) -> Function:
@@ -69,7 +66,7 @@ def overridable(function: Function) -> Function:
     Its first arguments are tensors.
     """
 
-    handle = _disable_dynamo(handle_torch_function)
+    handle = uncompiled("what stands in for it may be anything")(handle_torch_function)
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:

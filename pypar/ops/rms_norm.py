@@ -67,8 +67,9 @@ def _native_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     out = torch.empty(x.shape, dtype=x.dtype)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     wide_weight = weight.float().contiguous()
-    native.module().rms_norm_forward(
-        rows.data_ptr(), wide_weight.data_ptr(), out.data_ptr(), rstd.data_ptr(),
+    native.run(
+        native.module().rms_norm_forward,
+        rows, wide_weight, out, rstd,
         rows.shape[0], rows.shape[1], rows.stride(0), eps, native.dtype_code(x), native.num_threads(),
     )  # fmt: skip
     return out, rstd
@@ -82,9 +83,10 @@ def _native_backward(dout: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> t
     num_rows, size = rows.shape
     rows_per_block = max(_MIN_BLOCK_ROWS, -(-num_rows // _MAX_BLOCKS))
     partial = torch.empty(-(-num_rows // rows_per_block), size, dtype=torch.float32)
-    native.module().rms_norm_backward(
-        dout_rows.data_ptr(), rows.data_ptr(), wide_weight.data_ptr(), rstd.data_ptr(),
-        dx.data_ptr(), dweight.data_ptr(), partial.data_ptr(), num_rows, size,
+    native.run(
+        native.module().rms_norm_backward,
+        dout_rows, rows, wide_weight, rstd,
+        dx, dweight, partial, num_rows, size,
         dout_rows.stride(0), rows.stride(0), rows_per_block, native.dtype_code(x), native.num_threads(),
     )  # fmt: skip
     return dx, dweight.to(weight.dtype)

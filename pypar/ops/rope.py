@@ -70,8 +70,9 @@ def _native_turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tenso
         x = x.contiguous()
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    native.module().rope(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
+    native.run(
+        native.module().rope,
+        x, cos, sin, out,
         x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, x.stride(0), x.stride(1), x.stride(2), direction,
         native.dtype_code(x), native.num_threads(),
     )  # fmt: skip

@@ -40,7 +40,8 @@ def scaled_dot_product_attention(
 
     torch.autocast is honoured.
 
-    Returns [..., N, T, Hv]. A query that sees no key gives 0. ValueError: arguments that do not fit.
+    Returns [..., N, T, Hv]. A query that sees no key gives 0; what is hidden from a query (by False or -inf) may hold
+    anything where `pypar.attention` says so. ValueError: arguments that do not fit.
     """
     options = {"dropout_p": dropout_p, "scale": scale, "backend": backend}
     return as_torch(attention, (query, key, value), attn_mask, is_causal, enable_gqa, options)

@@ -51,8 +51,9 @@ def _native_unsupported(gate: Tensor, up: Tensor) -> str | None:
 def _native_forward(gate: Tensor, up: Tensor) -> Tensor:
     gate_rows, up_rows = as_rows(gate), as_rows(up)
     out = torch.empty(gate.shape, dtype=gate.dtype)
-    native.module().swiglu_forward(
-        gate_rows.data_ptr(), up_rows.data_ptr(), out.data_ptr(), gate_rows.shape[0], gate_rows.shape[1],
+    native.run(
+        native.module().swiglu_forward,
+        gate_rows, up_rows, out, gate_rows.shape[0], gate_rows.shape[1],
         gate_rows.stride(0), up_rows.stride(0), native.dtype_code(gate), native.num_threads(),
     )  # fmt: skip
     return out
@@ -62,8 +63,9 @@ def _native_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     dout_rows, gate_rows, up_rows = as_rows(dout), as_rows(gate), as_rows(up)
     dgate = torch.empty(gate.shape, dtype=gate.dtype)
     dup = torch.empty(up.shape, dtype=up.dtype)
-    native.module().swiglu_backward(
-        dout_rows.data_ptr(), gate_rows.data_ptr(), up_rows.data_ptr(), dgate.data_ptr(), dup.data_ptr(),
+    native.run(
+        native.module().swiglu_backward,
+        dout_rows, gate_rows, up_rows, dgate, dup,
         gate_rows.shape[0], gate_rows.shape[1], dout_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
         native.dtype_code(gate), native.num_threads(),
     )  # fmt: skip

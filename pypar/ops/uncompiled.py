@@ -55,7 +55,11 @@ def uncompiled_class(reason: str) -> Callable[[Class], Class]:
 
 
 def between_ranks(name: str) -> Callable[[Function], Function]:
-    """`uncompiled` for what ranks do together; torch.func's transforms are refused, on every rank alike."""
+    """`uncompiled` for what ranks do together; torch.func's transforms and torch.export are refused, on every rank."""
+
+    is_exporting = getattr(
+        torch.compiler, "is_exporting", lambda: False
+    )  # not in the oldest torch that we take
 
     def decorate(function: Function) -> Function:
         @uncompiled(f"{name} is communication between ranks; compile without fullgraph=True")
@@ -65,6 +69,11 @@ def between_ranks(name: str) -> Callable[[Function], Function]:
                 raise ValueError(
                     f"{name} is communication between ranks, which torch.func's transforms (grad, vmap, jvp, ...) "
                     "do not pass through; use backward() or torch.autograd.grad, and a loop in place of vmap"
+                )
+            if is_exporting():
+                raise ValueError(
+                    f"{name} is communication between ranks, and what torch.export writes is one process's; export the "
+                    "model as it is before it is spread over ranks"
                 )
             return function(*args, **kwargs)
 

@@ -72,8 +72,6 @@ def dense(  # noqa: PLR0913
         return tensors
 
     causal, window = options.get("causal", False), options.get("window")
-    # What torch's fused attention has not, or draws otherwise.
-    stepwise = {"return_lse", "softcap", "dropout_p"} & options.keys() or sinks or bias
     extra = [name for name, there in (("sinks", sinks), ("bias", bias)) if there]
     gradients = ("q", "k", "v", *extra) if backward else ()
     return Case(
@@ -83,7 +81,6 @@ def dense(  # noqa: PLR0913
         gradients=gradients,
         ours=functools.partial(attention, **options),
         plain=functools.partial(attention_torch.plain, **options),
-        fused=None if stepwise else _fused(causal, window),
         peer=_peer(causal, window, T == S, sinks, slopes, bias, options),
         flops=attention_torch.flops(B * attention_torch.visible_pairs(T, S, causal, window), N, H, Hv),
         quick=quick,
@@ -104,16 +101,6 @@ def _peer(
     if slopes or window or (causal and not square):
         return Peer(f"{name}, mask", call, _mask_of(causal, window))
     return Peer(name, functools.partial(call, is_causal=causal))
-
-
-def _fused(causal: bool, window: Window | None) -> Callable[..., Tensor]:
-    prepare = _mask_of(causal, window)
-
-    def fused(**inputs: Tensor) -> Tensor:
-        masked = prepare(inputs)
-        return attention_torch.sdpa(masked["q"], masked["k"], masked["v"], masked["mask"])
-
-    return fused
 
 
 def _mask_of(causal: bool, window: Window | None) -> Callable[[Inputs], Inputs]:
@@ -153,7 +140,6 @@ def lengths_causal(name: str, lengths: list[int], N: int, G: int, H: int = 64) -
         gradients=("q", "k", "v"),
         ours=functools.partial(attention, causal=True),
         plain=functools.partial(attention_torch.plain, causal=True),
-        fused=attention_torch.sdpa_of_each,
         peer=Peer(
             "F.scaled_dot_product_attention, padded, mask",
             attention_torch.sdpa,

@@ -141,15 +141,6 @@ def sdpa(
     ).transpose(1, 2)
 
 
-def sdpa_of_each(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
-    """Causal, of sequences that stand one after the other, each by itself."""
-    parts = []
-    for rows, keys in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True):
-        mask = visible(rows.stop - rows.start, keys.stop - keys.start, True, None, q.device)
-        parts.append(sdpa(q[None, rows], k[None, keys], v[None, keys], mask)[0])
-    return torch.cat(parts)
-
-
 def padded(inputs: Inputs, causal: bool) -> Inputs:
     """Sequences one after the other become a batch of the longest's length, with the mask that torch needs."""
     sides = {"q": "cu_seqlens_q", "k": "cu_seqlens_k", "v": "cu_seqlens_k"}

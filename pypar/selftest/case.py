@@ -52,8 +52,6 @@ class Case:
 
     inputs: makes the arguments; those that `gradients` names are differentiated; none: only forward is run.
     ours(**inputs, backend=name), plain(**inputs) -> outputs; plain computes in the dtype of its inputs, float64 too.
-    fused(**inputs): torch's own fused function, if it has one that returns the same. What PyTorch makes of a type is
-        the larger error of the two: steps apart and steps fused lose different digits.
     flops: (forward, backward) additions and multiplications that cannot be avoided; 0 for those that only move data.
     unread: inputs that backward has no need to read, for counting the bytes that must move.
     """
@@ -65,7 +63,6 @@ class Case:
     ours: Function
     plain: Function
     peer: Peer
-    fused: Function | None = None
     flops: tuple[float, float] = (0.0, 0.0)
     unread: tuple[str, ...] = ()
     quick: bool = False

@@ -14,6 +14,7 @@ def cases(large: bool) -> list[Case]:
         _case(2 * size, size, size, bias=False, quick=True),
         _case(1023, 111, 63, bias=True),
         _case(2100, size, 200, bias=True),
+        _case(256, 8 * size, 64, bias=False),  # so long a chain that it shows
     ]
 
 

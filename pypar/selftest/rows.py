@@ -119,14 +119,14 @@ def _rows(
     """One for each backend."""
     what = f"{op} on {device} in {name_of(dtype)}, {case.name}"
     try:
-        draws = check.draws(case, device, dtype)
+        expected = check.expect(case, device, dtype)
     except Exception as error:
         yield NotRun(what, f"plain PyTorch fails: {_sentence(error)}")
         return
     for backend in backends:
         row = Row(op, backend.name, device, name_of(dtype), case.name, case.shape, case.peer.name)
         try:
-            _fill(row, case, draws, limits)
+            _fill(row, case, expected, limits)
         except RefusalError as refusal:
             yield NotRun(f"{op} {backend.name} on {device}", refusal.reason)
             continue
@@ -134,22 +134,22 @@ def _rows(
             row.failure = _sentence(error)
         yield row
     if device == "cuda":
-        del draws
+        del expected
         torch.cuda.empty_cache()
 
 
-def _fill(row: Row, case: Case, draws: list[check.Expected], limits: Limits) -> None:
+def _fill(row: Row, case: Case, expected: check.Expected, limits: Limits) -> None:
     ours = functools.partial(case.ours, backend=row.backend)
-    results = [check.results(case, ours, draw.inputs, draw.douts) for draw in draws]
-    judgement = check.judge(results, draws)
+    results = check.results(case, ours, expected.inputs, expected.douts)
+    judgement = check.judge(results, expected)
     row.result, row.error, row.allowed = judgement.result, judgement.error, judgement.allowed
-    row.failure = judgement.failure or _repeats(row, results[0], case, ours, draws[0])
+    row.failure = judgement.failure or _repeats(row, results, case, ours, expected)
     if row.failure:
         return
     # The reference is written to be read: one look at its time is enough.
     budget_s = 0.0 if row.backend == "reference" else limits.options.budget_s
-    (forward, *both), peer = _times(case, ours, draws[0], row.device, budget_s)
-    least_forward_s, least_both_s, row.limit = _least_seconds(case, draws[0], row.device, limits)
+    (forward, *both), peer = _times(case, ours, expected, row.device, budget_s)
+    least_forward_s, least_both_s, row.limit = _least_seconds(case, expected, row.device, limits)
     row.forward_ms, row.forward_share = forward * 1e3, least_forward_s / forward
     if both:
         row.both_ms, row.both_share = both[0] * 1e3, least_both_s / both[0]

@@ -22,6 +22,7 @@ from pypar.comm import all_gather_start, gather_replicated
 from pypar.layout import Layout, local_tensor
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
+from pypar.ops.uncompiled import between_ranks, uncompiled
 from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
 
 
@@ -56,7 +57,7 @@ def column_parallel(
     x, weights, biases = tensors[0], tensors[1 : 1 + len(weights)], tensors[1 + len(weights) :]
     if axis.size == 1:
         return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-    return _ColumnParallel.apply(x, axis, sequence_parallel, *weights, *biases)
+    return _over_ranks(x, axis, sequence_parallel, *weights, *biases)
 
 
 class _ColumnParallel(Function):
@@ -77,6 +78,7 @@ class _ColumnParallel(Function):
         return outs
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
@@ -93,10 +95,13 @@ class _ColumnParallel(Function):
             for dout, needed in zip(douts, needs_w, strict=True)
         ]
         dbiases = [
-            dout.flatten(0, -2).sum(0) if dout is not None and needed else None
+            dout.reshape(-1, dout.shape[-1]).sum(0) if dout is not None and needed else None
             for dout, needed in zip(douts, needs_b, strict=True)
         ]
         return reduction.wait() if reduction is not None else None, None, None, *dweights, *dbiases
+
+
+_over_ranks = between_ranks("column_parallel")(_ColumnParallel.apply)
 
 
 def _input_gradient(douts: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
@@ -145,7 +150,7 @@ class ColumnParallelLinear(ShardedLinear):
             layouts["bias"] = Layout((self.out_features,), ((TP, 0),))
         return layouts
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         weight, bias = self.part("weight"), self.part("bias")
         assert weight is not None
         (y,) = column_parallel(

@@ -19,6 +19,7 @@ from pypar.comm import all_reduce_start
 from pypar.mesh import Axis
 from pypar.ops.backend import choose
 from pypar.ops.cross_entropy import BACKENDS, check_targets, cross_entropy, out_of_range
+from pypar.ops.uncompiled import between_ranks, uncompiled
 
 
 def vocab_parallel_cross_entropy(
@@ -34,6 +35,11 @@ def vocab_parallel_cross_entropy(
     """
     if axis.size == 1:
         return cross_entropy(logits_shard, targets, ignore_index)
+    return _over_ranks(logits_shard, targets, axis, ignore_index)
+
+
+@between_ranks("vocab_parallel_cross_entropy")
+def _over_ranks(logits_shard: Tensor, targets: Tensor, axis: Axis, ignore_index: int) -> Tensor:
     check_targets(targets, "logits_shard", logits_shard)
     _check_range(targets, logits_shard.shape[-1] * axis.size, ignore_index)
     return _VocabParallelCrossEntropy.apply(logits_shard, targets, axis, ignore_index)
@@ -58,6 +64,7 @@ class _VocabParallelCrossEntropy(Function):
         return torch.where(ignored, 0, total.log() - target_logit)
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, rows, elsewhere, maximum, total = ctx.saved_tensors

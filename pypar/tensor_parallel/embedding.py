@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from pypar.comm import all_gather_start
 from pypar.layout import Layout
 from pypar.mesh import Axis, as_axis
+from pypar.ops.uncompiled import between_ranks, uncompiled
 from pypar.tensor_parallel.sharded import TP, ShardedModule, fill, part_length, sum_start
 
 
@@ -64,7 +65,7 @@ class VocabParallelEmbedding(ShardedModule):
 
         fill(self.weight, self.layouts()["weight"], self.axis, generator, draw)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def run(self, ids: Tensor) -> Tensor:
         if self.sequence_parallel and self.axis.size > 1 and ids.dim() < 2:
             raise ValueError(
                 "an embedding with sequence_parallel=True cuts dim 1 of ids [B, T], but they have shape "
@@ -75,7 +76,7 @@ class VocabParallelEmbedding(ShardedModule):
         assert weight is not None
         if self.axis.size == 1:
             return nn.functional.embedding(ids, weight, self.padding_idx)
-        return _VocabParallel.apply(weight, ids, self.padding_idx, self.axis, self.sequence_parallel)
+        return _over_ranks(weight, ids, self.padding_idx, self.axis, self.sequence_parallel)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
@@ -101,6 +102,7 @@ class _VocabParallel(Function):
         return sum_start(out, axis, sequence_parallel).wait()
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         rows, outside = ctx.saved_tensors
@@ -111,6 +113,9 @@ class _VocabParallel(Function):
         dout = dout.masked_fill(outside.unsqueeze(-1), 0)
         dweight = torch.ops.aten.embedding_dense_backward(dout, rows, ctx.num_rows, -1, False)
         return dweight, None, None, None, None
+
+
+_over_ranks = between_ranks("VocabParallelEmbedding")(_VocabParallel.apply)
 
 
 def _positive_padding(padding_idx: int | None, num_embeddings: int) -> int | None:
@@ -128,7 +133,7 @@ def _check_ids(ids: Tensor, num_embeddings: int) -> None:
     if ids.is_meta or not ids.numel():
         return
     fits = ((ids >= 0) & (ids < num_embeddings)).all()
-    if ids.device.type != "cpu":
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():  # nobody waits for the value
         torch._assert_async(fits)
     elif not fits:
         wrong = ids[(ids < 0) | (ids >= num_embeddings)][0]

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pypar.comm import all_gather_start
+from pypar.comm import all_gather_start, split_to
 from pypar.layout import Layout, local_tensor
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
+from pypar.ops.uncompiled import between_ranks, uncompiled
 from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
 
 
@@ -39,7 +40,7 @@ def row_parallel(
     x, weight, bias = autocast((x, local_tensor(weight), None if bias is None else local_tensor(bias)))  # type: ignore[assignment]
     if axis.size == 1:
         return linear(x, weight, bias)
-    return _RowParallel.apply(x, weight, bias, axis, sequence_parallel)
+    return _over_ranks(x, weight, bias, axis, sequence_parallel)
 
 
 class _RowParallel(Function):
@@ -54,17 +55,23 @@ class _RowParallel(Function):
         return out if bias is None else out.add_(bias)
 
     @staticmethod
+    @uncompiled("it is communication between ranks")
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         gathers = ctx.sequence_parallel and (needs_x or needs_weight)
         gather = all_gather_start(dout, ctx.axis, 1) if gathers else None
-        dbias = dout.flatten(0, -2).sum(0) if needs_bias else None  # this rank's rows, while others arrive
+        dbias = (
+            dout.reshape(-1, dout.shape[-1]).sum(0) if needs_bias else None
+        )  # this rank's rows, while others arrive
         whole_dout = gather.wait() if gather is not None else dout
         dx = linear_input_gradient(whole_dout, weight) if needs_x else None
         dweight = linear_weight_gradient(whole_dout, x) if needs_weight else None
         return dx, dweight, dbias, None, None
+
+
+_over_ranks = between_ranks("row_parallel")(_RowParallel.apply)
 
 
 class RowParallelLinear(ShardedLinear):
@@ -73,6 +80,7 @@ class RowParallelLinear(ShardedLinear):
     weight [out_features, in_features/R], bias [out_features] on every rank; x and result as `row_parallel`
     has them.
 
+    ``split_input`` takes the whole x [..., in_features], the same on every rank, of which each uses its part.
     Under sequence parallelism each rank's bias gradient is a part, as the layout's gradient_sum_axes says.
     Initial values as in `ColumnParallelLinear`.
     """
@@ -85,13 +93,14 @@ class RowParallelLinear(ShardedLinear):
         *,
         bias: bool = False,
         sequence_parallel: bool = False,
+        split_input: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.axis = as_axis(axis)
         self.in_features, self.out_features = in_features, out_features
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.split_input = sequence_parallel, split_input
         part = part_length("in_features", in_features, self.axis)
         self.allocate((out_features, part), out_features if bias else 0, {"dtype": dtype, "device": device})
 
@@ -102,7 +111,12 @@ class RowParallelLinear(ShardedLinear):
             layouts["bias"] = Layout((self.out_features,), gradient_sum_axes=partial)
         return layouts
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
+        if self.split_input:
+            x = split_to(x, self.axis, -1)
         weight, bias = self.part("weight"), self.part("bias")
         assert weight is not None
         return row_parallel(x, weight, self.axis, sequence_parallel=self.sequence_parallel, bias=bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, split_input={self.split_input}"

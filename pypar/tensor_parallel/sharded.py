@@ -84,6 +84,17 @@ class ShardedModule(nn.Module):
 
     axis: Axis
 
+    def run(self, x: Tensor) -> Tensor:
+        """What the layer computes."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x) if self.axis.size == 1 else self._run_between_ranks(x)
+
+    @uncompiled("a layer that is cut over ranks communicates between ranks; compile without fullgraph=True")
+    def _run_between_ranks(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
     def layouts(self) -> dict[str, Layout]:
         """Layout of each own parameter, by its name."""
         raise NotImplementedError

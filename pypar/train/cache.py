@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pypar.json_file import read_json
 from pypar.paths import cache_folder
 from pypar.train.config import DataConfig
 from pypar.train.sources import PYTHON_STDLIB, SourceFile, find_files, stdlib_folder
@@ -26,6 +27,7 @@ from pypar.train.tokenise import DTYPES, PARTS, tokenise
 from pypar.train.tokens import Tokenizer
 
 FORMAT = 2  # of the folder; one of another format is not found, and is built anew
+MOST_META_BYTES = 1 << 20
 STALE_SECONDS = 24 * 3600
 
 
@@ -113,10 +115,14 @@ def _locked(path: Path) -> Iterator[None]:
 def _open(path: Path) -> TokenCache | None:
     """The cache at ``path`` if it is complete."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = read_json(path / "meta.json", MOST_META_BYTES)
+        if meta["dtype"] not in DTYPES or type(meta["has_mask"]) is not bool:
+            return None
+        if type(meta["notes"]) is not list or not all(type(note) is str for note in meta["notes"]):
+            return None
         sizes = {part: PartSize(**meta["sizes"][part]) for part in PARTS}
         cache = TokenCache(path, meta["dtype"], meta["has_mask"], sizes, tuple(meta["notes"]))
-        return cache if cache.dtype in DTYPES and all(_is_whole(cache, part) for part in PARTS) else None
+        return cache if all(_is_whole(cache, part) for part in PARTS) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

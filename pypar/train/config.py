@@ -87,6 +87,7 @@ class TrainConfig:
     checkpoint_every: int = 100  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest so many; 0: all
     resume: str = ""  # "": start anew; "auto" (or true): the newest checkpoint of this run; or a path
+    resume_data: str = "same"  # or "restart": of data, sequence length or seed that are not the checkpoint's
     sequence_parallel: bool = False
     threads: int = 0  # of one rank; 0: the machine's cores divided by its ranks
     sample_prompt: str = "class "
@@ -200,7 +201,7 @@ def load_config(
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"configuration {path} is not TOML: {error}") from error
     except OSError as error:
         raise ValueError(f"configuration {path} cannot be read: {error.strerror}") from error
@@ -210,7 +211,7 @@ def _parse_value(text: str) -> Any:
     """A TOML value; what is not one is taken as a bare string, so that paths and names need no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     return parsed["value"] if set(parsed) == {"value"} else text
 

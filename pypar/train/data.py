@@ -1,4 +1,4 @@
-"""Batches of token windows, functions of (seed, step) alone: the same in every layout and after a restart."""
+"""Batches of token windows, functions of (seed, sample) alone: the same in every layout and after a restart."""
 
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
@@ -97,16 +97,16 @@ class TokenData:
         self.num_train_windows = max(1, (len(self.tokens["train"]) - sequence_length) // sequence_length)
         self.num_validation_windows = (len(self.tokens["validation"]) - 1) // sequence_length
 
-    def train_batch(self, step: int, batch_size: int) -> Batch:
-        """The windows of ``step`` (from 0)."""
-        samples = np.arange(step * batch_size, (step + 1) * batch_size)
+    def train_batch(self, first_sample: int, num_samples: int) -> Batch:
+        """The run's samples from ``first_sample`` on; the first of all is 0."""
+        samples = np.arange(first_sample, first_sample + num_samples)
         epochs, index = np.divmod(samples, self.num_train_windows)
         starts = np.empty_like(samples)
         for epoch in np.unique(epochs):
             now = epochs == epoch
             order = shuffled(index[now], self.num_train_windows, self.seed, int(epoch))
             starts[now] = order * self.sequence_length + self._offset(int(epoch))
-        return self._windows("train", starts, batch_size)
+        return self._windows("train", starts, num_samples)
 
     def _offset(self, epoch: int) -> int:
         slack = len(self.tokens["train"]) - 1 - self.num_train_windows * self.sequence_length
@@ -137,6 +137,9 @@ class TokenData:
                 ends = self._ends_within(part, start)
                 targets[row, ends - 1] = IGNORED  # the first token of the next document
                 documents[row] = np.concatenate([[0], ends[ends < length], [length]], dtype=np.int32)
+        last = max(tokens.max(), targets.max())
+        if last >= self.vocab_size:  # kernels that look up logits trust what they are given
+            raise self._damaged(f"it holds token {last}, but the tokenizer has {self.vocab_size}")
         told_apart = [torch.from_numpy(x) for x in documents] if self.packed_documents else None
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), told_apart)
 
@@ -144,7 +147,16 @@ class TokenData:
         """How many tokens of the window from ``start`` on precede each end of a document in it, from 1 to T."""
         ends = self.ends[part]
         first, last = np.searchsorted(ends, [start, start + self.sequence_length], side="right")
-        return np.asarray(ends[first:last]) - start
+        within = np.asarray(ends[first:last]) - start
+        bounds = np.concatenate([[0], within])
+        if (np.diff(bounds) <= 0).any() or bounds[-1] > self.sequence_length:  # kernels trust these as well
+            raise self._damaged("the ends of its documents are not in order")
+        return within
+
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(
+            f"the token cache {self.cache.path} is damaged: {why}; delete it, and it is built again"
+        )
 
     def validation_entropies(self) -> dict[str, float]:
         """What a model of token counts alone would reach on the validation text, in nats a token.

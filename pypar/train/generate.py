@@ -13,14 +13,14 @@ from ..models import Decoder
 from ..models.cache import KeyValueCache
 from . import checkpoint
 from .config import RunConfig
+from .plan import check_whole_model
 from .tokens import check_text, continuation, open_tokenizer
 
 
 def load_model(path: Path) -> tuple[Decoder, RunConfig]:
     """The whole model of a checkpoint, whatever layout wrote it, in fp32, in a process without a process group."""
-    config = RunConfig.from_dict(checkpoint.read_extra(path)["config"])
-    tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
-    model = Decoder(config.decoder_config(tokenizer.vocab_size), Mesh(), seed=config.seed)
+    config, model_config = check_whole_model(path)
+    model = Decoder(model_config, Mesh(), seed=config.seed)
     state = {f"model.{name}": (p.detach(), layout_of(p)) for name, p in model.global_parameters()}
     checkpoint.load(path, state, model.mesh)
     return model.eval(), config
@@ -84,7 +84,7 @@ def generate(path: Path, prompt: str, num_tokens: int, *, temperature: float = 0
         torch.tensor(prompt_ids or [tokenizer.end_token]),
         num_tokens,
         num_ids=tokenizer.vocab_size,
-        context=config.train.sequence_length,
+        context=min(config.train.sequence_length, len(prompt_ids or [0]) + num_tokens),
         temperature=temperature,
         generator=generator,
     )

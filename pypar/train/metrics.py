@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..json_file import parse_json
 from ..ops import linear
 
 FLOP_CONVENTION = (
@@ -52,15 +53,18 @@ class Metrics:
 
     @staticmethod
     def read(path: Path) -> list[dict]:
-        """The objects of a metrics file; a last line that a kill cut short is left out."""
+        """The objects of a metrics file, to the first line that is none, as a kill may have cut the last short."""
         if not path.exists():
             return []
         lines = []
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                value = parse_json(line)
+            except ValueError:
                 break
+            if not isinstance(value, dict) or type(value.get("step")) is not int:
+                break
+            lines.append(value)
         return lines
 
     def write(self, line: Mapping[str, object], *, show: bool) -> None:

@@ -9,11 +9,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
 from pypar.train.data import open_data
+from pypar.train.resume import resumption
 from pypar.train.sources import PYTHON_STDLIB
 from pypar.train.tokens import SPECIAL_TOKENS, check_text, open_tokenizer
 
@@ -62,6 +64,7 @@ BOUNDS: dict[str, tuple[float | str, float | str]] = {
 CHOICES = {
     "data.special_tokens": SPECIAL_TOKENS,
     "train.precision": ("fp32", "bf16"),
+    "train.resume_data": ("same", "restart"),
     "context.layout": ("zigzag", "contiguous", "striped"),
     "context.method": ("ring", "all_gather", "ulysses", "hybrid", "auto"),
 }
@@ -84,7 +87,7 @@ def check(config: RunConfig, world_size: int | None = None, *, overwrite: bool =
     """
     from pypar.mesh import check_mesh, format_mesh, parse_mesh
 
-    _check_values(config)
+    check_values(config)
     sizes = parse_mesh(config.mesh or f"dp={world_size or 1}")
     num_ranks = math.prod(sizes.values())
     check_mesh(sizes, num_ranks if world_size is None else world_size)
@@ -93,8 +96,11 @@ def check(config: RunConfig, world_size: int | None = None, *, overwrite: bool =
     )
     notes = [*_check_layout(config, model, sizes)]
     _check_run_directory(config, overwrite)
-    resume, note = _check_resume(config, model)
-    notes += open_data(config.data, config.train.sequence_length, config.seed).cache.notes
+    resume, note = _find_checkpoint(config)
+    if resume is not None:  # before the data are prepared, which may take long
+        manifest = _check_resume(resume, config, model, headers=world_size is None)
+    tokens = open_data(config.data, config.train.sequence_length, config.seed)
+    notes += tokens.cache.notes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if world_size is None and num_ranks > cores:
         notes.append(f"{num_ranks} ranks share {cores} cores: they will wait for each other")
@@ -107,12 +113,14 @@ def check(config: RunConfig, world_size: int | None = None, *, overwrite: bool =
         config,
         mesh=format_mesh(sizes),
         data=data,
-        train=dataclasses.replace(config.train, resume=resume),
+        train=dataclasses.replace(config.train, resume="" if resume is None else os.path.abspath(resume)),
     )
+    if resume is not None:
+        resumption(resume, manifest, filled, tokens)
     return Plan(filled, num_ranks, tuple(notes + note))
 
 
-def _check_values(config: RunConfig) -> None:
+def check_values(config: RunConfig) -> None:
     values = config.to_dict()
     for key, (low, high) in BOUNDS.items():
         section, _, leaf = key.partition(".")
@@ -220,11 +228,12 @@ def _check_sequence_parallel(length: int, layout: str, cp: int, tp: int) -> None
 
 
 def _check_run_directory(config: RunConfig, overwrite: bool) -> None:
-    newest = checkpoint.latest(config.checkpoint_directory)
-    if newest is not None and not config.train.resume and not overwrite:
+    complete, faults = checkpoint.survey(config.checkpoint_directory)
+    if (complete or faults) and not config.train.resume and not overwrite:
+        last = f"its last checkpoint is {complete[0].name}" if complete else faults[0]
         raise ValueError(
-            f"{config.run_directory} holds an earlier run (its last checkpoint is {newest.name}); continue "
-            "it with --resume, give this one another --name, or delete the old one with --overwrite"
+            f"{config.run_directory} holds an earlier run ({last}); continue it with --resume, give this one another "
+            "--name, or delete the old one with --overwrite"
         )
     try:
         config.checkpoint_directory.mkdir(parents=True, exist_ok=True)
@@ -234,20 +243,43 @@ def _check_run_directory(config: RunConfig, overwrite: bool) -> None:
         ) from error
 
 
-def _check_resume(config: RunConfig, model: "DecoderConfig") -> tuple[str, list[str]]:
-    """The checkpoint to start from as an absolute path, or ""; and what to say about it."""
+def _find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint to start from, if any, and what to say about it."""
     path, notes = config.resume_path(), []
     if config.train.resume == "auto":
         complete, faults = checkpoint.survey(config.checkpoint_directory)
         if faults and not complete:
             raise ValueError(f"{faults[0]}, or start anew with --overwrite and without --resume")
         notes = faults if complete else [f"no checkpoint in {config.checkpoint_directory} yet: starting anew"]
-    if path is None:
-        return "", notes
-    step = checkpoint.check_readable(path, model)["step"]
-    if step >= config.train.steps:
+    return path, notes
+
+
+def _check_resume(path: Path, config: RunConfig, model: "DecoderConfig", *, headers: bool) -> dict[str, Any]:
+    manifest = checkpoint.check_readable(path, model, headers=headers)
+    if manifest["step"] >= config.train.steps:
         raise ValueError(
-            f"checkpoint {path} is at step {step} and train.steps is {config.train.steps}: nothing is left "
+            f"checkpoint {path} is at step {manifest['step']} and train.steps is {config.train.steps}: nothing is left "
             "to train; raise train.steps"
         )
-    return os.path.abspath(path), notes
+    return manifest
+
+
+def check_whole_model(path: Path) -> tuple[RunConfig, "DecoderConfig"]:
+    """The run that wrote a checkpoint and its model, which fits the weights that are there.
+
+    ValueError otherwise, before anything of the size that the checkpoint claims is allocated.
+    """
+    extra = checkpoint.read_extra(path)
+    if not isinstance(extra.get("config"), dict):
+        raise ValueError(
+            f"checkpoint {path} does not hold the configuration of a run; it was not written by one"
+        )
+    try:
+        config = RunConfig.from_dict(extra["config"])
+        check_values(config)
+        tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
+        model = config.decoder_config(tokenizer.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} holds a configuration that cannot be: {error}") from None
+    checkpoint.check_readable(path, model)
+    return config, model

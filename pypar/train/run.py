@@ -58,13 +58,15 @@ def _train(trainer: Trainer, *, writes: bool) -> Path:
     directory = config.run_directory
     resume_from = _agreed(config.resume_path(), trainer.mesh)
     if resume_from is not None:
-        trainer.load(resume_from)
+        changes = trainer.load(resume_from)
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     metrics = Metrics(directory if writes else None, config.train.steps, trainer.step)
     if resume_from is not None:
-        metrics.say(f"resumed from {resume_from} at step {trainer.step}")
+        metrics.say(f"resumed from {resume_from} at step {trainer.step}, after {trainer.samples:,} samples")
+        for line in changes:
+            metrics.say(f"resumed with {line}")
     with contextlib.closing(metrics):
         _steps(trainer, metrics)
     saved = trainer.save(config.checkpoint_directory)

@@ -93,7 +93,7 @@ class FileTokenizer:
         if beside.is_file():
             try:
                 eos: Any = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
-            except (OSError, ValueError, AttributeError) as error:
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{beside} cannot be read: {error}") from error
             eos = eos.get("content") if isinstance(eos, dict) else eos
             names = [eos, *names] if isinstance(eos, str) else names

@@ -19,13 +19,14 @@ from .config import RunConfig
 from .data import Batch, TokenData, open_data
 from .gradients import PartialGradients, tied_embedding_axis
 from .optimizer import Optimizer, learning_rate
+from .resume import identity, resumption
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:
-    """One rank's share of a run. What it does is a function of (config, step): any layout resumes any other."""
+    """One rank's share of a run: a function of (config, step, samples seen), so that any layout resumes any other."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
@@ -60,7 +61,7 @@ class Trainer:
                 self.extra_axes.append(tied)
         self.optimizer = Optimizer(named, self.buckets, config.optimizer)
         self.runtime = self._pipeline(dtype)
-        self.step = 0
+        self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
 
     def _pipeline(self, dtype: torch.dtype) -> PipelineRuntime:
         train, mesh = self.config.train, self.mesh
@@ -108,7 +109,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; returns the loss (nats a token) before it and the gradient norm before clipping."""
         self.buckets.zero()
-        batch = self.data.train_batch(self.step, self.config.train.batch_size)
+        batch = self.data.train_batch(self.samples, self.config.train.batch_size)
         losses = self.runtime.step(self._microbatches(batch), on_last_backward=self.buckets)
         self.buckets.finish()
         self.partial.sum()
@@ -125,6 +126,7 @@ class Trainer:
         lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         self.optimizer.step(lr, norm)
         self.step += 1
+        self.samples += self.config.train.batch_size
         return {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
 
     @torch.no_grad()
@@ -142,12 +144,19 @@ class Trainer:
         return self.sum_over_world(total)[0] / count
 
     def save(self, directory: Path) -> Path:
-        extra = {"config": self.config.to_dict()}
+        extra = {"config": self.config.to_dict(), "samples": self.samples, "data": identity(self.data)}
         return checkpoint.save(directory, self.step, self.optimizer.state(), self.mesh, extra)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path) -> tuple[str, ...]:
+        """Go on from ``path``; returns what the configuration has changed since, a line each.
+
+        ValueError where the checkpoint cannot be read, or is of another model or other data.
+        """
+        going_on = resumption(path, checkpoint.read_manifest(path), self.config, self.data)
         self.step = checkpoint.load(path, self.optimizer.state(), self.mesh)["step"]
+        self.samples = going_on.samples
         self.optimizer.loaded(self.step)
+        return going_on.changes
 
 
 def _check_same_data(data: TokenData, mesh: Mesh) -> None:

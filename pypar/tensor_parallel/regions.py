@@ -1,0 +1,135 @@
+"""The parts of a model where each rank has its own features: around column-parallel and row-parallel layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from pypar.mesh import Axis
+
+HEAD_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_heads",
+    "n_head",
+    "n_kv_heads",
+)
+CONFIG_HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
+
+
+class Match(NamedTuple):
+    """One module to cut, or one parameter that the module has beside its children."""
+
+    name: str
+    module: nn.Module
+    style: str
+    parameter: str | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        if self.parameter is not None:
+            return [getattr(self.module, self.parameter)]
+        return list(self.module.parameters())
+
+
+class Inside(NamedTuple):
+    """A parameter beside the cut layers of a region, which may see this rank's features or what all ranks have.
+
+    certainty   "declared" by the plan to work on each head, so that its gradient is summed over tp; "guessed" to
+                do so from its shape; "unknown"
+    """
+
+    name: str
+    parameter: nn.Parameter
+    certainty: str
+
+
+class Region(NamedTuple):
+    """A module with column-parallel or row-parallel children."""
+
+    name: str
+    module: nn.Module
+    insides: tuple[Inside, ...]
+
+
+def find_regions(model: nn.Module, matches: list[Match]) -> list[Region]:
+    by_parent: dict[str, list[Match]] = {}
+    for match in matches:
+        if match.style in ("column", "row") and match.parameter is None:
+            by_parent.setdefault(match.name.rpartition(".")[0], []).append(match)
+    declared = {id(p) for m in matches if m.style == "per_head" for p in m.parameters()}
+    settled = {id(p) for m in matches if m.style != "per_head" for p in m.parameters()}
+    cut = {id(m.module) for members in by_parent.values() for m in members}
+    regions = []
+    for name, members in by_parent.items():
+        module, width = model.get_submodule(name), _width(members)
+        insides = []
+        for where, parameter in _beside(name, module, cut):
+            # Vectors of the model's width are norms and biases of what all ranks have.
+            if id(parameter) in settled or tuple(parameter.shape) == (width,):
+                continue
+            certainty = "declared" if id(parameter) in declared else "unknown"
+            in_list = any(
+                part.isdigit() for part in where[len(name) :].split(".")
+            )  # one for each head, perhaps
+            if certainty == "unknown" and tuple(parameter.shape) == (head_size_of(module),) and not in_list:
+                certainty = "guessed"
+            insides.append(Inside(where, parameter, certainty))
+        regions.append(Region(name, module, tuple(insides)))
+    return regions
+
+
+def _width(members: list[Match]) -> int:
+    """The number of features that a region's input or output has on every rank."""
+    for match in members:
+        if isinstance(match.module, nn.Linear):
+            return match.module.in_features if match.style == "column" else match.module.out_features
+    raise AssertionError("a region is made of linear layers")
+
+
+def _beside(name: str, module: nn.Module, cut: set[int]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module but for those of children in which something is cut."""
+    yield from module.named_parameters(name, recurse=False)
+    for child_name, child in module.named_children():
+        if not any(id(inner) in cut for inner in child.modules()):
+            yield from child.named_parameters(f"{name}.{child_name}" if name else child_name)
+
+
+def head_counts(module: nn.Module) -> dict[str, int]:
+    """The numbers of heads that an attention module keeps as its own attributes."""
+    return {name: value for name in HEAD_COUNTS if type(value := vars(module).get(name)) is int}
+
+
+def head_size_of(module: nn.Module) -> int | None:
+    sizes = (getattr(module, name, None) for name in ("head_dim", "head_size"))
+    return next((size for size in sizes if type(size) is int), None)
+
+
+def check_heads(region: Region, axis: Axis) -> None:
+    """ValueError where tp does not divide an attention module's numbers of heads."""
+    counts, module = head_counts(region.module), region.module
+    is_attention = head_size_of(module) is not None or "attention" in type(module).__name__.lower()
+    if not counts and is_attention:
+        config = getattr(module, "config", None)
+        counts = {n: value for n in CONFIG_HEAD_COUNTS if type(value := getattr(config, n, None)) is int}
+    for name, count in counts.items():
+        if count % axis.size:
+            divisor = math.gcd(*counts.values())
+            divisors = " or ".join(str(d) for d in range(1, divisor + 1) if divisor % d == 0)
+            raise ValueError(
+                f"{name} ({count}) of {region.name} must divide by the tp size ({axis.size}); use a tp size "
+                f"of {divisors}"
+            )
+
+
+def listed(names: list[str]) -> str:
+    """Names with numbered layers folded into one: layers.*.q_proj."""
+    folded = dict.fromkeys(
+        ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names
+    )
+    shown = list(folded)[:20]
+    return ", ".join(shown) + (f" and {len(folded) - 20} more" if len(folded) > 20 else "")

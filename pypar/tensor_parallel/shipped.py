@@ -1,0 +1,100 @@
+"""The tensor-parallel plan that a model of Hugging Face transformers brings along, in pypar's styles.
+
+transformers keeps it as `config.base_model_tp_plan` and in each model's `_tp_plan`, from its version 4.48 on: names
+of modules and of bare parameters, in which "*" is a layer's number, to names of styles. pypar reads both; nothing
+of transformers is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from pypar.tensor_parallel.regions import Match
+
+STYLES = {
+    "colwise": "column",
+    "colwise_rep": "column_gather",
+    "colwise_gather_output": "column_gather",
+    "rowwise": "row",
+    "rowwise_rep": "row_split",
+    "rowwise_split_input": "row_split",
+    "embedding_rowwise": "vocab",
+    "replicated_with_grad_allreduce": "per_head",
+    "mla_kv_a_proj": "latent_kv",
+    # What stays whole on every rank is right as it is.
+    "replicate": "whole",
+    "replicated": "whole",
+    "embedding_colwise": "whole",
+    "sequence_parallel": "whole",
+    # Experts and the layers around them in versions before 5, each set of which ends in a sum of its own.
+    **dict.fromkeys(("local", "local_colwise", "local_rowwise", "local_packed_rowwise", "gather"), "whole"),
+    # The parameters of this module have entries of their own.
+    "local_params": "whole",
+}
+# Styles of a block of experts, for which pypar has no cut: the experts and all inside them stay whole.
+EXPERTS = ("moe_tp_experts", "moe_identity_expert", "grouped_gemm", "packed_colwise", "packed_rowwise")
+
+
+def shipped_matches(model: nn.Module) -> list[Match] | None:
+    """What the model's own plan cuts; None where it has none, or one that cuts nothing but experts.
+
+    ValueError for a style that pypar does not have.
+    """
+    styles = _styles_by_name(model)
+    modules = dict(model.named_modules())
+    experts = [name for name, style in styles.items() if style in EXPERTS]
+    whole = {name if name in modules else name.rpartition(".")[0] for name in experts}
+    matches = []
+    for name, style in styles.items():
+        if style in EXPERTS or any(name.startswith(f"{block}.") for block in whole):
+            continue
+        if style not in STYLES:
+            raise ValueError(
+                f"the plan that transformers ships for this {type(model).__name__} gives {name} the style "
+                f"{style!r}, which pypar does not have; give a plan of your own, which may start from "
+                "pypar.tensor_parallel.USUAL_PLAN"
+            )
+        owner, _, last = name.rpartition(".")
+        module, ours = modules.get(name), STYLES[style]
+        if module is None:
+            matches.append(Match(name, modules[owner], ours, last))
+        elif isinstance(module, nn.Embedding) and ours in ("row", "row_split"):
+            matches.append(Match(name, module, "vocab"))  # as older versions call it
+        else:
+            matches.append(Match(name, module, ours))
+    matches = [match for match in matches if match.style != "whole"]
+    return matches if any(m.style in ("column", "row", "row_split") for m in matches) else None
+
+
+def _styles_by_name(model: nn.Module) -> dict[str, str]:
+    """The shipped style of each module and parameter that has one."""
+    plans = dict(_plans(model))
+    styles = {}
+    names = [name for name, _ in model.named_modules() if name] + [
+        name for name, _ in model.named_parameters()
+    ]
+    for name in names:
+        for prefix, plan in plans.items():  # outermost first
+            if name.startswith(prefix) and (style := plan.get(_folded(name[len(prefix) :]))) is not None:
+                styles[name] = style
+                break
+    return styles
+
+
+def _plans(model: nn.Module) -> Iterator[tuple[str, dict[str, str]]]:
+    """(prefix of names, plan) of each module that has one."""
+    for name, module in model.named_modules():
+        plan: dict[str, Any] = dict(getattr(module, "_tp_plan", None) or {})
+        if getattr(module, "base_model", None) is module:
+            plan = dict(getattr(getattr(module, "config", None), "base_model_tp_plan", None) or {}) | plan
+        if plan:
+            yield (f"{name}." if name else ""), plan
+
+
+def _folded(name: str) -> str:
+    """The name with the numbers of layers as "*"; digits inside a word (w1, fc2) stay."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
