@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from pypar.tensor_file import DTYPES, Entry, open_tensors, read_slice, write
 from pypar.train.checkpoint.index import Box, IndexedTensor, check_index, read_index
 from pypar.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter
-from pypar.train.checkpoint.tensor_file import DTYPES, Entry, open_tensors, read_slice, write
 
 DTYPES_OF_TORCH = [getattr(torch, name) for name, _ in DTYPES.values()]
 
@@ -284,4 +284,4 @@ def test_a_disk_that_is_full_is_named_with_the_rank(tmp_path: Path) -> None:
         "step_00000002 cannot be written: rank 0: OSError: " in said.stdout and said.stdout.count("\n") == 1
     )
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "step_00000002.partial"}
-    assert os.listdir(tmp_path / "step_00000002.partial") == ["rank_00000.safetensors"]
+    assert os.listdir(tmp_path / "step_00000002.partial") == ["rank_00000.safetensors.partial"]

@@ -19,6 +19,7 @@ LEVELS = {
     "_native": 0,
     "paths": 0,
     "json_file": 0,
+    "tensor_file": 1,
     "ops": 1,
     "comm": BASE,
     "mesh": BASE,

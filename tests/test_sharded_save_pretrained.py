@@ -13,7 +13,6 @@ from sharded_cases import full
 
 import pypar
 from pypar.mesh import Mesh
-from pypar.tensor_parallel.safetensors_file import SafetensorsFile
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -206,26 +205,3 @@ def run_converted(folder):
 
 def test_models_that_are_stored_in_another_form(ranks, tmp_path):
     ranks(2, run_converted, str(tmp_path))
-
-
-def test_a_safetensors_file_in_any_order(tmp_path):
-    from safetensors.torch import load_file
-
-    tensors = {
-        "odd": torch.arange(3, dtype=torch.uint8),
-        "a": torch.randn(3, 5),
-        "scalar": torch.tensor(2.5, dtype=torch.float64),
-        "empty": torch.empty(0, 4),
-        "half": torch.randn(7).bfloat16(),
-        "strided": torch.randn(4, 6).t(),
-        "bool": torch.tensor([True, False]),
-    }
-    file = SafetensorsFile(tmp_path / "x.safetensors", tensors)
-    for name in reversed(tensors):
-        assert not (tmp_path / "x.safetensors").exists()
-        file.write(name, tensors[name])
-    file.finish()
-    loaded = load_file(tmp_path / "x.safetensors")
-    assert set(loaded) == set(tensors)
-    for name, value in tensors.items():
-        assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), name

@@ -106,7 +106,7 @@ def parallelize(
     for parameter in partial:
         parameter.register_hook(lambda grad: all_reduce_start(grad.clone(), mesh.tp).wait())
     for note in notes if mesh.world.rank == 0 else ():
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)  # past what keeps torch.compile out
     return model
 
 

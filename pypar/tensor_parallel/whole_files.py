@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from pypar.comm import all_reduce_start
 from pypar.mesh import Axis, Mesh
 from pypar.sharded import Sharded
-from pypar.tensor_parallel.safetensors_file import SafetensorsFile, can_hold
+from pypar.tensor_file import Entry, TensorFile, dtype_name
 
 _POLL_S = 0.02
 _KNOWN = {"max_shard_size", "variant", "save_original_format", "save_peft_format", "token"}
@@ -180,7 +180,7 @@ class _Files:
             max_shard_size=options.get("max_shard_size", default),
         )
         self._files = {
-            file: SafetensorsFile(folder / file, {name: described[name] for name in members})
+            file: TensorFile(folder / file, _entries({name: described[name] for name in members}))
             for file, members in self._split.filename_to_tensors.items()
         }
         self._num_parameters = sum(x.numel() for x in described.values())
@@ -191,7 +191,7 @@ class _Files:
     ) -> _Files | None:
         """None where transformers would store something else than these tensors under these or other names."""
         is_plain = not getattr(model, "_hf_peft_config_loaded", False) and not model.is_remote_code()
-        if not is_plain or set(options) - _KNOWN or not all(map(can_hold, tensors.values())):
+        if not is_plain or set(options) - _KNOWN or not all(map(_can_hold, tensors.values())):
             return None
         stored = {name: _on_meta(x) for name, x in tensors.items()}
         names = {id(x): name for name, x in stored.items()}
@@ -205,7 +205,8 @@ class _Files:
 
     def write(self, name: str, whole: Tensor) -> None:
         stored = self._names[name]
-        self._files[self._split.tensor_to_filename[stored]].write(stored, whole)
+        flat = whole.cpu().contiguous().reshape(-1)
+        self._files[self._split.tensor_to_filename[stored]].write(stored, flat.view(torch.uint8).numpy())
 
     def finish(self) -> None:
         """Put the files in the places of those of an earlier save, of whatever number."""
@@ -219,6 +220,16 @@ class _Files:
             metadata = {"total_parameters": self._num_parameters, **self._split.metadata}
             content = {"metadata": metadata, "weight_map": self._split.tensor_to_filename}
             self._index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _can_hold(x: object) -> bool:
+    return isinstance(x, Tensor) and dtype_name(x.dtype) is not None
+
+
+def _entries(tensors: dict[str, Tensor]) -> dict[str, Entry]:
+    """In the order of a file."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    return {name: Entry(str(dtype_name(x.dtype)), tuple(x.shape)) for name, x in ordered}
 
 
 def _on_meta(x: Tensor) -> Tensor:

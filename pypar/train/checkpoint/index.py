@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pypar.json_file import read_json
-from pypar.train.checkpoint.tensor_file import DTYPES, MOST_ELEMENTS, Entry, as_sizes
+from pypar.tensor_file import DTYPES, MOST_ELEMENTS, Entry, as_sizes
 
 INDEX = "index.json"
 FORMAT, VERSION = "pypar checkpoint", 1

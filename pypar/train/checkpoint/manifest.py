@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pypar.json_file import read_json
+from pypar.tensor_file import open_tensors
 from pypar.train.checkpoint.index import FILE_NAME, INDEX, Index, checked_entry, read_index, shown
-from pypar.train.checkpoint.tensor_file import open_tensors
 
 if TYPE_CHECKING:
     from pypar.models import DecoderConfig

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem, WriteIt
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from pypar.tensor_file import DTYPES, METADATA, Entry, dtype_name, open_tensors, read_slice, write
 from pypar.train.checkpoint.index import (
     INDEX,
     Box,
@@ -46,16 +47,7 @@ from pypar.train.checkpoint.index import (
     read_index,
     write_index,
 )
-from pypar.train.checkpoint.tensor_file import (
-    DTYPES,
-    METADATA,
-    Entry,
-    open_tensors,
-    read_slice,
-    write,
-)
 
-_NAMES = {getattr(torch, name): stored for stored, (name, _) in DTYPES.items()}
 # Bytes are moved as whole numbers of their size, for numpy does not know every dtype.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -89,7 +81,7 @@ class SafetensorsWriter(StorageWriter):
                     f"{item.index.fqn} is not a tensor, and a checkpoint holds tensors only; make it one or keep it "
                     "as JSON elsewhere"
                 )
-            if item.tensor_data.properties.dtype not in _NAMES:
+            if dtype_name(item.tensor_data.properties.dtype) is None:
                 raise ValueError(
                     f"{item.index.fqn} is of {item.tensor_data.properties.dtype}, which safetensors does not hold; "
                     f"use one of {', '.join(name for name, _ in DTYPES.values())}"
@@ -128,8 +120,15 @@ class SafetensorsWriter(StorageWriter):
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)  # the local plans were refused otherwise
             ordered = sorted(boxes[name], key=lambda box: box.offsets)
-            index[name] = IndexedTensor(_NAMES[tensor.properties.dtype], tuple(tensor.size), tuple(ordered))
+            index[name] = IndexedTensor(_stored(tensor.properties), tuple(tensor.size), tuple(ordered))
         write_index(self.folder, index)
+
+
+def _stored(properties: TensorProperties) -> str:
+    """The files' name of the dtype, which the local plans were asked for."""
+    name = dtype_name(properties.dtype)
+    assert name is not None
+    return name
 
 
 def _itemsize(item: WriteItem) -> int:
@@ -143,7 +142,7 @@ def _box_of(item: WriteItem, file: str = "") -> tuple[Entry, Box]:
     assert data is not None and data.chunk is not None
     offsets, lengths = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
     name = entry_name(item.index.fqn, data.size, offsets, lengths)
-    return Entry(_NAMES[data.properties.dtype], lengths), Box(offsets, lengths, file, name)
+    return Entry(_stored(data.properties), lengths), Box(offsets, lengths, file, name)
 
 
 def _contents(items: list[WriteItem], planner: SavePlanner) -> Iterator[np.ndarray]:

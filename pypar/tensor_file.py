@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +38,12 @@ DTYPES: dict[str, tuple[str, int]] = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+_NAMES = {name: stored for stored, (name, _) in DTYPES.items()}
+
+
+def dtype_name(dtype: object) -> str | None:
+    """The format's name of a torch.dtype; None where it has none."""
+    return _NAMES.get(str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -53,28 +59,55 @@ class Entry:
         return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
-def write(path: Path, entries: dict[str, Entry], data: Iterable[np.ndarray]) -> None:
+class TensorFile:
+    """A new file, written one tensor at a time in any order, under another name until it is whole and on the disk.
+
+    ``entries`` are the tensors in the file's order, wide elements first, so that each begins at a multiple of its size.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self._path, self._partial = path, path.with_name(path.name + ".partial")
+        self._missing = dict(entries)
+        self._starts: dict[str, int] = {}
+        header: dict[str, Any] = {METADATA: {"format": "pt"}}  # which Hugging Face's readers ask for
+        end = 0
+        for name, entry in entries.items():
+            self._starts[name], end = end, end + entry.num_bytes
+            offsets = [self._starts[name], end]
+            header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        if len(text) > MOST_HEADER_BYTES:
+            raise ValueError(
+                f"{path} would have a header of {len(text):,} bytes, more than {MOST_HEADER_BYTES:,}"
+            )
+        self._begin = 8 + len(text)
+        self._partial.unlink(missing_ok=True)
+        self._file = self._partial.open("xb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """``array``: the tensor's bytes (uint8)."""
+        entry = self._missing.pop(name)
+        if array.nbytes != entry.num_bytes:
+            raise RuntimeError(f"{self._path}: {array.nbytes} bytes were given for a tensor of {entry}")
+        self._file.seek(self._begin + self._starts[name])
+        self._file.write(array.data)
+
+    def finish(self) -> None:
+        assert not self._missing, f"{sorted(self._missing)} were not written"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self._path)
+
+
+def write(path: Path, entries: Mapping[str, Entry], data: Iterable[np.ndarray]) -> None:
     """Write a new file, flushed to disk. ``data``: each entry's bytes (uint8), in the order of ``entries``."""
-    header: dict[str, Any] = {METADATA: {"format": "pt"}}  # which Hugging Face's readers ask for
-    end = 0
-    for name, entry in entries.items():
-        start, end = end, end + entry.num_bytes
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MOST_HEADER_BYTES:
-        raise ValueError(
-            f"{path} would have a header of {len(text):,} bytes, more than {MOST_HEADER_BYTES:,}"
-        )
-    path.unlink(missing_ok=True)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry, array in zip(entries.values(), data, strict=True):
-            if array.nbytes != entry.num_bytes:
-                raise RuntimeError(f"{path}: {array.nbytes} bytes were given for a tensor of {entry}")
-            file.write(array.data)
-        file.flush()
-        os.fsync(file.fileno())
+    file = TensorFile(path, entries)
+    for name, array in zip(entries, data, strict=True):
+        file.write(name, array)
+    file.finish()
 
 
 def open_tensors(path: Path) -> tuple[BinaryIO, dict[str, Entry]]:
