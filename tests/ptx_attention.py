@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pypar.ops import attention_native
+from pypar.ops import attention_native, native
 from pypar.ops.attention_arguments import AttentionProblem
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -48,14 +48,14 @@ CProblem = _structure(
     "l q_start k_start step batch_start head_start, CBias bias, p sinks alibi_slopes, l alibi_batch_stride,"
     "f dropout_p, u dropout_threshold, p seed, i num_threads, p stream",
 )
-CForward = _structure("CForward", "CProblem problem, CTensor out, p lse lse_rest, b carry, p memory")
+CForward = _structure("CForward", "CProblem problem, CTensor out, p lse lse_rest, b carry, p memory left_out")
 CPlan = _structure("CPlan", "i blocks_per_head num_splits, p partial_out partial_lse, l num_rows")
 
 
 def c_problem(problem: AttentionProblem) -> CProblem:
     """The structure that the binding makes of the same dict."""
     result = CProblem()
-    for name, value in attention_native._problem(problem).items():
+    for name, value in native.run(dict, attention_native._problem(problem)).items():
         if name in ("q", "k", "v"):
             value = CTensor(value[0], *value[1], value[2])
         elif name == "bias":
@@ -65,7 +65,7 @@ def c_problem(problem: AttentionProblem) -> CProblem:
 
 
 def c_tensor(x: Tensor) -> CTensor:
-    address, strides, dtype = attention_native._tensor(x)
+    address, strides, dtype = native.run(tuple, attention_native._tensor(x))
     return CTensor(address, *strides, dtype)
 
 
@@ -180,7 +180,7 @@ def run_forward(
     partial_out = torch.full((num_splits, plan.num_rows, problem.v.shape[-1]), torch.nan)
     partial_lse = torch.full((num_splits, plan.num_rows), torch.nan)
     plan.partial_out, plan.partial_lse = partial_out.data_ptr(), partial_lse.data_ptr()
-    arguments = CForward(c_problem(problem), c_tensor(out), lse.data_ptr(), carry is not None, None)
+    arguments = CForward(c_problem(problem), c_tensor(out), lse.data_ptr(), None, carry is not None)
     tensors = {name: value for name, value in vars(problem).items() if isinstance(value, Tensor)}
     tensors |= {"out": out, "lse": lse, "partial_out": partial_out, "partial_lse": partial_lse}
     module.buffers = {x.data_ptr(): (name, x) for name, x in tensors.items() if x.numel()}

@@ -184,6 +184,7 @@ def test_sdist_holds_what_a_build_needs(sdist, tree):
     assert not any(name.startswith(("tests/", "bench/", "build/")) for name in names)
 
 
+@pytest.mark.slow  # a second whole build
 def test_wheel_from_sdist_is_the_wheel_from_the_tree(sdist, wheel, tmp_path):
     # Without optimisation: this asks whether the sdist is complete, not whether its code is fast.
     second = pip_wheel(sdist, tmp_path / "wheel", CXXFLAGS="-O0")

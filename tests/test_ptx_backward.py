@@ -40,6 +40,7 @@ class CBackward(ctypes.Structure):
         ("accumulate", ctypes.c_bool),
         ("dbias", ctypes.c_void_p),
         ("memory", ctypes.c_void_p),
+        ("left_out", ctypes.c_void_p),
     ]
 
 
