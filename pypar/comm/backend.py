@@ -24,7 +24,10 @@ def register() -> None:
 
 
 def _create(options: Any, _backend_options: Any) -> dist.ProcessGroup:
-    store, rank, size = options.store, options.group_rank, options.group_size
+    rank, size = options.group_rank, options.group_size
+    # torch may give a group the name, and so the store, of one that was destroyed: what that one left is not read.
+    turn = options.store.add(f"opened/{rank}", 1)
+    store = dist.PrefixStore(str(turn), options.store)
     store.set(f"host/{rank}", host_identity())
     hosts = [store.get(f"host/{r}").decode() for r in range(size)]
     name = f"{options.group_id} (ranks {', '.join(map(str, options.global_ranks_in_group or range(size)))})"
