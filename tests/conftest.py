@@ -20,6 +20,16 @@ def pytest_configure() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A set's order differs from process to process, and workers must collect the same tests in one order."""
+    for marker in metafunc.definition.iter_markers("parametrize"):
+        if any(isinstance(values, (set, frozenset)) for values in (*marker.args[1:2], *marker.kwargs.values())):
+            raise pytest.UsageError(
+                f"{metafunc.definition.nodeid} is parametrized by a set, whose order differs between processes; "
+                "give a tuple or sorted(...)"
+            )
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPools]:
     """ranks(world_size, fn, *args, timeout_s=60): call a module-level function in every rank."""

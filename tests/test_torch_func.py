@@ -76,7 +76,7 @@ FUNCTIONS = {
         lambda x: F.linear(wide(x), MATRIX),
     ),
 }
-LINEAR = {"linear", "linear of oneDNN"}
+LINEAR = ("linear", "linear of oneDNN")
 OPERATORS = [name for name in FUNCTIONS if name not in LINEAR]
 
 
