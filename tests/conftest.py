@@ -23,7 +23,9 @@ def pytest_configure() -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A set's order differs from process to process, and workers must collect the same tests in one order."""
     for marker in metafunc.definition.iter_markers("parametrize"):
-        if any(isinstance(values, (set, frozenset)) for values in (*marker.args[1:2], *marker.kwargs.values())):
+        if any(
+            isinstance(values, (set, frozenset)) for values in (*marker.args[1:2], *marker.kwargs.values())
+        ):
             raise pytest.UsageError(
                 f"{metafunc.definition.nodeid} is parametrized by a set, whose order differs between processes; "
                 "give a tuple or sorted(...)"
