@@ -11,11 +11,11 @@ from timing import best_seconds, parse_arguments
 from torch import Tensor
 
 from pypar.ops.linear import (
-    cpu_vendor,
     library_choice,
     linear_forward,
     linear_input_gradient,
     linear_weight_gradient,
+    processor,
 )
 
 SIZES = ((1024, 512, 512), (1024, 512, 1408), (1024, 1408, 512), (8192, 512, 512), (2048, 2048, 2048))
@@ -32,7 +32,7 @@ def pieces(x: Tensor, weight: Tensor, dout: Tensor) -> dict:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    chosen, reason = library_choice(cpu_vendor())
+    chosen, reason = library_choice(processor())
     print(f"{arguments.threads} threads; fp32 linear takes {chosen}: {reason}")
     for rows, inputs, outputs in SIZES:
         x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)

@@ -23,7 +23,7 @@ from pypar.comm.backend import register as register_backend
 from pypar.ops import native
 from pypar.ops.attention_arguments import AttentionProblem, attention_problem
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
-from pypar.ops.linear import cpu_vendor, library_choice
+from pypar.ops.linear import library_choice, processor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
@@ -50,7 +50,7 @@ def main() -> int:
 def machine_lines() -> Iterator[str]:
     """Versions, processor, native module, accelerators."""
     yield f"pypar {pypar.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    yield f"machine: {platform.machine()}, processor vendor {cpu_vendor()}, {torch.get_num_threads()} threads"
+    yield f"machine: {platform.machine()}, processor vendor {processor().vendor}, {torch.get_num_threads()} threads"
     missing = native.missing()
     if missing is None:
         module = native.module()
@@ -109,7 +109,7 @@ def _backend_missing(name: str, device: str) -> str | None:
 
 def linear_lines() -> Iterator[str]:
     """Which library multiplies fp32 matrices on the CPU, and why."""
-    name, reason = library_choice(cpu_vendor())
+    name, reason = library_choice(processor())
     yield f"linear in fp32 on CPU: {name}; {reason}"
 
 

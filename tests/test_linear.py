@@ -7,22 +7,26 @@ from accuracy import check_operator
 from pypar.ops.backend import choose
 from pypar.ops.linear import (
     BACKENDS,
+    Processor,
     backends_for,
-    cpu_vendor,
     library_choice,
     linear,
     linear_forward,
     linear_input_gradient,
     linear_weight_gradient,
+    processor,
 )
 
 NAMES = [backend.name for backend in BACKENDS]
-X86 = library_choice("AuthenticAMD")[0] == "onednn"
+AMD = Processor("AuthenticAMD", has_avx512=True)
+OLDER_AMD = Processor("AuthenticAMD", has_avx512=False)
+INTEL = Processor("GenuineIntel", has_avx512=True)
+X86 = library_choice(AMD)[0] == "onednn"
 
 
 def available(name):
     if name == "onednn" and not X86:
-        pytest.skip(library_choice("AuthenticAMD")[1])
+        pytest.skip(library_choice(AMD)[1])
     return name
 
 
@@ -121,17 +125,18 @@ def test_compiles_as_one_graph():
 
 @pytest.mark.skipif(not X86, reason="oneDNN is for x86-64")
 def test_the_library_follows_the_processor():
-    def chosen(vendor, backend=None, dtype=torch.float32, in_features=63):
+    def chosen(processor, backend=None, dtype=torch.float32, in_features=63):
         args = {"x": torch.zeros(5, in_features, dtype=dtype), "in_features": in_features, "out_features": 31}
-        return choose("linear", backends_for(vendor), args, backend).name
+        return choose("linear", backends_for(processor), args, backend).name
 
-    assert chosen("AuthenticAMD") == "onednn"
-    assert chosen("GenuineIntel") == "torch"
-    assert chosen("GenuineIntel", backend="onednn") == "onednn"
-    assert chosen("AuthenticAMD", dtype=torch.float16) == "torch"
-    assert chosen("AuthenticAMD", in_features=7) == "torch"
-    assert "vendor GenuineIntel" in library_choice("GenuineIntel")[1]
-    assert cpu_vendor()
+    assert chosen(AMD) == "onednn"
+    assert chosen(OLDER_AMD) == chosen(INTEL) == "torch"
+    assert chosen(INTEL, backend="onednn") == "onednn"
+    assert chosen(AMD, dtype=torch.float16) == "torch"
+    assert chosen(AMD, in_features=7) == "torch"
+    assert "vendor GenuineIntel, with AVX-512" in library_choice(INTEL)[1]
+    assert "vendor AuthenticAMD, without AVX-512" in library_choice(OLDER_AMD)[1]
+    assert processor().vendor
 
 
 def test_bad_input_is_named():

@@ -1,8 +1,8 @@
 """x @ weight.T + bias, forward and both gradients, by the faster of the libraries that torch already carries.
 
-On CPU torch computes fp32 products with MKL, which does not use AVX-512 fully on AMD processors: there
-oneDNN, in the same torch, is 2.2 times as fast in the same precision. On Intel processors MKL is at least as
-fast.
+On CPU torch computes fp32 products with MKL, which does not use AVX-512 on AMD processors: there oneDNN, in the
+same torch, is 2.2 times as fast in the same precision (Zen 4). On AMD processors with AVX2 alone MKL is the faster
+by 10 to 23 % (Zen 3, bench/linear.py), on Intel processors it is at least as fast.
 """
 
 from __future__ import annotations
@@ -69,34 +69,45 @@ def linear_weight_gradient(dout: Tensor, x: Tensor, *, backend: str | None = Non
     return _torch_weight_gradient(dout, x) if name == "torch" else _weight_gradient(dout, x, name)
 
 
-def cpu_vendor() -> str:
-    """The processor's vendor in /proc/cpuinfo, such as "AuthenticAMD"; "unknown" where it does not say."""
+@dataclass(frozen=True)
+class Processor:
+    """What the choice of a library depends on: a vendor such as "AuthenticAMD" ("unknown" where Linux does not say)."""
+
+    vendor: str
+    has_avx512: bool
+
+
+def processor() -> Processor:
+    """This machine's, as /proc/cpuinfo describes its first processor."""
+    facts = {}
     try:
         with Path("/proc/cpuinfo").open() as lines:
             for line in lines:
-                if line.startswith("vendor_id"):
-                    return line.split(":", 1)[1].strip()
                 if not line.strip():  # the end of the first processor
                     break
+                name, _, value = line.partition(":")
+                facts[name.strip()] = value.strip()
     except OSError:
         pass
-    return "unknown"
+    return Processor(facts.get("vendor_id", "unknown"), "avx512f" in facts.get("flags", "").split())
 
 
-def library_choice(vendor: str) -> tuple[str, str]:
-    """(backend that fp32 on CPU takes first, why) for a processor's vendor."""
+def library_choice(processor: Processor) -> tuple[str, str]:
+    """(backend that fp32 on CPU takes first, why)."""
     missing = _onednn_missing()
     if missing is not None:
         return "torch", missing
     own = "MKL" if torch.backends.mkl.is_available() else "its own library, for want of MKL,"
-    if vendor == "AuthenticAMD":
+    if processor.vendor == "AuthenticAMD" and processor.has_avx512:
         return (
             "onednn",
             f"torch takes {own} for fp32, and oneDNN was the faster on AMD processors with AVX-512",
         )
+    with_or_without = "with" if processor.has_avx512 else "without"
     return (
         "torch",
-        f"torch takes {own} for fp32, and oneDNN was seen to be faster on AMD only (vendor {vendor})",
+        f"torch takes {own} for fp32, and oneDNN was seen to be faster on AMD processors with AVX-512 only "
+        f"(vendor {processor.vendor}, {with_or_without} AVX-512)",
     )
 
 
@@ -108,9 +119,9 @@ class LinearBackend(Backend):
     weight_gradient: Callable
 
 
-def backends_for(vendor: str) -> tuple[LinearBackend, ...]:
-    """The backends, fastest first, for a processor's vendor."""
-    return (_ONEDNN, _TORCH) if library_choice(vendor)[0] == "onednn" else (_TORCH, _ONEDNN)
+def backends_for(processor: Processor) -> tuple[LinearBackend, ...]:
+    """The backends, fastest first, for a processor."""
+    return (_ONEDNN, _TORCH) if library_choice(processor)[0] == "onednn" else (_TORCH, _ONEDNN)
 
 
 def _check_matrix(name: str, x: Tensor, weight: Tensor, dim: int) -> None:
@@ -215,7 +226,7 @@ _TORCH = LinearBackend(
     torch.matmul,
     _torch_weight_gradient,
 )
-BACKENDS = backends_for(cpu_vendor())
+BACKENDS = backends_for(processor())
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
