@@ -402,7 +402,10 @@ struct Task {
     const Range queries = queries_seeing(s, first_key, first_key + num_keys - 1);
     const int64_t end = blocks_of(queries.end * group, kBlock);
     if (queries.begin < queries.end) {
-      for (int64_t i = queries.begin * group / kBlock; i < end; ++i) propagate(i);
+      for (int64_t i = queries.begin * group / kBlock; i < end; ++i) {
+        propagate(i);
+        if ((i + 1) % kBlocksOfSums == 0 || i + 1 == end) m.settle_sums(dk, dv);
+      }
     }
     int64_t stride = padded_size(p.H);
     const float* result = m.read_dk(dk, num_keys, staging, &stride);

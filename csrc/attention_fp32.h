@@ -69,8 +69,9 @@ struct Fp32Arithmetic {
 
   int64_t key_operands_bytes() const { return kBlock * (2 * padded_h + padded_hv) * 4; }
   int64_t row_operands_bytes() const { return kBlock * (padded_h + padded_hv) * 4; }
-  int64_t dk_bytes() const { return kBlock * padded_h * 4; }
-  int64_t dv_bytes() const { return kBlock * padded_hv * 4; }
+  // Sums, then totals.
+  int64_t dk_bytes() const { return 2 * kBlock * padded_h * 4; }
+  int64_t dv_bytes() const { return 2 * kBlock * padded_hv * 4; }
 
   bool pack_key_operands(const Rows& k, const Rows& v, int64_t first, int64_t count, void* operands,
                          void* scratch) const {
@@ -120,8 +121,13 @@ struct Fp32Arithmetic {
   }
 
   void clear_sums(void* dk, void* dv) const {
-    clear(floats(dk), kBlock * padded_h);
-    clear(floats(dv), kBlock * padded_hv);
+    clear(floats(dk), 2 * kBlock * padded_h);
+    clear(floats(dv), 2 * kBlock * padded_hv);
+  }
+
+  void settle_sums(void* dk, void* dv) const {
+    settle(floats(dk), kBlock * padded_h);
+    settle(floats(dv), kBlock * padded_hv);
   }
 
   void add_dk_dv(const float* p, const float* ds, const void* row_operands, int64_t count, int64_t num_keys,
@@ -150,11 +156,18 @@ struct Fp32Arithmetic {
   }
   const float* read_dk(const void* dk, int64_t, float*, int64_t* stride) const {
     *stride = padded_h;
-    return floats(dk);
+    return floats(dk) + kBlock * padded_h;
   }
   const float* read_dv(const void* dv, int64_t, float*, int64_t* stride) const {
     *stride = padded_hv;
-    return floats(dv);
+    return floats(dv) + kBlock * padded_hv;
+  }
+
+  static void settle(float* sums, int64_t count) {
+    for (int64_t i = 0; i < count; i += kWidth) {
+      store(sums + count + i, load(sums + count + i) + load(sums + i));
+      store(sums + i, zero());
+    }
   }
 
   static void clear(float* x, int64_t count) {

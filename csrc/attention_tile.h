@@ -39,8 +39,9 @@
 //                                          below: `decoded_scores` of the keys, and of the rows `products`
 //                                          too, must come before
 //     clear_sums(dk, dv)
-//     add_dk_dv(p, ds, row operands, count, num_keys, seen, dk, dv, scratch)   dv += p^T dout, dk += ds^T q;
-//     p and ds
+//     settle_sums(dk, dv)         adds the sums to totals that stand beside them, which read_dk and read_dv
+//     give add_dk_dv(p, ds, row operands, count, num_keys, seen, dk, dv, scratch)   dv += p^T dout, dk +=
+//     ds^T q; p and ds
 //                              are [row][kBlock], 0 up to whole vectors of keys; seen: per keys, ranges of
 //                              rows
 //     add_dq(ds, count, key operands, num_keys, seen, first, sum, scratch)     sum (if first: =) ds k; seen:
@@ -62,7 +63,16 @@ constexpr int kVecs = kNumRegisters == 32 ? 4 : 2;
 constexpr int64_t kGroups = kBlock / kRows;
 // So many products are summed before they are added to what was summed before: scores and dp, which are not
 // averaged over anything afterwards, in shorter pieces than the sums over rows or keys.
-constexpr int64_t kChunk = 16, kLongChunk = 32;
+// Without fused multiply-add every product is rounded too, which half the length makes up for.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int64_t kChunk = 16;
+#else
+constexpr int64_t kChunk = 8;
+#endif
+constexpr int64_t kLongChunk = 32;
+// A key's dk and dv are sums over the rows of all query heads that share it: after so many blocks of rows
+// they are added to totals and begun anew, for what an addition loses grows with the sum.
+constexpr int64_t kBlocksOfSums = 8;
 constexpr float kLog2e = 1.44269504088896340736f;
 
 static_assert(kBlock % kRows == 0 && kBlock % kWidth == 0, "blocks are made of whole tiles");
