@@ -32,15 +32,18 @@ _SOFTMAXES = (_aten._softmax.default, _aten._log_softmax.default)
 _SOFTMAX_GRADIENTS = (_aten._softmax_backward_data.default, _aten._log_softmax_backward_data.default)
 
 
-def in_orders(run: Callable[[], Result], dtype: torch.dtype, fewest: int) -> list[Result]:
+def in_orders(
+    run: Callable[[], Result], dtype: torch.dtype, fewest: int, turn: int = 0, turns: int = 1
+) -> list[Result]:
     """What plain PyTorch makes in several orders of summation.
 
     run: computes it; fewest: the numbers that the smallest of its results has. In 16 bits rounding decides, not the
-    order, so that one is enough.
+    order, so that one is enough. Where `turns` draws of the inputs share the orders, number `turn` takes its part of
+    them, at least one.
     """
     count = 1 if dtype.itemsize != 4 else _ORDERS if fewest >= _FEW else _MORE_ORDERS
     results = []
-    for order in range(count):
+    for order in range(turn, max(count, turns), turns):
         with InOrder(order):
             results.append(run())
     return results

@@ -138,12 +138,13 @@ def _rows(
         torch.cuda.empty_cache()
 
 
-def _fill(row: Row, case: Case, expected: check.Expected, limits: Limits) -> None:
+def _fill(row: Row, case: Case, draws: list[check.Expected], limits: Limits) -> None:
     ours = functools.partial(case.ours, backend=row.backend)
-    results = check.results(case, ours, expected.inputs, expected.douts)
-    judgement = check.judge(results, expected)
+    results = [check.results(case, ours, draw.inputs, draw.douts) for draw in draws]
+    judgement = check.judge(results, draws)
     row.result, row.error, row.allowed = judgement.result, judgement.error, judgement.allowed
-    row.failure = judgement.failure or _repeats(row, results, case, ours, expected)
+    expected = draws[0]
+    row.failure = judgement.failure or _repeats(row, results[0], case, ours, expected)
     if row.failure:
         return
     # The reference is written to be read: one look at its time is enough.
