@@ -14,11 +14,11 @@ from context_workers import Workers
 from timing import DTYPES
 
 from pypar.context_parallel import measure_costs
-from pypar.context_parallel.cost import cheapest, method_costs
-from pypar.context_parallel.hybrid import default_size
+from pypar.context_parallel.auto.choose import cheapest, method_costs
+from pypar.context_parallel.auto.volume import Sizes
 from pypar.context_parallel.layouts import segments_of
 from pypar.context_parallel.masks import Mask
-from pypar.context_parallel.volume import Sizes
+from pypar.context_parallel.methods.hybrid import default_size
 from pypar.mesh import Axis
 from pypar.ops.attention_arguments import UNBOUNDED
 

@@ -50,8 +50,8 @@ from context_step import (
 from context_workers import Workers
 from timing import DTYPES
 
-from pypar.context_parallel import methods
 from pypar.context_parallel.layouts import LAYOUTS
+from pypar.context_parallel.methods.registry import methods
 
 ASKED = {(2, 8192): 0.9, (2, 16384): 0.9}  # of ideal, by ranks and length, of a zigzag ring
 

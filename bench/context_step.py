@@ -17,11 +17,12 @@ from torch import Tensor
 
 import pypar
 from pypar.comm import Handle
-from pypar.context_parallel import all_gather, one_device, ring, ring_attention, shard, ulysses, walk
+from pypar.context_parallel import ring_attention, shard
 from pypar.context_parallel.layouts import positions_of
+from pypar.context_parallel.methods import all_gather, ring, ring_buffers, same_bits, ulysses
 from pypar.mesh import Axis
 
-METHOD_MODULES = (ring, all_gather, one_device, ulysses, walk)
+METHOD_MODULES = (ring, all_gather, same_bits, ulysses, ring_buffers)
 SAMPLED = 256  # positions that are compared
 
 

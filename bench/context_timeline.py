@@ -17,7 +17,7 @@ from context_workers import Workers
 from timing import DTYPES
 
 from pypar.comm import Handle
-from pypar.context_parallel import ring, walk
+from pypar.context_parallel.methods import ring, ring_buffers
 from pypar.mesh import Axis
 
 COLORS = {"forward": "tab:blue", "backward": "tab:green", "transfer": "tab:orange", "wait": "tab:red"}
@@ -65,11 +65,11 @@ def _recording() -> Iterator[list[Span]]:
                 spans.append(Span("transfer", entry[0], time.perf_counter()))
                 in_flight.remove(entry)
 
-    start, wait = walk.exchange_start, Handle.wait
+    start, wait = ring_buffers.exchange_start, Handle.wait
     watcher = threading.Thread(target=watch)
     watcher.start()
     with (
-        mock.patch.object(walk, "exchange_start", exchange),
+        mock.patch.object(ring_buffers, "exchange_start", exchange),
         mock.patch.object(ring, "add_forward", timed("forward", ring.add_forward)),
         mock.patch.object(ring, "add_backward", timed("backward", ring.add_backward)),
         mock.patch.object(Handle, "wait", timed("wait", wait)),

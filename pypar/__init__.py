@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pypar import comm as comm
     from pypar import context_parallel as context_parallel
     from pypar import data_parallel as data_parallel
+    from pypar import hugging_face as hugging_face
     from pypar import layout as layout
     from pypar import mesh as mesh
     from pypar import models as models
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from pypar import tensor_parallel as tensor_parallel
     from pypar import train as train
     from pypar.context_parallel.attention import ring_attention as ring_attention
-    from pypar.context_parallel.context import shard_context as shard_context
     from pypar.data_parallel import DataParallel as DataParallel
     from pypar.data_parallel import GradientBuckets as GradientBuckets
+    from pypar.hugging_face.attention import register_with_transformers as register_with_transformers
+    from pypar.hugging_face.shard_context import shard_context as shard_context
     from pypar.mesh import Mesh as Mesh
-    from pypar.models.attention_interface import register_with_transformers as register_with_transformers
     from pypar.ops.attention import attention as attention
     from pypar.ops.scaled_dot_product_attention import (
         scaled_dot_product_attention as scaled_dot_product_attention,
@@ -38,15 +39,16 @@ _HOME_OF_NAME = {
     "Mesh": "pypar.mesh",
     "attention": "pypar.ops.attention",
     "parallelize": "pypar.tensor_parallel.parallelize",
-    "register_with_transformers": "pypar.models.attention_interface",
+    "register_with_transformers": "pypar.hugging_face.attention",
     "ring_attention": "pypar.context_parallel.attention",
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
-    "shard_context": "pypar.context_parallel.context",
+    "shard_context": "pypar.hugging_face.shard_context",
 }
 _ROOMS = (
     "comm",
     "context_parallel",
     "data_parallel",
+    "hugging_face",
     "layout",
     "mesh",
     "models",

@@ -8,10 +8,10 @@ from torch import nn
 
 import pypar
 from pypar import context_parallel, tensor_parallel
+from pypar.context_parallel.auto.volume import Sizes
 from pypar.context_parallel.layouts import segments_of
-from pypar.context_parallel.machine_costs import MachineCosts
 from pypar.context_parallel.masks import Mask
-from pypar.context_parallel.volume import Sizes
+from pypar.cost.machine import MachineCosts
 from pypar.mesh import Mesh
 
 # ---- tensor_parallel
@@ -103,7 +103,7 @@ def _shard(axis):
     return of_x(run)
 
 
-@case("pypar.context_parallel.shard_context")
+@case("pypar.shard_context")
 def _shard_context(axis):
     def run(x):
         context = pypar.shard_context(axis)
@@ -117,7 +117,6 @@ def _shard_context(axis):
 @case(
     "pypar.context_parallel.method_costs",
     "pypar.context_parallel.measure_costs",
-    "pypar.context_parallel.methods",
 )
 def _costs(axis):
     measured = context_parallel.measure_costs(axis)
@@ -132,7 +131,7 @@ def _costs(axis):
             Mask(0, 0, (0, 4 * x.shape[1]), (0, 4 * x.shape[1])),
             costs,
         )
-        return x * len(table) * len(context_parallel.methods()) * isinstance(costs, MachineCosts)
+        return x * len(table) * isinstance(costs, MachineCosts)
 
     assert isinstance(measured, MachineCosts)
     return of_x(run)

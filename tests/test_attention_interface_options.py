@@ -11,8 +11,8 @@ from test_attention_interface import SIZES, tokens
 from transformers import AutoModelForCausalLM, BloomConfig, DeepseekV32Config, FalconConfig, LlamaConfig
 
 import pypar
-from pypar.models.attention_interface import attention_forward
-from pypar.models.attention_options import DOCUMENTS, HARMLESS
+from pypar.hugging_face.attention import attention_forward
+from pypar.hugging_face.attention_options import DOCUMENTS, HARMLESS
 
 # Passed by models of transformers 5.23 and refused: keys that a query sees, by number; sinks of each query.
 REFUSED = {"indices", "block_indices", "sinks", "output_attentions"}

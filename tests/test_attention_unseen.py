@@ -14,7 +14,7 @@ from accuracy import instruction_set
 from attention_unseen import POISONS, REACHED, Way, draw, make, poisoned, reach
 from torch import Tensor
 
-from pypar.models.attention_interface import attention_forward as interface_forward
+from pypar.hugging_face.attention import attention_forward as interface_forward
 from pypar.ops import attention_triton, native
 from pypar.ops.attention import BACKENDS
 from pypar.ops.attention_arguments import AttentionProblem, Positions

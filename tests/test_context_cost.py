@@ -10,11 +10,11 @@ from context_cases import CASES, Case, assert_close, inputs, many_ranks, one_dev
 from pypar.comm import Traffic
 from pypar.context_parallel import measure_costs, method_costs
 from pypar.context_parallel.agreement import agreement_bytes
-from pypar.context_parallel.cost import cheapest, explained
+from pypar.context_parallel.auto.choose import cheapest, explained
+from pypar.context_parallel.auto.volume import Sizes
 from pypar.context_parallel.layouts import segments_of
-from pypar.context_parallel.machine_costs import MachineCosts, costs_of
 from pypar.context_parallel.masks import Mask
-from pypar.context_parallel.volume import Sizes
+from pypar.cost.machine import MachineCosts, costs_of
 from pypar.mesh import Axis
 
 FREE = MachineCosts(math.inf, 0.0, math.inf, 0.0, 1, math.inf, 0.0, 0.0, math.inf)

@@ -15,7 +15,9 @@ from context_cases import Case, inputs
 from ranks import PRELOAD
 from simulated_ranks import run_ranks
 
-from pypar.context_parallel import ring, ring_attention, shard, shard_context, unshard
+from pypar import shard_context
+from pypar.context_parallel import ring_attention, shard, unshard
+from pypar.context_parallel.methods import ring
 from pypar.mesh import Axis
 from pypar.ops.attention import attention
 

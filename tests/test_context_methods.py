@@ -5,11 +5,11 @@ import torch
 from context_cases import CASES, Case, assert_close, inputs, many_ranks, on_rank, one_device, together
 from simulated_ranks import axis_of, run_ranks
 
-from pypar.context_parallel import volume
-from pypar.context_parallel.heads import head_share
-from pypar.context_parallel.hybrid import HybridGroups, default_size
+from pypar.context_parallel.auto import volume
 from pypar.context_parallel.layouts import LAYOUTS, segments_of, unions
 from pypar.context_parallel.masks import Mask
+from pypar.context_parallel.methods.heads import head_share
+from pypar.context_parallel.methods.hybrid import HybridGroups, default_size
 from pypar.ops.attention_arguments import check_window
 
 MANY_HEADS = {name: case for name, case in CASES.items() if name != "one head"}

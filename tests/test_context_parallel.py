@@ -10,8 +10,9 @@ from accuracy import assert_accurate
 from context_cases import CASES, assert_close, inputs, on_rank, one_device, together
 
 from pypar.comm import Handle
-from pypar.context_parallel import parts, ring, ring_attention, shard, unshard, walk
+from pypar.context_parallel import ring_attention, shard, unshard
 from pypar.context_parallel.layouts import LAYOUTS
+from pypar.context_parallel.methods import ring, ring_buffers, ring_parts
 from pypar.mesh import Axis
 from pypar.selftest.orders import InOrder
 
@@ -151,12 +152,12 @@ def _record_order():
 
         return noted
 
-    originals = walk.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward
+    originals = ring_buffers.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward
     q, k, v, _ = (
         shard(x, 1, _axis(), "zigzag").requires_grad_() for x in _inputs((1, 24, 2, 1, 8, 8), torch.float32)
     )
     ring_attention(q, k, v, _axis())  # whether the ranks agree is not noted
-    walk.exchange_start = noting("start", originals[0])
+    ring_buffers.exchange_start = noting("start", originals[0])
     ring.add_forward, ring.add_backward = (noting("compute", function) for function in originals[3:])
     Handle.wait = noting("wait", originals[1])
     Handle.is_done = lambda handle: False  # nothing is let go early
@@ -166,7 +167,9 @@ def _record_order():
         events.clear()
         out.sum().backward()
     finally:
-        walk.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward = originals
+        ring_buffers.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward = (
+            originals
+        )
     return forward, events
 
 
@@ -230,7 +233,7 @@ def test_every_option_between_processes(ranks, world_size, layout, name):
 def _case_in_parts(name, layout):
     """Several rounds, each of several parts by heads and by keys."""
     small = {"_LEAST_POSITIONS": 1, "_LEAST_KEYS": 1, "_LEAST_KEYS_FAR": 1, "_MOST_KEYS": 6}
-    with mock.patch.multiple(parts, **small):
+    with mock.patch.multiple(ring_parts, **small):
         return _case(name, layout)
 
 

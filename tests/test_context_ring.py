@@ -10,9 +10,11 @@ from context_cases import CASES, Case, assert_close, inputs, many_ranks, one_dev
 from plain_attention import plain_attention
 from simulated_ranks import run_ranks
 
-from pypar.context_parallel import ring, ring_attention, volume
+from pypar.context_parallel import ring_attention
+from pypar.context_parallel.auto import volume
 from pypar.context_parallel.layouts import LAYOUTS, segments_of
 from pypar.context_parallel.masks import Mask
+from pypar.context_parallel.methods import ring
 from pypar.ops.attention_arguments import check_window
 from pypar.selftest.orders import InOrder
 

@@ -8,9 +8,10 @@ from context_cases import CASES, Case, assert_close, inputs, many_ranks, one_dev
 from simulated_ranks import run_ranks
 
 from pypar.comm import Handle
-from pypar.context_parallel import parts, ring, ring_attention, walk
+from pypar.context_parallel import ring_attention
 from pypar.context_parallel.layouts import LAYOUTS, Segment, cut, shard
-from pypar.context_parallel.parts import rounds_of
+from pypar.context_parallel.methods import ring, ring_buffers, ring_parts
+from pypar.context_parallel.methods.ring_parts import rounds_of
 
 
 def shape(*arguments):
@@ -60,20 +61,20 @@ def test_equals_one_device_and_sends_as_much_as_whole_blocks(monkeypatch, name, 
     given = inputs(case, torch.float32)
     expected = one_device(case, given)
     for size in (2, 3, 4):
-        monkeypatch.setattr(parts, "_LEAST_POSITIONS", 1 << 30)
-        monkeypatch.setattr(parts, "_MOST_KEYS", 1 << 30)
+        monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1 << 30)
+        monkeypatch.setattr(ring_parts, "_MOST_KEYS", 1 << 30)
         _, whole = many_ranks(case, given, size, layout, backend="native")
-        monkeypatch.setattr(parts, "_LEAST_POSITIONS", 1)
-        monkeypatch.setattr(parts, "_LEAST_KEYS_FAR", 1)
-        monkeypatch.setattr(parts, "_MOST_KEYS", 4)
+        monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1)
+        monkeypatch.setattr(ring_parts, "_LEAST_KEYS_FAR", 1)
+        monkeypatch.setattr(ring_parts, "_MOST_KEYS", 4)
         actual, sent = many_ranks(case, given, size, layout, backend="native")
         assert_close(actual, expected, 1e-5, 1e-4)
         assert sent == whole
 
 
 def test_parts_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monkeypatch):
-    monkeypatch.setattr(parts, "_LEAST_POSITIONS", 1)
-    monkeypatch.setattr(parts, "_LEAST_KEYS_FAR", 1)
+    monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1)
+    monkeypatch.setattr(ring_parts, "_LEAST_KEYS_FAR", 1)
     events = threading.local()
 
     def noting(word, function):
@@ -86,7 +87,7 @@ def test_parts_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monk
 
         return noted
 
-    monkeypatch.setattr(walk, "exchange_start", noting("exchange", walk.exchange_start))
+    monkeypatch.setattr(ring_buffers, "exchange_start", noting("exchange", ring_buffers.exchange_start))
     for name in ("add_forward", "add_backward"):
         monkeypatch.setattr(ring, name, noting("compute", getattr(ring, name)))
     monkeypatch.setattr(Handle, "wait", noting("wait", Handle.wait))

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from pypar.hugging_face.weights import global_name, load_llama_weights
 from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig
 from pypar.models.cache import KeyValueCache
-from pypar.models.hugging_face import global_name, load_llama_weights
 from pypar.ops import cross_entropy
 
 SIZES = dict(vocab_size=97, num_layers=3, d_model=48, num_heads=6, num_kv_heads=2, head_size=8, d_ff=80)

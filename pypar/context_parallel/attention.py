@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pypar.context_parallel.agreement import agree
 from pypar.context_parallel.arguments import Arguments, checked, described, no_seed
-from pypar.context_parallel.methods import method_named
+from pypar.context_parallel.methods.registry import method_named
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention import Window, attention
 from pypar.ops.uncompiled import between_ranks

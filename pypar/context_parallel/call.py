@@ -63,7 +63,7 @@ Method = Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]]
 
 q [B, T, N, H], k [B, S, G, H], v [B, S, G, Hv], with documents without B: this rank's parts, of which T or S may
 be 0. out like q with Hv, in q's dtype, lse [B, N, T] in fp32 (fp64 for fp64); sinks are in both.
-A file of this folder that defines METHODS, name -> Method, adds methods; `attention` finds it.
+`methods.registry` lists every method.
 """
 
 

@@ -1,6 +1,6 @@
 """Models assembled from pypar's layers."""
 
-from .decoder import Decoder, DecoderConfig
-from .sequences import ContextParallel, Sequences
+from pypar.models.decoder import Decoder, DecoderConfig
+from pypar.models.sequences import ContextParallel, Sequences
 
 __all__ = ["ContextParallel", "Decoder", "DecoderConfig", "Sequences"]

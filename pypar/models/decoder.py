@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..context_parallel import positions
-from ..layout import Layout, initial_weight, layout_of, local_part, local_tensor, set_layout
-from ..mesh import Mesh
-from ..ops import rms_norm, rope, swiglu
-from ..tensor_parallel import (
+from pypar.context_parallel import positions
+from pypar.layout import Layout, initial_weight, layout_of, local_part, local_tensor, set_layout
+from pypar.mesh import Mesh
+from pypar.models.cache import KeyValueCache
+from pypar.models.sequences import ContextParallel, Sequences, causal_attention
+from pypar.ops import rms_norm, rope, swiglu
+from pypar.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     column_parallel,
 )
-from .cache import KeyValueCache
-from .sequences import ContextParallel, Sequences, causal_attention
 
 INITIAL_STD = (
     0.02  # GPT-2's; the two projections that write into the residual stream are scaled by 1/sqrt(2 layers)

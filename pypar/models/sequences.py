@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..context_parallel import ring_attention
-from ..mesh import Axis
-from ..ops import attention
+from pypar.context_parallel import ring_attention
+from pypar.mesh import Axis
+from pypar.ops import attention
 
 
 @dataclass(frozen=True)

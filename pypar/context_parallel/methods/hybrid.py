@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pypar.comm import all_gather_start
 from pypar.context_parallel.call import Call, refuse_options
-from pypar.context_parallel.ulysses import attend
+from pypar.context_parallel.methods.ulysses import attend
 from pypar.mesh import Axis, as_axis
 
 
@@ -67,9 +67,6 @@ def hybrid(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]
             "them with hybrid_groups(group, ulysses_size) of the same group"
         )
     return attend(q, k, v, call, groups.ulysses, groups.ring)
-
-
-METHODS = {"hybrid": hybrid}
 
 
 def default_size(size: int, G: int) -> int:

@@ -1,6 +1,6 @@
 """What each method of context parallelism takes; the method "auto", which takes the cheapest.
 
-Bytes are those of `volume`, of the busiest rank; seconds are those of `expected`, until the slowest rank is done.
+Bytes are those of `volume`, of the busiest rank; seconds are those of `seconds`, until the slowest rank is done.
 Whatever goes in is the same on every rank, so all choose alike and need not ask each other.
 """
 
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pypar.context_parallel import volume
-from pypar.context_parallel.call import Call, Method, refuse_options
-from pypar.context_parallel.expected import Expected
+from pypar.context_parallel.auto import volume
+from pypar.context_parallel.auto.seconds import Expected
+from pypar.context_parallel.auto.volume import Sizes, Volume
+from pypar.context_parallel.call import Call, refuse_options
 from pypar.context_parallel.layouts import Segments, num_positions
-from pypar.context_parallel.machine_costs import MachineCosts, costs_of
 from pypar.context_parallel.masks import Mask
-from pypar.context_parallel.methods import methods
-from pypar.context_parallel.volume import Sizes, Volume
+from pypar.context_parallel.methods.registry import methods
+from pypar.cost.machine import MachineCosts, costs_of
 from pypar.ops.uncompiled import uncompiled
 
 
@@ -120,9 +120,6 @@ def auto(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     if call.method_options.get("explain") and call.axis.rank == 0:
         print(explained(table, chosen), flush=True)  # noqa: T201 - asked for
     return methods()[chosen.method](q, k, v, replaced(call, method_options=dict(chosen.options)))
-
-
-METHODS: dict[str, Method] = {"auto": auto}
 
 
 def choice(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[tuple[MethodCost, ...], MethodCost]:

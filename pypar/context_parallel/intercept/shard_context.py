@@ -16,16 +16,15 @@ from pypar.context_parallel import layouts
 from pypar.context_parallel.agreement import agree
 from pypar.context_parallel.arguments import no_seed
 from pypar.context_parallel.attention import ring_attention
-from pypar.context_parallel.layouts import num_positions, segments_of
-from pypar.context_parallel.methods import method_named
-from pypar.context_parallel.multi_head import multi_head
-from pypar.context_parallel.other_attention import (
+from pypar.context_parallel.intercept.multi_head import multi_head
+from pypar.context_parallel.intercept.other_attention import (
     is_flex_attention,
     refuse,
     refuse_flex_attention,
     refused_functions,
 )
-from pypar.context_parallel.transformers_models import watch_models
+from pypar.context_parallel.layouts import num_positions, segments_of
+from pypar.context_parallel.methods.registry import method_named
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import as_torch, scaled_dot_product_attention
@@ -114,7 +113,6 @@ class ShardContext(TorchFunctionMode):
         self._replaced |= dict.fromkeys((sdpa, sdpa.default), self._torch_attention)
         for function, name in refused_functions().items():
             self._replaced[function] = functools.partial(refuse, name)
-        watch_models(active_context)
 
     def __torch_function__(
         self,

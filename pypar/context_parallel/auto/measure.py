@@ -1,4 +1,4 @@
-"""Measures what the formulas of `expected` need of a machine: `measure_costs`."""
+"""Measures what the formulas of `seconds` need of a machine: `measure_costs`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pypar.comm import all_gather_start, exchange_start
 from pypar.context_parallel.attention import ring_attention
+from pypar.context_parallel.auto.seconds import Expected
+from pypar.context_parallel.auto.volume import Sizes
 from pypar.context_parallel.call import Call
-from pypar.context_parallel.expected import Expected
 from pypar.context_parallel.layouts import Segment, segments_of
-from pypar.context_parallel.machine_costs import MEASURED, MachineCosts
 from pypar.context_parallel.masks import Mask
-from pypar.context_parallel.partial import add_backward, add_forward, empty_sums
-from pypar.context_parallel.volume import Sizes
+from pypar.context_parallel.methods.blockwise import add_backward, add_forward, empty_sums
+from pypar.cost.machine import MEASURED, MachineCosts
 from pypar.mesh import Axis, as_axis
 from pypar.ops.attention_arguments import UNBOUNDED
 from pypar.ops.uncompiled import between_ranks

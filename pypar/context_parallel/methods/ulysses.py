@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from pypar.comm import exchange_start
 from pypar.context_parallel.call import Call, refuse_options
-from pypar.context_parallel.heads import HeadShare, head_share
 from pypar.context_parallel.layouts import Segments, num_positions, positions_in, unions
-from pypar.context_parallel.ring import ring
+from pypar.context_parallel.methods.heads import HeadShare, head_share
+from pypar.context_parallel.methods.ring import ring
 from pypar.mesh import Axis
 from pypar.ops.uncompiled import uncompiled
 
@@ -31,9 +31,6 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """A `call.Method`. As many heads a rank as there are, give or take one; key/value heads where they are used."""
     refuse_options("ulysses", call.method_options)
     return attend(q, k, v, call, call.axis, Axis.single(call.axis.name))
-
-
-METHODS = {"ulysses": ulysses}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, inner: Axis, outer: Axis) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pypar.context_parallel.context import ShardContext, active_context
-from pypar.models.attention_options import knows_booleans, refuse_options, watch_implementation
+from pypar.context_parallel.intercept.shard_context import ShardContext, active_context
+from pypar.hugging_face.attention_options import knows_booleans, refuse_options, watch_implementation
 from pypar.ops.attention import Window, attention
 from pypar.ops.scaled_dot_product_attention import under_autocast
 from pypar.ops.uncompiled import uncompiled

@@ -1,8 +1,9 @@
 """Ring attention: keys and values travel round the ring while attention runs.
 
-Liu et al., Ring Attention with Blockwise Transformers, arXiv 2310.01889. What is sent when is the table of `route`,
-in the parts of `parts`: the transfers of a hop are in flight while the hop computes, and are waited for where what
-they bring is needed. Keys and values are one buffer, of key/value heads only; sums of dk and dv travel in fp32.
+Liu et al., Ring Attention with Blockwise Transformers, arXiv 2310.01889. The table of `ring_route` says
+what is sent when, `ring_parts` in which parts: the transfers of a hop are in flight while the hop computes, and are
+waited for where what they bring is needed. Keys and values are one buffer, of key/value heads only; sums of dk and dv
+travel in fp32.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from torch.autograd.function import once_differentiable
 from pypar.comm import shares_memory
 from pypar.context_parallel.call import Call, refuse_options
 from pypar.context_parallel.layouts import num_positions
-from pypar.context_parallel.partial import add_backward, add_forward, empty_sums, finish, sinks_share
-from pypar.context_parallel.parts import Part, rounds_of
-from pypar.context_parallel.route import rank_route
-from pypar.context_parallel.walk import Block, Walk
+from pypar.context_parallel.methods.blockwise import (
+    add_backward,
+    add_forward,
+    empty_sums,
+    finish,
+    sinks_share,
+)
+from pypar.context_parallel.methods.ring_buffers import Block, RingBuffers
+from pypar.context_parallel.methods.ring_parts import Part, rounds_of
+from pypar.context_parallel.methods.ring_route import rank_route
 from pypar.ops.rows import accumulate_dtype
 from pypar.ops.uncompiled import uncompiled
 
@@ -33,16 +40,13 @@ def ring(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     return _Ring.apply(q, k, v, call.sinks, call.bias, call)  # type: ignore[no-untyped-call]
 
 
-METHODS = {"ring": ring}
-
-
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
         sums = empty_sums(q, v)
-        kept = [x for walk in _walks("forward", q, k, v, call) for x in _forward(walk, q, sums, call)]
+        kept = [x for buffers in _rounds("forward", q, k, v, call) for x in _forward(buffers, q, sums, call)]
         out, lse = finish(sums, sinks, q.dtype)
         ctx.save_for_backward(q, k, v, sinks, bias, out, lse, *kept)
         ctx.set_materialize_grads(False)
@@ -60,9 +64,9 @@ class _Ring(torch.autograd.Function):
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         dbias = torch.zeros_like(bias, dtype=dq.dtype) if ctx.needs_input_grad[4] else None
         results, into = (dout, out, lse, dlse), (dq, dk, dv)
-        for walk in _walks("backward", q, k, v, call):
-            walk.keep([kept.pop(0) for _ in walk.parts if kept])
-            _backward(walk, q, results, into, dbias, call)
+        for buffers in _rounds("backward", q, k, v, call):
+            buffers.keep([kept.pop(0) for _ in buffers.parts if kept])
+            _backward(buffers, q, results, into, dbias, call)
         dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None
         return (
             dq.to(q.dtype),
@@ -74,30 +78,30 @@ class _Ring(torch.autograd.Function):
         )
 
 
-def _walks(direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[Walk]:
+def _rounds(direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[RingBuffers]:
     """One after the other."""
     axis = call.axis
     route = rank_route(call.queries, call.keys, call.mask, axis.rank)
     longest = max(num_positions(held) for held in call.keys)
     for round_ in rounds_of(q.shape[-2], k.shape[-2], axis.size, longest, shares_memory(axis)):
-        yield Walk(direction, route, round_, k, v, call)
+        yield RingBuffers(direction, route, round_, k, v, call)
 
 
-def _forward(walk: Walk, q: Tensor, sums: Block, call: Call) -> list[Tensor]:
+def _forward(buffers: RingBuffers, q: Tensor, sums: Block, call: Call) -> list[Tensor]:
     """Continue (out, lse) of all queries. Returns what backward begins with."""
-    for hop in walk.hops():
-        for part in [walk.whole] if hop == 0 else walk.parts:
-            walk.start(walk.outgoing(part))
-            if walk.sees:
+    for hop in buffers.hops():
+        for part in [buffers.whole] if hop == 0 else buffers.parts:
+            buffers.start(buffers.outgoing(part))
+            if buffers.sees:
                 rows = part.heads.rows
-                operands, into = (q[rows], *walk.block(part)), (sums[0][rows], sums[1][rows])
-                add_forward(walk.pieces(part), *operands, into, part.heads.call(call))
-            walk.release(part)
-    return walk.kept()
+                operands, into = (q[rows], *buffers.block(part)), (sums[0][rows], sums[1][rows])
+                add_forward(buffers.pieces(part), *operands, into, part.heads.call(call))
+            buffers.release(part)
+    return buffers.kept()
 
 
 def _backward(
-    walk: Walk,
+    buffers: RingBuffers,
     q: Tensor,
     results: tuple[Tensor, Tensor, Tensor, Tensor | None],
     into: tuple[Tensor, Tensor, Tensor],
@@ -107,29 +111,29 @@ def _backward(
     """results: dout, out, lse, dlse. Adds to dq, writes dk and dv of the round's keys, adds to dbias."""
     dq, *own = into
     summed: deque[tuple[Part, Block]] = deque()  # of the own block
-    for hop in walk.hops():
-        for part in walk.parts:
-            walk.start(walk.incoming(part))
-            if walk.sees:
-                rows, share = part.heads.rows, walk.empty_share(part)
+    for hop in buffers.hops():
+        for part in buffers.parts:
+            buffers.start(buffers.incoming(part))
+            if buffers.sees:
+                rows, share = part.heads.rows, buffers.empty_share(part)
                 dout, out, lse = (x[rows] for x in results[:3])
                 dlse = None if results[3] is None else results[3][rows]
                 add_backward(
-                    walk.pieces(part),
-                    (q[rows], *walk.block(part)),
+                    buffers.pieces(part),
+                    (q[rows], *buffers.block(part)),
                     (dout, out, lse, dlse),
                     (dq[rows], *share),
                     part.heads.bias(dbias),
                     part.heads.call(call),
                 )
                 if hop > 0:
-                    walk.add_arrived(part, share)
+                    buffers.add_arrived(part, share)
                 else:
                     summed.append((part, share))
-            walk.release(part)
+            buffers.release(part)
             # Parts of the own block are done when the other ranks' sums are there, which may be late without harm.
-            while summed and (part is walk.parts[-1] or walk.has_arrived(summed[0][0])):
-                walk.add_arrived(*summed[0])
+            while summed and (part is buffers.parts[-1] or buffers.has_arrived(summed[0][0])):
+                buffers.add_arrived(*summed[0])
                 for x, y in zip(own, summed[0][1], strict=True):
-                    walk.cut(x, summed[0][0]).copy_(y)
+                    buffers.cut(x, summed[0][0]).copy_(y)
                 summed.popleft()

@@ -26,18 +26,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pypar.comm import Handle, all_gather_start, reduce_scatter_start
-from pypar.context_parallel import one_device
 from pypar.context_parallel.call import Call, refuse_options
-from pypar.context_parallel.heads import HeadGroup
 from pypar.context_parallel.layouts import Segment, num_positions, positions_in
 from pypar.context_parallel.masks import Piece, pieces
-from pypar.context_parallel.partial import (
+from pypar.context_parallel.methods import same_bits
+from pypar.context_parallel.methods.blockwise import (
     add_backward,
     add_forward,
     empty_sums,
     finish,
     sinks_share,
 )
+from pypar.context_parallel.methods.heads import HeadGroup
 from pypar.ops.rows import accumulate_dtype
 from pypar.ops.uncompiled import uncompiled
 
@@ -49,9 +49,6 @@ def all_gather(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Ten
     if not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"heads_at_once ({at_once}) must be a whole number, at least 1")
     return _AllGather.apply(q, k, v, call.sinks, call.bias, call, at_once)  # type: ignore[no-untyped-call]
-
-
-METHODS = {"all_gather": all_gather}
 
 
 class _AllGather(torch.autograd.Function):
@@ -86,7 +83,7 @@ class _AllGather(torch.autograd.Function):
         dk, dv = (torch.empty(x.shape, dtype=wide, device=q.device) for x in (k, v))
         dbias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[4] else None
         gathered = _Gathered(q, k, v, call, ctx.at_once, "backward")
-        for heads in gathered.walk():
+        for heads in gathered.in_turn():
             rows = heads.rows
             results = (dout[rows], out[rows], lse[rows], None if dlse is None else dlse[rows])
             share = heads.bias(dbias)
@@ -96,7 +93,7 @@ class _AllGather(torch.autograd.Function):
                 _, dk_here, dv_here = into
                 operands, totals = (q[rows], k_here, v_here), (dq[rows], dk_here, dv_here)
                 rest = None if lse_rest is None else lse_rest[rows]
-                add = one_device.backward if gathered.in_order else add_backward
+                add = same_bits.backward if gathered.in_order else add_backward
                 add(parts, operands, results, totals, share, heads.call(call), rest)
             gathered.scatter(sums, dk[..., heads.groups, :], dv[..., heads.groups, :])
         gathered.arrive()
@@ -122,17 +119,17 @@ def _forward_once(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Resu
     if call.sinks is not None:
         lse.copy_(call.sinks.detach().unsqueeze(-1).expand_as(lse))  # of a row that sees nothing else
     lse_rest, makes_rest = torch.zeros_like(lse), False
-    for heads in gathered.walk():
+    for heads in gathered.in_turn():
         rows = heads.rows
         for parts, k_here, v_here in gathered.blocks():
             results = (out[rows], lse[rows], lse_rest[rows])
-            makes_rest |= one_device.forward(parts, q[rows], k_here, v_here, results, heads.call(call))
+            makes_rest |= same_bits.forward(parts, q[rows], k_here, v_here, results, heads.call(call))
     return out, lse, lse_rest if makes_rest else None
 
 
 def _forward_by_rank(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Results:
     sums = empty_sums(q, v)
-    for heads in gathered.walk():
+    for heads in gathered.in_turn():
         rows = heads.rows
         for parts, k_here, v_here in gathered.blocks():
             add_forward(parts, q[rows], k_here, v_here, (sums[0][rows], sums[1][rows]), heads.call(call))
@@ -152,7 +149,7 @@ class _Gathered:
         if self.in_order:  # one block, the whole sequence as one device has it
             whole = (Segment(0, sum(self._counts)),) if self._most else ()
             parts = pieces(call.queries[rank], whole, call.mask, call.merges)
-            self._parts = [one_device.as_whole(parts, call.mask, q.shape[-2] // k.shape[-2])]
+            self._parts = [same_bits.as_whole(parts, call.mask, q.shape[-2] // k.shape[-2])]
             rows = rows[torch.cat([positions_in(segments) for segments in call.keys]).argsort()]
         else:  # one after the other, as the ranks hold them
             self._parts = [call.pieces(rank, source) for source in range(call.axis.size)]
@@ -163,7 +160,7 @@ class _Gathered:
         self._here = k
         self._scattered: list[tuple[Handle, Tensor, Tensor]] = []
 
-    def walk(self) -> Iterator[HeadGroup]:
+    def in_turn(self) -> Iterator[HeadGroup]:
         """The heads whose keys and values `blocks` gives; the next ones are on their way meanwhile."""
         arriving = self._start(self._heads[0].groups)
         for heads, following in zip(self._heads, [*self._heads[1:], None], strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pypar.context_parallel.call import Call
 from pypar.context_parallel.masks import Mask, Piece
-from pypar.context_parallel.partial import Pieces, add_backward, forward_once
+from pypar.context_parallel.methods.blockwise import Pieces, add_backward, forward_once
 
 KEY_BLOCK = 1536
 """Of every native kernel's blocks of keys a multiple: 96, 128 and, for parts of sums, 1536 (csrc/attention_plan.h)."""

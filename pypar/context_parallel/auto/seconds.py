@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from pypar.context_parallel import volume
-from pypar.context_parallel.heads import head_share
+from pypar.context_parallel.auto import volume
+from pypar.context_parallel.auto.volume import Sizes
 from pypar.context_parallel.layouts import Segments, num_positions, unions
-from pypar.context_parallel.machine_costs import MachineCosts
 from pypar.context_parallel.masks import Mask, Piece, pieces, work
-from pypar.context_parallel.parts import Part, Round, rounds_of
-from pypar.context_parallel.route import KEYS, SUMS, Transfer, route
-from pypar.context_parallel.volume import Sizes
+from pypar.context_parallel.methods.heads import head_share
+from pypar.context_parallel.methods.ring_parts import Part, Round, rounds_of
+from pypar.context_parallel.methods.ring_route import KEYS, SUMS, Transfer, route
+from pypar.cost.machine import MachineCosts
 
 # How often all-to-alls write what a rank has: they pack heads, join what came and put it in order. Backward autograd
 # undoes each of these into zeros.

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pypar.context_parallel.heads import HeadGroup
+from pypar.context_parallel.methods.heads import HeadGroup
 
-_MOST_STEPS = 4  # that a walk is split into, where hops are fewer
+_MOST_STEPS = 4  # that a block's way round the ring is split into, where hops are fewer
 _LEAST_POSITIONS = 1024  # of a block that is split
 # Of a part by keys: over fewer keys attention is slower. Two ranks with 8,192 tokens in bf16 and whole heads reached
 # 80, 88 and 91 % of the ideal with parts of 1,024, 2,048 and 4,096.

@@ -1,4 +1,4 @@
-"""How fast the ranks of an axis compute and talk: what the formulas of `cost` need of a machine."""
+"""How fast the ranks of an axis compute and talk: what formulas of seconds need of a machine."""
 
 from __future__ import annotations
 

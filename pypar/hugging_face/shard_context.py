@@ -1,4 +1,5 @@
-"""transformers' models under `shard_context`: whether what they are given lets them see the whole sequence."""
+"""`shard_context`, which looks at transformers' models before they run: whether what they are given lets them see the
+whole sequence."""
 
 from __future__ import annotations
 
@@ -7,40 +8,42 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
 from pypar.context_parallel.agreement import agree
 from pypar.context_parallel.arguments import no_seed
-from pypar.context_parallel.transformers_mixing import joined_positions, scaling_by_length
-from pypar.mesh import Axis
+from pypar.context_parallel.intercept import shard_context as intercept
+from pypar.context_parallel.intercept.shard_context import ShardContext, active_context
+from pypar.hugging_face.joined_positions import joined_positions, scaling_by_length
 from pypar.ops.uncompiled import uncompiled
 
+Given = ParamSpec("Given")
 _INSTALLED = "pypar_looks_first"
 # Attention of transformers that never comes to torch's function. Names of others may be anyone's, who may call it.
 _UNSEEN = ("eager", "flash_attention", "flex_attention", "paged|")
 _UNLOOKED = "shard_context(..., check_models=False) takes the model as it is"
 
 
-class Context(Protocol):
-    """What a model is looked at with: a `ShardContext`."""
+def _watching(make: Callable[Given, ShardContext]) -> Callable[Given, ShardContext]:
+    @functools.wraps(make)
+    def shard_context(*args: Given.args, **kwargs: Given.kwargs) -> ShardContext:
+        watch_models()
+        return make(*args, **kwargs)
 
-    axis: Axis
-    check_models: bool
-    looked_at: set[tuple[object, ...]]
-
-    def positions(self, length: int) -> Tensor: ...
-
-    def whole_length(self, held: int) -> int: ...
+    return shard_context
 
 
-def watch_models(active: Callable[[], Context | None]) -> None:
+shard_context = _watching(intercept.shard_context)
+
+
+def watch_models() -> None:
     """transformers' models, where transformers is imported, are looked at before they run in a context.
 
-    A class has no hook that sees keyword arguments before forward, so its call is wrapped, once in a process.
-    active: the context that this thread is in; without one a model runs as ever.
+    A class has no hook that sees keyword arguments before forward, so its call is wrapped, once in a process. Outside
+    of a context a model runs as ever.
     """
     model_class = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if model_class is None or hasattr(model_class.__call__, _INSTALLED):
@@ -49,7 +52,7 @@ def watch_models(active: Callable[[], Context | None]) -> None:
 
     @functools.wraps(original)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        context = active()
+        context = active_context()
         if context is not None and context.check_models and context.axis.size > 1:
             _check(context, model, args, kwargs)
         return original(model, *args, **kwargs)
@@ -59,7 +62,7 @@ def watch_models(active: Callable[[], Context | None]) -> None:
 
 
 @uncompiled("a model under shard_context is looked at before it runs; compile without fullgraph=True")
-def _check(context: Context, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check(context: ShardContext, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """ValueError, on every rank and before anything is computed: a model that would go by this rank's part alone."""
     signature = inspect.signature(type(model).forward)
     try:
@@ -122,7 +125,7 @@ def _of_labels(model: Any, given: dict[str, Any]) -> str | None:
     )
 
 
-def _of_mixing(context: Context, model: Any, given: dict[str, Any]) -> str | None:
+def _of_mixing(context: ShardContext, model: Any, given: dict[str, Any]) -> str | None:
     """Positions that are joined outside of attention, or a loss that is not a sum over positions."""
     known = ("joins no positions", weakref.ref(model))
     joining = None if known in context.looked_at else joined_positions(model)
@@ -146,7 +149,7 @@ def _of_mixing(context: Context, model: Any, given: dict[str, Any]) -> str | Non
 
 
 def _of_positions(
-    context: Context, model: Any, position_ids: Tensor | None, takes: bool
+    context: ShardContext, model: Any, position_ids: Tensor | None, takes: bool
 ) -> tuple[str | None, int | None]:
     """(why the positions are not this rank's or None, what they have been shifted by)."""
     name = type(model).__name__

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..layout import layout_of, local_part, local_tensor
-from .decoder import Decoder
+from pypar.layout import layout_of, local_part, local_tensor
+from pypar.models.decoder import Decoder
 
 _LAYER_PARTS = {
     "input_layernorm": "attention_norm",

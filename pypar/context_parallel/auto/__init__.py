@@ -1,0 +1,1 @@
+"""Which method is expected to be the fastest: bytes, seconds, and measured rates."""

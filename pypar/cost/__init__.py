@@ -1,0 +1,1 @@
+"""How fast machines and their links are, for whatever predicts seconds."""

@@ -1,0 +1,1 @@
+"""Where transformers meets pypar: its attention interface, its models under `shard_context`, its weights."""
