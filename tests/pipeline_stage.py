@@ -1,4 +1,4 @@
-"""A small model in stages, and runtimes over it, for the tests of the pipeline runtime."""
+"""Schedules, a small model in stages, and runtimes over it, for the tests of pipelines."""
 
 import random
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from pypar.mesh import Axis
 from pypar.pipeline_parallel import PipelineRuntime
-from pypar.pipeline_parallel.action import Action, local_dependency, needed_by, sent_by
+from pypar.pipeline_parallel.action import Action, Schedule, local_dependency
 
 WIDTH, ROWS = 6, 3
 
@@ -40,48 +40,71 @@ def world_axis():
 
 
 def stage_runtime(schedule, num_stages, axis):
-    own = sorted({action.stage for action in schedule[axis.rank]})
+    own = [stage for _, stage in schedule.stages_of(axis.rank)]
     stages = {stage: Stage(stage, num_stages) for stage in own}
-    module = stages if len(own) > 1 else stages[own[0]]
-    runtime = PipelineRuntime(
-        module,
-        axis,
-        schedule,
-        activation_shape=(ROWS, WIDTH),
-        activation_dtype=torch.float32,
-        device="cpu",
-    )
-    return runtime, stages
+    return PipelineRuntime(stages if len(own) > 1 else stages[own[0]], axis, schedule), stages
 
 
-def random_schedule(owners, num_microbatches, seed):
-    """A valid schedule in random order, stage s on rank owners[s]; a stage's backwards run in order."""
+def random_schedule(owners, num_microbatches, seed, splits=False, in_order=True):
+    """A valid schedule in random order, stage s on rank owners[s].
+
+    splits: the backward of every other stage is in two parts. in_order: a stage's weights get the gradients of
+    the microbatches in their order.
+    """
     pick = random.Random(seed)
-    num_stages = len(owners)
-    waiting = [Action(k, s, m) for m in range(num_microbatches) for s in range(num_stages) for k in "FB"]
-    schedule = [[] for _ in range(max(owners) + 1)]
-    done, sent = {None}, {None}
+    placement = {(0, stage): rank for stage, rank in enumerate(owners)}
+    waiting = [
+        Action(kind, stage, microbatch)
+        for microbatch in range(num_microbatches)
+        for stage in range(len(owners))
+        for kind in ("FIW" if splits and stage % 2 == 0 else "FB")
+    ]
+    rules = Schedule((), placement)
+    lists = [[] for _ in range(max(owners) + 1)]
+    done, sent = set(), {None}
     while waiting:
-        ready = [a for a in waiting if needed_by(a, num_stages) in sent and local_dependency(a) in done]
-        ready = [
-            a
-            for a in ready
-            if a.kind == "F" or a.microbatch == min(b.microbatch for b in waiting if b[:2] == a[:2])
-        ]
+        ready = [a for a in waiting if rules.needed_by(a) in sent and done.issuperset(local_dependency(a))]
+        if in_order:
+            ready = [a for a in ready if a.kind not in "BW" or not _has_earlier(a, waiting)]
         action = pick.choice(ready)
         waiting.remove(action)
         done.add(action)
-        sent.add(sent_by(action, num_stages))
-        schedule[owners[action.stage]].append(action)
-    return schedule
+        sent.add(rules.sent_by(action))
+        lists[owners[action.stage]].append(action)
+    return Schedule.of(lists, placement)
 
 
-def single_runtime(module, schedule):
-    return PipelineRuntime(
-        module,
-        Axis.single("pp"),
-        schedule,
-        activation_shape=(ROWS, WIDTH),
-        activation_dtype=torch.float32,
-        device="cpu",
-    )
+def _has_earlier(action, waiting):
+    return any(a[:2] == action[:2] and a.microbatch < action.microbatch for a in waiting)
+
+
+def written(*lists, placement=None):
+    """A schedule from texts like a picture's: "F0.1'" is F of microbatch 0 on stage 1 of path 1.
+
+    Without a stage, the stage is the rank.
+    """
+    parsed = []
+    for rank, text in enumerate(lists):
+        words = [(word.rstrip("'"), word.count("'")) for word in text.split()]
+        parsed.append(
+            [
+                Action(word[0], int(stage or rank), int(microbatch), path)
+                for word, path in words
+                for microbatch, _, stage in [word[1:].partition(".")]
+            ]
+        )
+    return Schedule.of(parsed, placement)
+
+
+# Two ranks with two stages each, one in every round; arXiv 2104.04473, figure 4.
+INTERLEAVED = written(
+    "F0.0 F1.0 F0.2 F1.2 B0.2 B1.2 B0.0 B1.0",
+    "F0.1 F1.1 F0.3 B0.3 F1.3 B1.3 B0.1 B1.1",
+)
+
+# Two paths in opposite directions (Chimera, arXiv 2107.06925): microbatch 1 begins on rank 1.
+BIDIRECTIONAL = written("F0.0 F1.1' B1.1' B0.0", "F1.0' F0.1 B0.1 B1.0'")
+
+
+def single_runtime(stages, schedule):
+    return PipelineRuntime(stages, Axis.single("pp"), schedule)

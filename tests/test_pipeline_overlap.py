@@ -11,7 +11,7 @@ from pipeline_stage import (
 )
 
 from pypar.comm import point_to_point
-from pypar.pipeline_parallel import catalog, mailbox, schedules
+from pypar.pipeline_parallel import mailbox, schedules
 
 
 class _Recorder:
@@ -30,7 +30,7 @@ class _Recorder:
 
 def _last_backward(name):
     axis = world_axis()
-    runtime, stages = stage_runtime(catalog.build(name, axis.size, 3), axis.size, axis)
+    runtime, stages = stage_runtime(schedules.build(name, axis.size, 3), axis.size, axis)
     recorder = _Recorder()
     weight = stages[axis.rank].first.weight
     weight.register_post_accumulate_grad_hook(lambda _: recorder.seen.append(recorder.inside))
@@ -38,15 +38,16 @@ def _last_backward(name):
     return recorder.seen
 
 
-@pytest.mark.parametrize("name", catalog.names())
+@pytest.mark.parametrize("name", schedules.names())
 def test_only_the_last_backward_reduces(ranks, name):
     assert ranks(2, _last_backward, name) == [[True, True, False]] * 2
 
 
 def _record_order():
-    """The order of posts, sends, waits and computations of the first rank of a 1F1B step."""
+    """The order of posts, sends, waits and computations of a 1F1B step of which all shapes are known."""
     axis = world_axis()
-    runtime, stages = stage_runtime(schedules.one_f_one_b(2, 3), 2, axis)
+    runtime, stages = stage_runtime(schedules.build("one_f_one_b", 2, 3), 2, axis)
+    runtime.step(microbatches(3))
     events = []
 
     def noting(word, function):
@@ -58,10 +59,8 @@ def _record_order():
 
     mailbox.send_start = noting("send", point_to_point.send_start)
     mailbox.receive_start = noting("post", point_to_point.receive_start)
-    take = mailbox.Mailbox.take
-    mailbox.Mailbox.take = noting("take", take)
-    finish = mailbox.Mailbox.finish
-    mailbox.Mailbox.finish = noting("finish", finish)
+    take, finish = mailbox.Mailbox.take, mailbox.Mailbox.finish
+    mailbox.Mailbox.take, mailbox.Mailbox.finish = noting("take", take), noting("finish", finish)
     stage = stages[axis.rank]
     stage.register_forward_hook(lambda *_: events.append("forward"))
     stage.first.weight.register_post_accumulate_grad_hook(lambda _: events.append("weight gradient"))
@@ -87,7 +86,7 @@ def test_receives_are_posted_before_the_computation_before_and_sends_are_not_wai
 def _bytes_held(num_microbatches, name):
     """The most bytes that the graph of this rank held at once: tensors autograd saved and did not free."""
     axis = world_axis()
-    runtime, _ = stage_runtime(catalog.build(name, axis.size, num_microbatches), axis.size, axis)
+    runtime, _ = stage_runtime(schedules.build(name, axis.size, num_microbatches), axis.size, axis)
     held, most = [0], [0]
 
     class Saved:
@@ -104,7 +103,7 @@ def _bytes_held(num_microbatches, name):
     return most[0], held[0]
 
 
-@pytest.mark.parametrize("name", catalog.names())
+@pytest.mark.parametrize("name", schedules.names())
 def test_activations_are_freed_as_soon_as_their_backward_is_done(ranks, name):
     one = ranks(4, _bytes_held, 1, name)
     held = ranks(4, _bytes_held, 8, name)

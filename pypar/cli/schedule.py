@@ -7,19 +7,40 @@ SUMMARY = "draw a pipeline schedule with its bubble and what it holds in memory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help="such as one_f_one_b or gpipe")
+    parser.add_argument("name", nargs="?", help="such as one_f_one_b or gpipe; without it all are listed")
     parser.add_argument("--ranks", type=int, default=4, help="size of the pp axis (default 4)")
     parser.add_argument("--microbatches", type=int, default=8, help="of one step (default 8)")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="an option of the schedule; the list of all schedules names them",
+    )
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
-    from pypar.pipeline_parallel import catalog
+    from pypar.pipeline_parallel import schedules
     from pypar.pipeline_parallel.picture import picture_of
 
-    schedule = catalog.build(arguments.name, arguments.ranks, arguments.microbatches)
+    if arguments.name is None:
+        text = "\n".join(map(schedules.explained, schedules.REGISTRY))
+    else:
+        options = dict(map(_option, arguments.option))
+        text = picture_of(schedules.build(arguments.name, arguments.ranks, arguments.microbatches, **options))
 
     def job() -> int:
-        print(picture_of(schedule))
+        print(text)
         return 0
 
     return job
+
+
+def _option(argument: str) -> tuple[str, int | float]:
+    name, _, number = argument.partition("=")
+    for read in (int, float):
+        try:
+            return name, read(number)
+        except ValueError:
+            continue
+    raise ValueError(f"--option {argument} must be a name, = and a number, such as stages_per_rank=2")

@@ -1,11 +1,15 @@
 """Pipeline parallelism: the layers of a model cut into stages, one rank or several stages a rank.
 
-A schedule is a list of actions per rank (`action`, `schedules`); one validator (`validate`), one simulator
-(`simulate`), one picture (`picture`) and one runtime (`runtime`) serve every schedule.
+A schedule is a list of actions per rank and a placement of the stages (`action`; `schedules` builds them by
+name). One validator (`validate`), one simulator (`simulate`), one picture (`picture`) and one runtime
+(`runtime`) serve every schedule, also one that is written by hand: `Schedule.of(lists)`.
 """
 
 from pypar.pipeline_parallel import schedules
-from pypar.pipeline_parallel.action import Action
+from pypar.pipeline_parallel.action import Action, Schedule
 from pypar.pipeline_parallel.runtime import PipelineRuntime
+from pypar.pipeline_parallel.simulate import simulate
+from pypar.pipeline_parallel.stage_cost import StageCost
+from pypar.pipeline_parallel.validate import validate
 
-__all__ = ["Action", "PipelineRuntime", "schedules"]
+__all__ = ["Action", "PipelineRuntime", "Schedule", "StageCost", "schedules", "simulate", "validate"]

@@ -1,90 +1,151 @@
-"""The vocabulary of a pipeline schedule: actions, what they need, and what passes between stages.
+"""The vocabulary of a pipeline schedule: actions, what they need, what passes between stages, placements.
 
-A schedule is a list per rank of `Action`s; a rank runs its list in order. The model is cut into stages 0 ..
-num_stages-1. A stage lives on the one rank whose list names it, and a rank may hold several stages.
+The model is cut into stages 0 .. num_stages-1. A microbatch goes through all of them along one path. Most
+schedules have one path; a bidirectional one (Chimera, DualPipe) has two, and so a second copy of every stage.
+A placement says which rank holds each stage of each path; a rank may hold several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 FORWARD = "F"
 BACKWARD = "B"  # input gradient and weight gradient together
 INPUT_GRADIENT = "I"
 WEIGHT_GRADIENT = "W"
-KINDS = (FORWARD, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
+UPDATE = "U"
+KINDS = (FORWARD, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE)
+
+ACTIVATION = "activation"  # travels to the next stage
+GRADIENT = "gradient"  # travels to the previous one
+
+Place = tuple[int, int]  # (path, stage)
 
 
 class Action(NamedTuple):
-    """One piece of work of one stage on one microbatch; `kind` is one of `KINDS`."""
+    """One piece of work of one stage; `kind` is one of `KINDS`.
+
+    Microbatches are numbered over all paths together, and each goes along one path. U updates the weights of
+    its stage by the gradients of all microbatches up to its own that no earlier U of the stage took in; a
+    schedule whose optimizer steps after the list has none.
+    """
 
     kind: str
     stage: int
     microbatch: int
+    path: int = 0
+
+    @property
+    def place(self) -> Place:
+        """The stage and its path."""
+        return self.path, self.stage
+
+    @property
+    def whose(self) -> str:
+        """The stage and microbatch in words; the path too, where it is not the first."""
+        path = f"path {self.path}, " if self.path else ""
+        return f"{path}stage {self.stage}, microbatch {self.microbatch}"
 
     def __str__(self) -> str:
-        return f"{self.kind}(stage {self.stage}, microbatch {self.microbatch})"
-
-
-Schedule = Sequence[Sequence[Action]]
+        return f"{self.kind}({self.whose})"
 
 
 class Message(NamedTuple):
-    """A tensor that one stage hands to a neighbour. `stage` is the receiving stage."""
+    """What one stage hands to a neighbour for one microbatch. `stage` is the receiving stage."""
 
-    kind: str  # "activation" travels to the next stage, "gradient" to the previous one
+    kind: str  # ACTIVATION or GRADIENT
     stage: int
     microbatch: int
+    path: int = 0
 
     @property
-    def sender(self) -> int:
-        """The stage that makes this tensor."""
-        return self.stage - 1 if self.kind == ACTIVATION else self.stage + 1
+    def sender(self) -> Place:
+        """The stage that makes this message."""
+        return self.path, self.stage - 1 if self.kind == ACTIVATION else self.stage + 1
+
+    @property
+    def receiver(self) -> Place:
+        """The stage that takes this message."""
+        return self.path, self.stage
 
 
-ACTIVATION = "activation"
-GRADIENT = "gradient"
+@dataclass(frozen=True)
+class Schedule:
+    """What each rank runs, in order, and where the stages are.
+
+    `lists[rank]` are that rank's actions. `placement` is {(path, stage): rank}, for the stages 0 ..
+    num_stages-1 of every path. A value of this type may be wrong; `validate` says whether it can run.
+    """
+
+    lists: tuple[tuple[Action, ...], ...]
+    placement: Mapping[Place, int]
+
+    @classmethod
+    def of(cls, lists: Iterable[Iterable[Action]], placement: Mapping[Place, int] | None = None) -> Schedule:
+        """A schedule from any lists; a stage without a placement is on the first rank whose list names it."""
+        fixed = tuple(tuple(actions) for actions in lists)
+        found = dict(placement or {})
+        if placement is None:
+            for rank, actions in enumerate(fixed):
+                for action in actions:
+                    found.setdefault(action.place, rank)
+        return cls(fixed, dict(sorted(found.items())))
+
+    @property
+    def num_ranks(self) -> int:
+        """The number of lists."""
+        return len(self.lists)
+
+    @cached_property
+    def num_stages(self) -> int:
+        """The number of stages of a path."""
+        return 1 + max((stage for _, stage in self.placement), default=-1)
+
+    @cached_property
+    def num_paths(self) -> int:
+        """1, or 2 where microbatches go through the ranks in both directions."""
+        return 1 + max((path for path, _ in self.placement), default=-1)
+
+    @cached_property
+    def num_microbatches(self) -> int:
+        """The largest microbatch that an action names, plus one; 0 when there is no action."""
+        return 1 + max((action.microbatch for actions in self.lists for action in actions), default=-1)
+
+    def stages_of(self, rank: int) -> list[Place]:
+        """The (path, stage)s that `rank` holds, sorted."""
+        return sorted(place for place, holder in self.placement.items() if holder == rank)
+
+    def sent_by(self, action: Action) -> Message | None:
+        """The message that `action` makes for another stage, None at the ends of the pipeline and for W, U."""
+        kind, stage, microbatch, path = action
+        if kind == FORWARD and stage + 1 < self.num_stages:
+            return Message(ACTIVATION, stage + 1, microbatch, path)
+        if kind in (BACKWARD, INPUT_GRADIENT) and stage > 0:
+            return Message(GRADIENT, stage - 1, microbatch, path)
+        return None
+
+    def needed_by(self, action: Action) -> Message | None:
+        """The message that `action` takes from another stage, None where it needs nothing from one."""
+        kind, stage, microbatch, path = action
+        if kind == FORWARD and stage > 0:
+            return Message(ACTIVATION, stage, microbatch, path)
+        if kind in (BACKWARD, INPUT_GRADIENT) and stage + 1 < self.num_stages:
+            return Message(GRADIENT, stage, microbatch, path)
+        return None
 
 
-def sent_by(action: Action, num_stages: int) -> Message | None:
-    """The message that `action` produces for another stage, None at the ends of the pipeline and for W."""
-    kind, stage, microbatch = action
-    if kind == FORWARD and stage + 1 < num_stages:
-        return Message(ACTIVATION, stage + 1, microbatch)
-    if kind in (BACKWARD, INPUT_GRADIENT) and stage > 0:
-        return Message(GRADIENT, stage - 1, microbatch)
-    return None
+def local_dependency(action: Action) -> tuple[Action, ...]:
+    """What must have run before on the same stage and microbatch: F for B and I, I for W, B or W for U.
 
-
-def needed_by(action: Action, num_stages: int) -> Message | None:
-    """The message that `action` consumes, None where it needs nothing from a neighbour."""
-    kind, stage, microbatch = action
-    if kind == FORWARD and stage > 0:
-        return Message(ACTIVATION, stage, microbatch)
-    if kind in (BACKWARD, INPUT_GRADIENT) and stage + 1 < num_stages:
-        return Message(GRADIENT, stage, microbatch)
-    return None
-
-
-def local_dependency(action: Action) -> Action | None:
-    """What must have run before on the same stage and microbatch: F for B and I, I for W."""
-    if action.kind in (BACKWARD, INPUT_GRADIENT):
-        return action._replace(kind=FORWARD)
-    if action.kind == WEIGHT_GRADIENT:
-        return action._replace(kind=INPUT_GRADIENT)
-    return None
-
-
-def stage_ranks(schedule: Schedule) -> dict[int, int]:
-    """Which rank holds each stage: {stage: rank}, by the first rank that names the stage."""
-    ranks: dict[int, int] = {}
-    for rank, actions in enumerate(schedule):
-        for action in actions:
-            ranks.setdefault(action.stage, rank)
-    return dict(sorted(ranks.items()))
-
-
-def num_microbatches_of(schedule: Schedule) -> int:
-    """The number of microbatches of a schedule: its largest microbatch plus one, 0 when it is empty."""
-    return 1 + max((action.microbatch for actions in schedule for action in actions), default=-1)
+    Any one of them is enough; () for F.
+    """
+    before = {
+        BACKWARD: (FORWARD,),
+        INPUT_GRADIENT: (FORWARD,),
+        WEIGHT_GRADIENT: (INPUT_GRADIENT,),
+        UPDATE: (BACKWARD, WEIGHT_GRADIENT),
+    }
+    return tuple(action._replace(kind=kind) for kind in before.get(action.kind, ()))

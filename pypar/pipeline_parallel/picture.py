@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from pypar.pipeline_parallel.action import Action, Schedule, stage_ranks
+from pypar.pipeline_parallel.action import Action, Schedule
 from pypar.pipeline_parallel.simulate import Simulation, simulate
+
+PATH_MARK = "'"
 
 
 def picture(simulation: Simulation, *, time_per_cell: float | None = None) -> str:
     """A grid of one row a rank; each cell is `time_per_cell` long (by default the shortest action).
 
     An action is written as its kind and microbatch (`F3`; with several stages a rank `F3.1`, the stage after
-    the dot) and drawn on with `-` while it lasts; `.` is idle time. The last line names the bubble.
+    the dot; with `'` behind it on the second path of a bidirectional schedule) and drawn on with `-` while it
+    lasts; `.` is idle time. The last line names the bubble.
     """
     actions_and_times = [
         (rank, action, begins, ends)
-        for rank, actions in enumerate(simulation.schedule)
+        for rank, actions in enumerate(simulation.schedule.lists)
         for action, begins, ends in zip(actions, simulation.start[rank], simulation.end[rank], strict=True)
     ]
     shortest = min((ends - begins for _, _, begins, ends in actions_and_times if ends > begins), default=1.0)
@@ -23,10 +26,10 @@ def picture(simulation: Simulation, *, time_per_cell: float | None = None) -> st
         raise ValueError(
             f"time_per_cell ({time_per_cell}) must be positive; leave it out for the shortest action"
         )
-    several = len(stage_ranks(simulation.schedule)) > len(simulation.schedule)
+    several = len(simulation.schedule.placement) > simulation.schedule.num_ranks
     width = max(len(_label(action, several)) for _, action, _, _ in actions_and_times)
     columns = max(round(ends / cell) for _, _, _, ends in actions_and_times)
-    grid = [["." * width] * columns for _ in simulation.schedule]
+    grid = [["." * width] * columns for _ in simulation.schedule.lists]
     for rank, action, begins, ends in actions_and_times:
         first, last = round(begins / cell), round(ends / cell)
         for column in range(first, last):
@@ -45,4 +48,5 @@ def picture_of(schedule: Schedule) -> str:
 
 
 def _label(action: Action, several: bool) -> str:
-    return f"{action.kind}{action.microbatch}" + (f".{action.stage}" if several else "")
+    stage = f".{action.stage}" if several else ""
+    return f"{action.kind}{action.microbatch}{stage}{PATH_MARK * action.path}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,17 +15,20 @@ from pypar.pipeline_parallel.action import (
     ACTIVATION,
     BACKWARD,
     FORWARD,
-    GRADIENT,
+    INPUT_GRADIENT,
+    UPDATE,
+    WEIGHT_GRADIENT,
     Action,
     Message,
+    Place,
     Schedule,
-    num_microbatches_of,
-    stage_ranks,
 )
-from pypar.pipeline_parallel.mailbox import Mailbox, receive_plan
+from pypar.pipeline_parallel.forward_only import forwards_of
+from pypar.pipeline_parallel.header import Header, Value, as_value, describe
+from pypar.pipeline_parallel.mailbox import Edges, Mailbox, StageFailedError
+from pypar.pipeline_parallel.receive_plan import receive_plan
+from pypar.pipeline_parallel.stage import InFlight, Stage, received_by
 from pypar.pipeline_parallel.validate import validate
-
-Stage = Callable[[Tensor | None, Any], Tensor]
 
 
 class Accumulation(Protocol):
@@ -35,76 +37,59 @@ class Accumulation(Protocol):
     def accumulate(self) -> AbstractContextManager[Any]: ...
 
 
-@dataclass
-class _InFlight:
-    """One microbatch of one stage between its forward and its backward."""
-
-    hidden: Tensor | None  # the stage's input, a leaf whose gradient is sent back; None on stage 0
-    root: Tensor  # scalar whose backward is the stage's backward: the loss, or an `_OutputAnchor`
-    output_gradient: list[Tensor] = field(default_factory=list)  # filled just before backward
-
-
-class _OutputAnchor(torch.autograd.Function):
-    """A scalar that stands for a stage's output in the graph, so that the output is free once sent.
-
-    backward hands on the gradient that lies in `gradient` by then.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, gradient: list[Tensor]) -> Tensor:
-        ctx.gradient = gradient
-        return output.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.gradient.pop(), None
-
-
 class PipelineRuntime:
     """Trains the stages of one rank by a schedule.
 
+        class Stage(nn.Module):                          # of a model that passes on a hidden state and a mask
+            def forward(self, received, microbatch):
+                hidden, mask = (self.embed(microbatch.tokens), microbatch.mask) if received is None else received
+                hidden = self.layers(hidden, mask)
+                return self.loss(hidden, microbatch.targets) if self.is_last else (hidden, mask)
+
+        schedule = schedules.build("one_f_one_b", mesh.pp.size, num_microbatches)
+        runtime = PipelineRuntime(Stage(mesh.pp.rank), mesh.pp, schedule)
+        losses = runtime.step(microbatches)              # gradients are in the parameters' .grad
+
+    A stage is called as stage(received, microbatch). `received` is None on the first stage, else what the
+    previous stage returned: a tensor, or a tuple of tensors and None, of any shapes and dtypes, which may
+    differ from microbatch to microbatch (only changes of them cost time, see mailbox.py). The last stage
+    returns the loss, a scalar that is already scaled.
+
+    Where a stage fails, its rank goes through the rest of the schedule without computing, so that no rank
+    waits for another, and raises its error then; the ranks that depended on it raise the same sentence.
+
     Args:
-        module: this rank's stage, or {stage: module} where the schedule gives it several. Called as
-            module(hidden, microbatch): hidden is None on stage 0, else the previous stage's output; it
-            returns the hidden tensor for the next stage, or on the last stage the loss, a scalar that is
-            already scaled.
+        stages: this rank's stage, or {stage: callable} where the schedule gives it several, or
+            {(path, stage): callable} where it has several paths. The copies of a stage on several paths are
+            kept equal by the caller, who also adds up their gradients.
         axis: the pp axis; its size is the number of lists in `schedule`. Size 1 needs no process group.
-        schedule: a list of `Action`s per rank, the same on every rank, of kinds F and B.
-        activation_shape, activation_dtype: of every tensor between stages.
+        schedule: of kinds F, B, I and W, the same on every rank.
         device: where the tensors between stages lie.
 
-    Raises ValueError for a schedule that is not valid, has kinds I or W, or does not fit axis or module.
+    Raises ValueError for a schedule that is not valid, has updates (U), or does not fit axis or stages.
     """
 
     def __init__(
         self,
-        module: Stage | Mapping[int, Stage],
+        stages: Stage | Mapping[int, Stage] | Mapping[Place, Stage],
         axis: Axis,
         schedule: Schedule,
         *,
-        activation_shape: Sequence[int],
-        activation_dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str = "cpu",
     ) -> None:
         validate(schedule)
-        if len(schedule) != axis.size:
+        if schedule.num_ranks != axis.size:
             raise ValueError(
-                f"the schedule has {len(schedule)} ranks but axis {axis.name!r} has {axis.size}; build the "
-                f"schedule for"
-                f" {axis.size} ranks"
+                f"the schedule has {schedule.num_ranks} ranks but axis {axis.name!r} has {axis.size}; build the "
+                f"schedule for {axis.size} ranks"
             )
-        _refuse_split_backward(schedule)
+        _refuse_kinds(schedule)
         self._axis = axis
         self._schedule = schedule
-        self._ranks = stage_ranks(schedule)
-        own_stages = [stage for stage, rank in self._ranks.items() if rank == axis.rank]
-        self._modules = _by_stage(module, own_stages, axis.rank)
-        self._num_microbatches = num_microbatches_of(schedule)
+        self._stages = _by_place(stages, schedule, axis.rank)
         self._plan = receive_plan(schedule, axis.rank)
-        self._new_mailbox = partial(
-            Mailbox, axis, self._ranks, activation_shape, activation_dtype, torch.device(device)
-        )
-        self._in_flight: dict[tuple[int, int], _InFlight] = {}
+        self._edges = Edges(axis, torch.device(device))
+        self._in_flight: dict[tuple[Place, int], InFlight] = {}
         self.peak_in_flight = 0  # most microbatches held at once in the last step, all stages together
 
     def step(
@@ -113,150 +98,191 @@ class PipelineRuntime:
         """Runs forward and backward of all microbatches; gradients are added to the parameters' .grad.
 
         Args:
-            microbatches: what the modules get as their second argument, one an item, the same number on
-                every rank.
+            microbatches: what the stages get as their second argument, one an item, the same number on every
+                rank.
             on_last_backward: gradient buckets (or anything with `accumulate()`): their `accumulate()` is
                 entered for every backward of this rank but the last, which therefore overlaps with the
                 gradient reduction.
 
-        Returns the detached losses in the order of the microbatches where this rank has the last stage, else
-        [].
+        Returns the detached losses, in the order of the microbatches, of those whose last stage is on this
+        rank: all or none, where the schedule has one path.
         """
-        if len(microbatches) != self._num_microbatches:
+        if len(microbatches) != self._schedule.num_microbatches:
             raise ValueError(
-                f"step got {len(microbatches)} microbatches but the schedule has {self._num_microbatches}; "
-                f"build the schedule"
-                f" for {len(microbatches)}"
+                f"step got {len(microbatches)} microbatches but the schedule has "
+                f"{self._schedule.num_microbatches}; build the schedule for {len(microbatches)}"
             )
-        actions = self._schedule[self._axis.rank]
-        last_backward = max(i for i, action in enumerate(actions) if action.kind == BACKWARD)
-        mailbox = self._new_mailbox()
-        losses: dict[int, Tensor] = {}
+        actions = self._schedule.lists[self._axis.rank]
+        last = max((i for i, a in enumerate(actions) if a.kind in (BACKWARD, WEIGHT_GRADIENT)), default=None)
         self._in_flight.clear()
         self.peak_in_flight = 0
-        for position, action in enumerate(actions):
-            mailbox.post(self._plan[position])
+        losses: dict[int, Tensor] = {}
+
+        def act(position: int, action: Action, mailbox: Mailbox) -> None:
             if action.kind == FORWARD:
                 self._forward(action, microbatches[action.microbatch], mailbox, losses)
-                continue
-            accumulates = on_last_backward is not None and position != last_backward
+                return
+            accumulates = on_last_backward is not None and position != last
             with on_last_backward.accumulate() if on_last_backward and accumulates else nullcontext():
                 self._backward(action, mailbox)
-        mailbox.finish()
+
+        self._run(self._schedule, self._plan, act)
         return [losses[microbatch] for microbatch in sorted(losses)]
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Any]) -> list[Tensor]:
-        """Runs only the forwards, of any number of microbatches; returns like `step`."""
-        schedule = forwards_of(self._ranks, len(self._schedule), len(microbatches))
-        plan = receive_plan(schedule, self._axis.rank)
-        mailbox = self._new_mailbox()
+        """Runs only the forwards, of any number of microbatches, along the first path; returns like `step`."""
+        schedule = forwards_of(self._schedule, len(microbatches))
         losses: dict[int, Tensor] = {}
-        for position, action in enumerate(schedule[self._axis.rank]):
-            mailbox.post(plan[position])
-            hidden = self._take_hidden(action, mailbox)
-            output = self._modules[action.stage](hidden, microbatches[action.microbatch])
-            self._hand_on(action, output, mailbox, losses)
-        mailbox.finish()
+
+        def act(_: int, action: Action, mailbox: Mailbox) -> None:
+            self._compute(action, microbatches[action.microbatch], mailbox, losses, trains=False)
+
+        self._run(schedule, receive_plan(schedule, self._axis.rank), act)
         return [losses[microbatch] for microbatch in sorted(losses)]
 
+    def _run(
+        self,
+        schedule: Schedule,
+        plan: Sequence[Sequence[Message]],
+        act: Callable[[int, Action, Mailbox], None],
+    ) -> None:
+        """Runs this rank's list; after a failure only its messages."""
+        mailbox = Mailbox(self._edges, schedule)
+        error: Exception | None = None
+        header = Header()
+        for position, action in enumerate(schedule.lists[self._axis.rank]):
+            mailbox.post(plan[position])
+            if error is None:
+                try:
+                    act(position, action, mailbox)
+                    continue
+                except StageFailedError as failed:
+                    header = failed.header
+                    error = (ValueError if header.is_mistake else RuntimeError)(header.failure)
+                except Exception as failed:
+                    error = failed
+                    where = f"rank {self._axis.rank} of axis {self._axis.name!r} failed in {action}"
+                    header = Header(failure=f"{where}: {failed}", is_mistake=isinstance(failed, ValueError))
+            mailbox.refuse(action, header)
+        mailbox.finish()
+        if error is not None:
+            self._in_flight.clear()
+            raise error
+
     def _forward(self, action: Action, microbatch: Any, mailbox: Mailbox, losses: dict[int, Tensor]) -> None:
-        hidden = self._take_hidden(action, mailbox)
-        if hidden is not None:
-            hidden.requires_grad_(True)
-        output = self._modules[action.stage](hidden, microbatch)
-        self._hand_on(action, output, mailbox, losses)
-        item = _InFlight(hidden, output)
-        if not self._is_last(action.stage):
-            item.root = _OutputAnchor.apply(output, item.output_gradient)  # type: ignore[no-untyped-call]
-        self._in_flight[action.stage, action.microbatch] = item
+        self._in_flight[action.place, action.microbatch] = self._compute(
+            action, microbatch, mailbox, losses, trains=True
+        )
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
 
+    def _compute(
+        self, action: Action, microbatch: Any, mailbox: Mailbox, losses: dict[int, Tensor], *, trains: bool
+    ) -> InFlight:
+        """Runs the stage, and sends its outputs to the next one or keeps the loss."""
+        needed, made = self._schedule.needed_by(action), self._schedule.sent_by(action)
+        item, received = InFlight(()), None
+        if needed is not None:
+            header, item.inputs = mailbox.take(needed)
+            received = received_by(header, item.inputs, trains=trains)
+        returned = self._stages[action.place](received, microbatch)
+        if made is None:
+            losses[action.microbatch] = _loss(returned, action.stage).detach()
+            item.root = returned
+            return item
+        outputs, is_tuple = as_value(returned, action.stage)
+        self._check_device(outputs, action.stage)
+        mailbox.send(made, describe(outputs, is_tuple), outputs)
+        if trains:
+            item.hold(outputs)
+        return item
+
     def _backward(self, action: Action, mailbox: Mailbox) -> None:
-        _, stage, microbatch = action
-        item = self._in_flight.pop((stage, microbatch))
-        if not self._is_last(stage):
-            item.output_gradient.append(mailbox.take(Message(GRADIENT, stage, microbatch)))
-            # The gradient came back, so the activation had arrived and its buffer may go.
-            mailbox.release(Message(ACTIVATION, stage + 1, microbatch))
-        if item.hidden is not None:
-            message = Message(GRADIENT, stage - 1, microbatch)
-            item.hidden.register_post_accumulate_grad_hook(partial(_send_gradient, mailbox, message))
-        if item.root.requires_grad:  # not so for a first stage whose parameters are all frozen
-            item.root.backward()  # type: ignore[no-untyped-call]
-        if item.hidden is not None and item.hidden.grad is None:
-            raise ValueError(
-                f"the loss of microbatch {microbatch} does not depend on the input of stage {stage}, so no "
-                f"gradient can be"
-                " sent back; let the stage use its input"
-            )
-
-    def _take_hidden(self, action: Action, mailbox: Mailbox) -> Tensor | None:
-        if action.stage == 0:
-            return None
-        return mailbox.take(Message(ACTIVATION, action.stage, action.microbatch))
-
-    def _hand_on(self, action: Action, output: Tensor, mailbox: Mailbox, losses: dict[int, Tensor]) -> None:
-        """Sends the output to the next stage, or keeps the loss."""
-        if not self._is_last(action.stage):
-            mailbox.send(Message(ACTIVATION, action.stage + 1, action.microbatch), output)
+        kind, stage, microbatch, path = action
+        held = action.place, microbatch
+        item = self._in_flight[held] if kind == INPUT_GRADIENT else self._in_flight.pop(held)
+        if kind == WEIGHT_GRADIENT:
+            item.backward_weight()
             return
-        if output.dim() != 0:
-            raise ValueError(
-                f"the last stage ({action.stage}) returned shape {tuple(output.shape)} instead of a loss; "
-                f"return a scalar"
-                " tensor"
-            )
-        losses[action.microbatch] = output.detach()
+        needed, made = self._schedule.needed_by(action), self._schedule.sent_by(action)
+        if needed is not None:
+            item.give(mailbox.take(needed)[1])
+            # The gradient came back, so the activation had arrived and its buffer may go.
+            mailbox.release(Message(ACTIVATION, stage + 1, microbatch, path))
+        send = _send_nothing if made is None else partial(_send_gradients, mailbox, made, item.inputs)
+        if kind == BACKWARD:
+            item.backward(send)
+        else:
+            item.backward_input(send)
 
-    def _is_last(self, stage: int) -> bool:
-        return stage == len(self._ranks) - 1
-
-
-def forwards_of(ranks: Mapping[int, int], num_ranks: int, num_microbatches: int) -> list[list[Action]]:
-    """The forward-only schedule for stages that lie as `ranks` ({stage: rank}) says.
-
-    Microbatches pass in groups of num_ranks, each group through all stages: with one stage a rank that is
-    the plain order, with several the ranks take turns. Every action comes after what it needs in one order
-    of all actions, so it cannot deadlock.
-    """
-    order = sorted(
-        (microbatch // num_ranks, stage, microbatch)
-        for stage in ranks
-        for microbatch in range(num_microbatches)
-    )
-    actions = [Action(FORWARD, stage, microbatch) for _, stage, microbatch in order]
-    return [[action for action in actions if ranks[action.stage] == rank] for rank in range(num_ranks)]
-
-
-def _send_gradient(mailbox: Mailbox, message: Message, hidden: Tensor) -> None:
-    """Runs in backward as soon as the input's gradient is complete, before parameters that come later."""
-    assert hidden.grad is not None
-    mailbox.send(message, hidden.grad)
-
-
-def _refuse_split_backward(schedule: Schedule) -> None:
-    for rank, actions in enumerate(schedule):
-        for position, action in enumerate(actions):
-            if action.kind not in (FORWARD, BACKWARD):
+    def _check_device(self, outputs: Value, stage: int) -> None:
+        for x in outputs:
+            if x is not None and x.device.type != self._edges.device.type:
                 raise ValueError(
-                    f"rank {rank}, position {position}: {action} is a split backward, which the runtime "
-                    f"does not run;"
-                    " use a schedule of F and B"
+                    f"stage {stage} returned a tensor on {x.device}, but this pipeline's tensors lie on "
+                    f"{self._edges.device}; move it there, or give PipelineRuntime device={x.device.type!r}"
                 )
 
 
-def _by_stage(module: Stage | Mapping[int, Stage], stages: list[int], rank: int) -> dict[int, Stage]:
-    if not isinstance(module, Mapping):
-        if len(stages) != 1:
-            raise ValueError(
-                f"the schedule gives rank {rank} the stages {stages} but module is a single one; pass a "
-                f"dict of stage to module"
-            )
-        return {stages[0]: module}
-    if sorted(module) != stages:
+def _send_gradients(mailbox: Mailbox, message: Message, inputs: Value, gradients: Value) -> None:
+    if any(x is not None and x.requires_grad for x in inputs) and not any(g is not None for g in gradients):
         raise ValueError(
-            f"module has stages {sorted(module)} but the schedule gives rank {rank} {stages}; pass these "
-            f"stages"
+            f"the loss of microbatch {message.microbatch} does not depend on the input of stage "
+            f"{message.sender[1]}, so no gradient can be sent back; let the stage use its input"
         )
-    return dict(module)
+    mailbox.send(message, describe(gradients), gradients)
+
+
+def _send_nothing(_: Value) -> None:
+    """On the first stage."""
+
+
+def _loss(returned: Any, stage: int) -> Tensor:
+    if not isinstance(returned, Tensor) or returned.dim() != 0:
+        shape = (
+            f"shape {tuple(returned.shape)}"
+            if isinstance(returned, Tensor)
+            else f"a {type(returned).__name__}"
+        )
+        raise ValueError(
+            f"the last stage ({stage}) returned {shape} instead of a loss; return a scalar tensor"
+        )
+    return returned
+
+
+def _refuse_kinds(schedule: Schedule) -> None:
+    """What the validator knows and this runtime cannot do."""
+    old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7)
+    for rank, actions in enumerate(schedule.lists):
+        for position, action in enumerate(actions):
+            where = f"rank {rank}, position {position}: {action}"
+            if action.kind == UPDATE:
+                raise ValueError(
+                    f"{where} is an update of weights, which the runtime leaves to the optimizer after the "
+                    f"step; use a schedule without U"
+                )
+            if old and action.kind in (INPUT_GRADIENT, WEIGHT_GRADIENT):
+                raise ValueError(
+                    f"{where} is a split backward, which needs torch 2.7 or newer and this is "
+                    f"{torch.__version__}; use a schedule of F and B"
+                )
+
+
+def _by_place(
+    stages: Stage | Mapping[int, Stage] | Mapping[Place, Stage], schedule: Schedule, rank: int
+) -> dict[Place, Stage]:
+    places = schedule.stages_of(rank)
+    several = schedule.num_paths > 1
+    names = places if several else [stage for _, stage in places]
+    if not isinstance(stages, Mapping):
+        if len(places) != 1:
+            raise ValueError(
+                f"the schedule gives rank {rank} the stages {names} but stages is a single one; pass a dict "
+                f"of stage to module"
+            )
+        return {places[0]: stages}
+    if sorted(stages) != names:
+        raise ValueError(
+            f"stages has {sorted(stages)} but the schedule gives rank {rank} {names}; pass these stages"
+        )
+    return {place: stages[name] for place, name in zip(places, names, strict=True)}  # type: ignore[index]

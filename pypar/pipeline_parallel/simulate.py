@@ -1,5 +1,5 @@
-"""Simulates a schedule: when each action runs, how long a step takes, how much of it is idle and what it
-holds in memory.
+"""Simulates a pipeline schedule: when each action runs, how long a step takes, how much of it is idle and
+what it holds in memory.
 
 It runs the very lists that the runtime runs. Checked against the measured tables of the zero-bubble paper
 (Qi et al., arXiv 2401.10241, tables 5 and 9).
@@ -7,58 +7,12 @@ It runs the very lists that the runtime runs. Checked against the measured table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from pypar.pipeline_parallel.action import (
-    BACKWARD,
-    FORWARD,
-    INPUT_GRADIENT,
-    WEIGHT_GRADIENT,
-    Action,
-    Message,
-    Schedule,
-    needed_by,
-    sent_by,
-    stage_ranks,
-)
+from pypar.pipeline_parallel.action import Message, Schedule
+from pypar.pipeline_parallel.stage_cost import Costs, peak_in_flight, peak_memory, per_stage
 from pypar.pipeline_parallel.validate import validate
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What one microbatch costs on one stage: times in any one unit, memory in any one unit.
-
-    `backward` (B) is `input_gradient` + `weight_gradient` unless given. `activation` is held from F to the
-    end of the backward; between I and W only `activation_for_weight` of it is still held (all of it unless
-    given).
-    """
-
-    forward: float = 1.0
-    input_gradient: float = 1.0
-    weight_gradient: float = 1.0
-    backward: float | None = None
-    activation: float = 1.0
-    activation_for_weight: float | None = None
-
-    def time(self, kind: str) -> float:
-        """Duration of an action of this kind."""
-        if kind == BACKWARD:
-            return self.input_gradient + self.weight_gradient if self.backward is None else self.backward
-        if kind == FORWARD:
-            return self.forward
-        return self.input_gradient if kind == INPUT_GRADIENT else self.weight_gradient
-
-    def memory_change(self, kind: str) -> float:
-        """How much more memory is held after an action of this kind than before."""
-        for_weight = self.activation if self.activation_for_weight is None else self.activation_for_weight
-        changes = {
-            FORWARD: self.activation,
-            BACKWARD: -self.activation,
-            INPUT_GRADIENT: for_weight - self.activation,
-            WEIGHT_GRADIENT: -for_weight,
-        }
-        return changes[kind]
 
 
 @dataclass(frozen=True)
@@ -100,7 +54,7 @@ class Simulation:
 
 def simulate(
     schedule: Schedule,
-    costs: StageCost | Sequence[StageCost] | None = None,
+    costs: Costs = None,
     communication: float | Callable[[int, int], float] = 0.0,
     *,
     forward_only: bool = False,
@@ -108,70 +62,56 @@ def simulate(
     """Runs `schedule` in simulated time, each action as soon as its rank is free and its input is there.
 
     Args:
-        costs: one `StageCost` for every stage, or one for all; equal times of 1 by default.
-        communication: time from the end of an action to the arrival of its tensor on another rank, in which
-            both ranks may compute: a number, or a function of (sending stage, receiving stage). Stages of
-            one rank need none.
+        costs: one `StageCost` for every stage, or one for all; equal times of 1 by default. The copies of a
+            stage on several paths cost the same.
+        communication: time from the end of an action to the arrival of what it made on another rank, in
+            which both ranks may compute: a number, or a function of (sending stage, receiving stage). Stages
+            of one rank need none.
 
     Raises ValueError for a schedule that `validate` refuses, or a number of costs that is not the number of
     stages.
     """
     validate(schedule, forward_only=forward_only)
-    ranks = stage_ranks(schedule)
-    per_stage = _per_stage(costs, len(ranks))
-    delay = communication if callable(communication) else lambda sender, receiver: communication
+    stages = per_stage(costs, schedule.num_stages)
     arrival: dict[Message, float] = {}
-    start: list[list[float]] = [[] for _ in schedule]
-    end: list[list[float]] = [[] for _ in schedule]
+    start: list[list[float]] = [[] for _ in schedule.lists]
+    end: list[list[float]] = [[] for _ in schedule.lists]
     moved = True
     while moved:
         moved = False
-        for rank, actions in enumerate(schedule):
+        for rank, actions in enumerate(schedule.lists):
             while len(end[rank]) < len(actions):
                 action = actions[len(end[rank])]
-                needed = needed_by(action, len(ranks))
+                needed = schedule.needed_by(action)
                 if needed is not None and needed not in arrival:
                     break
-                begins = end[rank][-1] if end[rank] else 0.0
-                if needed is not None:
-                    begins = max(begins, arrival[needed])
-                ends = begins + per_stage[action.stage].time(action.kind)
-                made = sent_by(action, len(ranks))
-                if made is not None and ranks[made.stage] == rank:
-                    arrival[made] = ends
-                elif made is not None:
-                    arrival[made] = ends + delay(action.stage, made.stage)
+                begins = max(end[rank][-1] if end[rank] else 0.0, arrival[needed] if needed else 0.0)
+                ends = begins + stages[action.stage].time(action.kind)
+                made = schedule.sent_by(action)
+                if made is not None:
+                    arrival[made] = ends + _delay(schedule, made, communication)
                 start[rank].append(begins)
                 end[rank].append(ends)
                 moved = True
-    busy = [sum(per_stage[a.stage].time(a.kind) for a in actions) for actions in schedule]
-    in_flight = [_peak([_count_change(a) for a in actions]) for actions in schedule]
-    memory = [_peak([per_stage[a.stage].memory_change(a.kind) for a in actions]) for actions in schedule]
-    return Simulation(schedule, start, end, busy, [int(count) for count in in_flight], memory)
+    return Simulation(
+        schedule,
+        start,
+        end,
+        [sum(stages[a.stage].time(a.kind) for a in actions) for actions in schedule.lists],
+        [peak_in_flight(actions, schedule.num_stages) for actions in schedule.lists],
+        [peak_memory(actions, stages) for actions in schedule.lists],
+    )
+
+
+def _delay(schedule: Schedule, message: Message, communication: float | Callable[[int, int], float]) -> float:
+    """The time from the end of the action that made `message` to its arrival."""
+    if schedule.placement[message.sender] == schedule.placement[message.receiver]:
+        return 0.0
+    if callable(communication):
+        return communication(message.sender[1], message.stage)
+    return communication
 
 
 def bubble_by_formula(num_ranks: int, num_microbatches: int) -> float:
     """Idle share of `gpipe` and `one_f_one_b` with equal stages and no communication time: (p-1)/(m+p-1)."""
     return (num_ranks - 1) / (num_microbatches + num_ranks - 1)
-
-
-def _per_stage(costs: StageCost | Sequence[StageCost] | None, num_stages: int) -> Sequence[StageCost]:
-    if costs is None or isinstance(costs, StageCost):
-        return [costs or StageCost()] * num_stages
-    if len(costs) != num_stages:
-        raise ValueError(
-            f"costs has {len(costs)} entries but the schedule has {num_stages} stages; pass one a stage"
-        )
-    return costs
-
-
-def _count_change(action: Action) -> int:
-    return {FORWARD: 1, BACKWARD: -1, INPUT_GRADIENT: 0, WEIGHT_GRADIENT: -1}[action.kind]
-
-
-def _peak(changes: Sequence[float]) -> float:
-    held = peak = 0.0
-    for change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak

@@ -162,7 +162,7 @@ def _check_divides(key: str, value: int, unit: int, by: str) -> None:
 
 def _check_layout(config: RunConfig, model: "DecoderConfig", sizes: dict[str, int]) -> list[str]:
     """Whether the model and the batch can be cut as the mesh says; notes on what runs, but not well."""
-    from pypar.pipeline_parallel import catalog
+    from pypar.pipeline_parallel import schedules
 
     train, (dp, pp, cp, tp) = config.train, (sizes[name] for name in ("dp", "pp", "cp", "tp"))
     for name in ("num_heads", "num_kv_heads", "vocab_size", "d_ff"):
@@ -183,7 +183,7 @@ def _check_layout(config: RunConfig, model: "DecoderConfig", sizes: dict[str, in
         "the dp size x train.microbatch_size",
     )
     num_microbatches = train.batch_size // dp // train.microbatch_size
-    catalog.build(config.pipeline.schedule, pp, num_microbatches)
+    schedules.build(config.pipeline.schedule, pp, num_microbatches)
     if num_microbatches < pp:
         idle = (pp - 1) / (num_microbatches + pp - 1)
         count = f"{num_microbatches} microbatch{'es' * (num_microbatches > 1)}"

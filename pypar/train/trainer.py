@@ -8,7 +8,6 @@ import torch
 
 from ..comm import all_reduce_start
 from ..comm.identical import first_difference
-from ..context_parallel import positions
 from ..data_parallel import GradientBuckets
 from ..mesh import Axis, Mesh
 from ..models import ContextParallel, Decoder
@@ -60,23 +59,14 @@ class Trainer:
                 self.partial.tie(dict(named)["embedding.weight"], tied)
                 self.extra_axes.append(tied)
         self.optimizer = Optimizer(named, self.buckets, config.optimizer)
-        self.runtime = self._pipeline(dtype)
+        self.runtime = self._pipeline()
         self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
 
-    def _pipeline(self, dtype: torch.dtype) -> PipelineRuntime:
-        train, mesh = self.config.train, self.mesh
-        length = len(positions(train.sequence_length, mesh.cp, self.config.context.layout))
-        if self.model.sequence_parallel:
-            length //= mesh.tp.size
-        num_microbatches = train.batch_size // mesh.dp.size // train.microbatch_size
-        return PipelineRuntime(
-            TrainingStage(self.model),
-            mesh.pp,
-            getattr(schedules, self.config.pipeline.schedule)(mesh.pp.size, num_microbatches),
-            activation_shape=(train.microbatch_size, length, self.model_config.d_model),
-            activation_dtype=dtype,
-            device=self.device,
-        )
+    def _pipeline(self) -> PipelineRuntime:
+        train, pp = self.config.train, self.mesh.pp
+        num_microbatches = train.batch_size // self.mesh.dp.size // train.microbatch_size
+        schedule = schedules.build(self.config.pipeline.schedule, pp.size, num_microbatches)
+        return PipelineRuntime(TrainingStage(self.model), pp, schedule, device=self.device)
 
     @property
     def axes(self) -> list[Axis]:
