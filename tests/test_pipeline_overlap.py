@@ -1,14 +1,12 @@
 """What the pipeline runtime overlaps and frees: posted receives, the last backward, activations."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
-from pipeline_stage import (
-    microbatches,
-    stage_runtime,
-    world_axis,
-)
+from pipeline_stage import microbatches, single_runtime, stage_runtime, world_axis, written
 
 from pypar.comm import point_to_point
 from pypar.pipeline_parallel import mailbox, schedules
@@ -110,3 +108,29 @@ def test_activations_are_freed_as_soon_as_their_backward_is_done(ranks, name):
     for rank in range(4):
         expected = 8 if name == "gpipe" else 4 - rank
         assert held[rank] == (expected * one[rank][0], 0)
+
+
+@pytest.mark.parametrize("lists", ["F0.0 F0.1 B0.1 B0.0", "F0.0 F0.1 I0.1 I0.0 W0.0 W0.1"])
+def test_what_was_received_is_freed_without_the_garbage_collector(lists):
+    received = []
+
+    def noting(number):
+        weight = torch.ones(6, requires_grad=True)
+
+        def stage(hidden, microbatch):
+            if hidden is not None:
+                received.append(weakref.ref(hidden))
+            x = torch.tanh((microbatch if hidden is None else hidden) * weight)
+            return x.sum() if number == 1 else x
+
+        return stage
+
+    stages = {number: noting(number) for number in range(2)}
+    runtime = single_runtime(stages, written(lists))
+    gc.collect()
+    gc.disable()
+    try:
+        runtime.step(microbatches(1))
+        assert [x() for x in received] == [None]
+    finally:
+        gc.enable()

@@ -17,20 +17,34 @@ from pypar.pipeline_parallel.split_backward import SplitBackward
 Stage = Callable[[Any, Any], Any]
 
 
+@dataclass
+class _Arrived:
+    """The gradients of a stage's differentiable outputs, which lie here from their arrival to the backward."""
+
+    gradients: list[Tensor | None] = field(default_factory=list)
+    is_kept: bool = False  # a backward in two parts may ask twice; a whole one frees them while it goes on
+
+    def take(self) -> tuple[Tensor | None, ...]:
+        gradients = tuple(self.gradients)
+        if not self.is_kept:
+            self.gradients.clear()
+        return gradients
+
+
 class _OutputAnchor(torch.autograd.Function):
     """A scalar that stands for a stage's outputs in the graph, so that they are free once sent.
 
-    backward hands on the gradients that lie in `gradients` by then, one an output.
+    backward hands on the gradients that have arrived by then, one an output.
     """
 
     @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor | None], *outputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, arrived: _Arrived, *outputs: Tensor) -> Tensor:
+        ctx.arrived = arrived
         return outputs[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *ctx.gradients
+        return None, *ctx.arrived.take()
 
 
 @dataclass
@@ -40,7 +54,7 @@ class InFlight:
     inputs: Value  # leaves; those that require a gradient get one that is sent back
     root: Tensor | None = None  # scalar whose backward is the stage's: the loss, or an `_OutputAnchor`
     has_gradient: tuple[bool, ...] = ()  # of each output that was sent
-    output_gradients: list[Tensor | None] = field(default_factory=list)  # of these, filled before backward
+    arrived: _Arrived = field(default_factory=_Arrived)
     split: SplitBackward | None = None
 
     def hold(self, outputs: Value) -> None:
@@ -48,11 +62,11 @@ class InFlight:
         self.has_gradient = tuple(x is not None and x.requires_grad for x in outputs)
         differentiable = [x for x in outputs if x is not None and x.requires_grad]
         if differentiable:
-            self.root = _OutputAnchor.apply(self.output_gradients, *differentiable)  # type: ignore[no-untyped-call]
+            self.root = _OutputAnchor.apply(self.arrived, *differentiable)  # type: ignore[no-untyped-call]
 
     def give(self, gradients: Value) -> None:
         """Takes in the gradients of the outputs that came back, one an output."""
-        self.output_gradients += [x for x, has in zip(gradients, self.has_gradient, strict=True) if has]
+        self.arrived.gradients += [x for x, has in zip(gradients, self.has_gradient, strict=True) if has]
 
     def backward(self, send: Callable[[Value], None]) -> None:
         """The whole backward; the inputs' gradients are sent as soon as they are complete, before parameters that
@@ -68,19 +82,25 @@ class InFlight:
                 is_sent = True
                 send(self._collected())
 
-        for index in list(waiting):
-            x = self.inputs[index]
-            assert x is not None
+        hooks = [
             x.register_post_accumulate_grad_hook(partial(complete, index))
-        # Not so for a first stage whose parameters are all frozen; nor where nothing came back.
-        if self.root is not None and self.root.requires_grad:
-            self.root.backward()  # type: ignore[no-untyped-call]
+            for index, x in enumerate(self.inputs)
+            if x is not None and index in waiting
+        ]
+        try:
+            # Not so for a first stage whose parameters are all frozen.
+            if self.root is not None and self.root.requires_grad:
+                self.root.backward()  # type: ignore[no-untyped-call]
+        finally:
+            for hook in hooks:  # they hold this object, which holds the inputs that hold them
+                hook.remove()
         if not is_sent:
             send(self._collected())
 
     def backward_input(self, send: Callable[[Value], None]) -> None:
         """The first part of a split backward."""
         leaves = [x for x in self.inputs if x is not None and x.requires_grad]
+        self.arrived.is_kept = True
         if self.root is not None and self.root.requires_grad:
             self.split = SplitBackward(self.root, leaves)
             for x, gradient in zip(leaves, self.split.input_gradients(), strict=True):
