@@ -220,23 +220,6 @@ def test_arguments_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_schedule(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["schedule", "gpipe", "--ranks", "2", "--microbatches", "3"]) == 0
-    drawn = capsys.readouterr().out
-    assert "rank 0 |F0 F1 F2" in drawn and "bubble 25.00%" in drawn
-    assert main(["schedule"]) == 0  # all of them, a line each
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["gpipe", "one_f_one_b"]
-    for arguments, sentence in (
-        (["gpip"], "did you mean 'gpipe'?"),
-        (["gpipe", "--ranks", "0"], "num_ranks (0)"),
-        (["gpipe", "--option", "chunks=2"], "pipeline schedule gpipe has no option 'chunks'; it has none"),
-        (["gpipe", "--option", "chunks"], "--option chunks must be a name, = and a number"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(["schedule", *arguments])
-        assert ended.value.code == 2 and sentence in capsys.readouterr().err
-
-
 def test_generate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in (
         ([str(tmp_path / "no")], "no does not exist"),
