@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Header:
     failure: str = ""
     is_mistake: bool = False
 
-    @property
+    @cached_property
     def offsets(self) -> list[int]:
         """Where each tensor that travels begins in the message's bytes; their end last, 0 for no tensor."""
         offsets, end = [], 0
@@ -59,24 +60,27 @@ class Header:
         return [*offsets, end]
 
 
-def pack(value: Value, header: Header, buffer: Tensor) -> None:
-    """Copies the tensors that `header` describes into uint8 [at least the last offset]."""
-    for part, x in zip(_parts(header, buffer), (x for x in value if x is not None), strict=True):
-        part.copy_(x)
+def pack(value: Value, header: Header, buffer: Tensor, begin: int = 0) -> None:
+    """Copies the tensors that `header` describes into uint8 `buffer`, from byte `begin` on."""
+    for part, x in zip(unpack(header, buffer, begin), value, strict=True):
+        if part is not None and x is not None:
+            part.copy_(x)
 
 
-def unpack(header: Header, buffer: Tensor) -> Value:
-    """The opposite of `pack`: the tensors lie in `buffer`."""
-    # .data: so that autograd does not take a write to one of them for a write to the others.
-    parts = (part.data for part in _parts(header, buffer))
-    return tuple(None if spec is None else next(parts) for spec in header.specs)
+def unpack(header: Header, buffer: Tensor, begin: int = 0) -> Value:
+    """The opposite of `pack`: the tensors lie in `buffer`.
 
-
-def _parts(header: Header, buffer: Tensor) -> Iterator[Tensor]:
-    specs = [spec for spec in header.specs if spec is not None]
-    for spec, offset in zip(specs, header.offsets[:-1], strict=True):
-        num_bytes = math.prod(spec.shape) * spec.dtype.itemsize
-        yield buffer[offset : offset + num_bytes].view(spec.dtype).view(spec.shape)
+    They share its memory and are no views of it: autograd would take a write to one of them for a write to all.
+    """
+    storage, offsets = buffer.untyped_storage(), iter(header.offsets)
+    return tuple(
+        None
+        if spec is None
+        else buffer.new_empty(0, dtype=spec.dtype).set_(  # type: ignore[call-overload] # the stride may be left out
+            storage, (begin + next(offsets)) // spec.dtype.itemsize, spec.shape
+        )
+        for spec in header.specs
+    )
 
 
 def describe(value: Value, is_tuple: bool = True) -> Header:

@@ -104,7 +104,9 @@ class Mailbox:
         self._edges = edges
         self._schedule = schedule
         self._arriving: dict[Message, Handle] = {}
-        self._opened: dict[Message, tuple[Header, Handle]] = {}  # the header was read; the tensors arrive
+        self._opened: dict[
+            Message, tuple[Header, Handle, int]
+        ] = {}  # the header was read; the tensors arrive
         self._leaving: dict[Message, tuple[Tensor, list[Handle]]] = {}  # and the buffer of the first transfer
         self._local: dict[Message, tuple[Header, Value]] = {}
         self._settled: set[Message] = set()  # taken or sent
@@ -133,17 +135,17 @@ class Mailbox:
                 break
             if self._rank(posted.sender) == source:
                 self._opened[posted] = self._open(posted)
-        header, tensors = self._opened.pop(message)
-        return header, unpack(header, tensors.wait())
+        header, tensors, begin = self._opened.pop(message)
+        return header, unpack(header, tensors.wait(), begin)
 
-    def _open(self, message: Message) -> tuple[Header, Handle]:
-        """The header, after waiting for it, and the tensors' bytes."""
-        first = self._arriving.pop(message).wait()
-        header = self._edges.decoded(first[:HEADER_BYTES])
+    def _open(self, message: Message) -> tuple[Header, Handle, int]:
+        """The header, after waiting for it, and what holds the tensors from which byte on."""
+        arriving = self._arriving.pop(message)
+        header = self._edges.decoded(arriving.wait()[:HEADER_BYTES])
         num_bytes = header.offsets[-1]
         if self._edges.carries(_edge(message), num_bytes):
-            return header, Handle(first[HEADER_BYTES:])
-        return header, self._receive(num_bytes, message, self._edges.device, late=True)
+            return header, arriving, HEADER_BYTES
+        return header, self._receive(num_bytes, message, self._edges.device, late=True), 0
 
     def send(self, message: Message, header: Header, value: Value = ()) -> None:
         """Starts to send `value`, which `header` describes; another rank gets it as it is now."""
@@ -156,7 +158,7 @@ class Mailbox:
         first, num_bytes = self._edges.buffer(_edge(message)), header.offsets[-1]
         first[:HEADER_BYTES] = encoded
         if self._edges.carries(_edge(message), num_bytes):
-            pack(value, header, first[HEADER_BYTES:])
+            pack(value, header, first, HEADER_BYTES)
             handles = [self._send(first, message, late=False)]
         else:
             rest = torch.empty(num_bytes, dtype=torch.uint8, device=self._edges.device)
