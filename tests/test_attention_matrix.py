@@ -1,7 +1,8 @@
 """Attention against the error rule: FlashAttention's matrix and what it lacks, on every backend of this machine.
 
-`make test` runs a sample in which every value of every axis and every pair of features occurs; the slow test runs
-4356 cases: every head size with every length, mask and dtype, the other features by turns.
+`make test` runs samples in which every head size, every value of the other axes and every pair of features occurs, with
+few lengths. The long tests add the lengths: one sample with all of them, up to 2048, and 4356 cases, every head size
+with every length, mask and dtype, the other features by turns.
 """
 
 import functools
@@ -10,21 +11,28 @@ import itertools
 import pytest
 import torch
 from accuracy import instruction_set
-from attention_cases import AXES, DTYPES, SHORT_LENGTHS, operands, sample, whole
+from attention_cases import AXES, DTYPES, MIDDLE_LENGTHS, SHORT_LENGTHS, operands, sample, whole
 from attention_judge import compare, run
 
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS
 from pypar.ops.attention_arguments import attention_problem
 
-SAMPLE = sample()
-SHORT = sample({**AXES, "lengths": tuple(SHORT_LENGTHS), "H": (64, 40, 59)}, seed=1)
+MIDDLE_AXES = {**AXES, "lengths": tuple(MIDDLE_LENGTHS)}
+SHORT_AXES = {**AXES, "lengths": tuple(SHORT_LENGTHS), "H": (64, 40, 59)}
+LONG, MIDDLE, SHORT = sample(), sample(MIDDLE_AXES), sample(SHORT_AXES, seed=1)
+BOTH_LARGE = [case for case in LONG if min(case.lengths) > 1000]
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 # Backends that calculate slowly take the short cases, as instruction sets do that are not the one that is taken.
 # What a case is compared with is calculated once for all of them, which stand one behind the other.
-SAMPLED = [("native", case) for case in SAMPLE]
+SAMPLED = [("native", case) for case in MIDDLE]
 SAMPLED += [(name, case) for case in SHORT for name in BY_NAME if name != "native"]
+# One of thousands of queries and keys for each dtype.
+LARGE = [
+    min((case for case in BOTH_LARGE if case.dtype == dtype), key=lambda case: (case.lengths, case.H))
+    for dtype in DTYPES
+]
 ISAS = [(isa, case) for case in SHORT for isa in native.module().supported_isas()[1:]]
 
 
@@ -55,6 +63,17 @@ def check(name, case):
 @pytest.mark.parametrize(("name", "case"), SAMPLED, ids=str)
 def test_sample(name, case):
     check(name, case)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_lengths(case):
+    check("native", case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_sample_of_every_length(case):
+    check("native", case)
 
 
 @pytest.mark.parametrize(("isa", "case"), ISAS, ids=str)
@@ -96,8 +115,9 @@ def test_sinks_of_many_heads(name, dtype, lengths):
 
 def test_the_sample_holds_every_value_and_every_pair_of_features():
     for cases, axes in (
-        (SAMPLE, AXES),
-        (SHORT, {**AXES, "lengths": tuple(SHORT_LENGTHS), "H": (64, 40, 59)}),
+        (LONG, AXES),
+        (MIDDLE, MIDDLE_AXES),
+        (SHORT, SHORT_AXES),
     ):
         for axis, values in axes.items():
             assert {getattr(case, axis) for case in cases} == set(values)
