@@ -1,5 +1,8 @@
 """attention's Triton kernels in Triton's interpreter. The bfloat16 path runs elsewhere:
-tests/test_ptx_triton.py."""
+tests/test_ptx_triton.py.
+
+Each option has one batch element unless it says something of several; the long tests add other numbers of splits and
+the plain case of what the quick ones ask of all options together."""
 
 import re
 import subprocess
@@ -36,24 +39,24 @@ LARGE_STEP = Positions(q_start=40, k_start=1, step=3, batch_start=2**20, head_st
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True, "T": 150, "S": 210, "B": 1},
-    "causal, more queries": {"causal": True, "T": 90, "S": 40},
-    "window": {"window": (20, 9)},
-    "window, left": {"window": (13, None)},
-    "window, causal": {"window": (33, None), "causal": True},
+    "causal, more queries": {"causal": True, "T": 90, "S": 40, "B": 1},
+    "window": {"window": (20, 9), "B": 1},
+    "window, left": {"window": (13, None), "B": 1},
+    "window, causal": {"window": (33, None), "causal": True, "B": 1},
     "window, beyond": {"window": (3, 0), "T": 40, "S": 90, "positions": Positions(q_start=200)},
-    "softcap": {"softcap": 2.0},
-    "alibi": {"alibi": (2,), "causal": True},
+    "softcap": {"softcap": 2.0, "B": 1},
+    "alibi": {"alibi": (2,), "causal": True, "B": 1},
     "alibi, batch": {"alibi": (2, 2)},
     "bias": {"bias": (2, 2, 70, 90)},
     "bias, broadcast": {"bias": (2, 1, 90), "causal": True},
-    "sinks": {"sinks": True, "causal": True, "T": 90, "S": 70},
-    "dropout": {"dropout_p": 0.17},
-    "gqa": {"N": 6, "G": 2, "T": 33, "causal": True},
-    "mqa, few queries": {"N": 8, "G": 1, "T": 2, "S": 150, "causal": True},
-    "one query": {"T": 1, "S": 200},
-    "sizes of heads": {"H": 40, "Hv": 72},
-    "scale below zero": {"scale": -0.3, "causal": True},
-    "scale zero": {"scale": 0.0, "window": (7, 7)},
+    "sinks": {"sinks": True, "causal": True, "T": 90, "S": 70, "B": 1},
+    "dropout": {"dropout_p": 0.17, "B": 1},
+    "gqa": {"N": 6, "G": 2, "T": 33, "causal": True, "B": 1},
+    "mqa, few queries": {"N": 8, "G": 1, "T": 2, "S": 150, "causal": True, "B": 1},
+    "one query": {"T": 1, "S": 200, "B": 1},
+    "sizes of heads": {"H": 40, "Hv": 72, "B": 1},
+    "scale below zero": {"scale": -0.3, "causal": True, "B": 1},
+    "scale zero": {"scale": 0.0, "window": (7, 7), "B": 1},
     "strides": {"transposed": True},
     "positions": {"positions": LARGE_STEP, "window": (100, 30), "alibi": (2,), "dropout_p": 0.3},
     "varlen": {"lengths": ([40, 0, 7, 33], [30, 5, 0, 70]), "causal": True},
@@ -61,11 +64,11 @@ OPTIONS = {
         "lengths": ([1, 50, 0, 9, 1], [70, 33, 3, 9, 1]),
         "window": (25, 4),
         "softcap": 5.0,
-        "alibi": (5, 4),
+        "alibi": (5, 2),
         "dropout_p": 0.17,
         "sinks": True,
-        "N": 4,
-        "G": 2,
+        "N": 2,
+        "G": 1,
     },
     "all": {
         "window": (40, 3),
@@ -79,6 +82,7 @@ OPTIONS = {
         "Hv": 48,
     },
 }
+LONG_PLAIN = pytest.param("plain", marks=pytest.mark.slow)
 
 
 def backend_of(interpreter: Any, splits: int | None = None) -> Backend:
@@ -120,7 +124,7 @@ def test_gradients_are_added(interpreter, name):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["plain", "all", "mqa, few queries", "varlen, all"])
+@pytest.mark.parametrize("name", [LONG_PLAIN, "all", "mqa, few queries", "varlen, all"])
 @pytest.mark.parametrize("splits", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_programs_share_the_keys(interpreter, name, splits):
     """The split forward joins in a fixed order, and parts without keys count for nothing."""
@@ -128,7 +132,7 @@ def test_programs_share_the_keys(interpreter, name, splits):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["plain", "window", "all", "mqa, few queries"])
+@pytest.mark.parametrize("name", [LONG_PLAIN, "window", "all", "mqa, few queries"])
 @pytest.mark.parametrize("splits", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_running_results(interpreter, name, splits):
     tensors, keywords = draw(dtype=torch.float16, **{"sinks": True, **OPTIONS[name]})
