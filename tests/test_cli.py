@@ -1,11 +1,13 @@
-"""The command `pypar`: what it refuses before any rank starts, how it launches, what it says of failures."""
+"""The command `pypar`: what it refuses before any rank starts, how it launches, what it says of failures.
 
-import concurrent.futures
+The long tests give every bad input to the command in a process of its own, and continue and overwrite a real run;
+tests/test_faults.py continues one by the command in `make test`.
+"""
+
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,11 +63,14 @@ def _sets(place: Path, **sets: object) -> list[str]:
     return [argument for key, value in values.items() for argument in ("--set", f"{key}={value}")]
 
 
+def _path(place: Path) -> str:
+    return os.pathsep.join([str(place / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def _pypar(place: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(place / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-m", "pypar.cli", *arguments],
-        env=os.environ | {"PYTHONPATH": path} | environment,
+        env=os.environ | {"PYTHONPATH": _path(place)} | environment,
         capture_output=True,
         text=True,
         timeout=240,
@@ -104,30 +109,37 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def refusals(
-    place: Path, request: pytest.FixtureRequest
-) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """BAD_INPUT, as far as it was selected, two processes at a time (each loads torch)."""
-    pool = concurrent.futures.ThreadPoolExecutor(2)
-    results = {}
-    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    for name in [test.callspec.params["name"] for test in tests if "refusals" in test.fixturenames]:
-        more = BAD_INPUT[name][0]
-        arguments = ["train", *_sets(place), "--name", "refused", "--mesh", "dp=2"]
-        arguments += [argument.replace("{place}", str(place)) for argument in more]
-        results[name] = pool.submit(_pypar, place, *arguments)
-    return lambda name: results[name].result()
+def _refused(place: Path, name: str) -> list[str]:
+    more = [argument.replace("{place}", str(place)) for argument in BAD_INPUT[name][0]]
+    return ["train", *_sets(place), "--name", "refused", "--mesh", "dp=2", *more]
+
+
+def _assert_refused(place: Path, name: str, code: int | str | None, said: tuple[str, str]) -> None:
+    out, err = said
+    assert err.count("\n") == 1 and err.startswith("pypar: ")
+    assert BAD_INPUT[name][1] in err
+    assert code == 2 and out == ""
+    assert not list((place / "site").glob("rank*"))  # nothing was started
+    assert not (place / "runs" / "refused" / "config.json").exists()
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_gets_one_sentence_and_exit_code_2(place: Path, refusals, name: str) -> None:
-    result = refusals(name)
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("pypar: ")
-    assert BAD_INPUT[name][1] in result.stderr
-    assert result.returncode == 2 and result.stdout == ""
-    assert not list((place / "site").glob("rank*"))  # nothing was started
-    assert not (place / "runs" / "refused" / "config.json").exists()
+def test_bad_input_gets_one_sentence_and_exit_code_2(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", _path(place))
+    with pytest.raises(SystemExit) as ended:
+        main(_refused(place, name))
+    _assert_refused(place, name, ended.value.code, capfd.readouterr())
+
+
+LONG = sorted(BAD_INPUT.keys() - {"kv heads"})
+
+
+@pytest.mark.parametrize("name", ["kv heads", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
+def test_bad_input_gets_the_same_from_the_command(place: Path, name: str) -> None:
+    result = _pypar(place, *_refused(place, name))
+    _assert_refused(place, name, result.returncode, (result.stdout, result.stderr))
 
 
 def test_a_mesh_that_does_not_fit_the_ranks_of_torchrun(place: Path) -> None:
@@ -232,14 +244,24 @@ def test_generate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_train_two_ranks_then_generate_resume_and_refuse_a_second_run(place: Path) -> None:
-    """Ranks are started, a run is written, sampled from, continued, and not written over."""
-    train = ["train", *_sets(place), "--name", "two", "--mesh", "tp=2"]
-    first = _pypar(place, *train)
+@pytest.fixture(scope="module")
+def two(place: Path) -> Path:
+    """A finished run of two ranks, which was told to write over another one."""
+    run = place / "runs" / "two"
+    old = run / "checkpoints" / "step_00000003"
+    old.mkdir(parents=True)
+    (old / "complete.json").write_text("{}")
+    first = _pypar(place, "train", *_sets(place), "--name", "two", "--mesh", "tp=2", "--overwrite")
     assert first.returncode == 0, first.stderr
+    assert len(list((place / "site").glob("rank*"))) == 2
     for file in (place / "site").glob("rank*"):
         file.unlink()
-    run = place / "runs" / "two"
+    return run
+
+
+def test_train_two_ranks_then_generate_and_refuse_a_second_run(place: Path, two: Path) -> None:
+    """Ranks are started, a run is written, sampled from, and not written over unasked."""
+    train, run = ["train", *_sets(place), "--name", "two", "--mesh", "tp=2"], two
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000004"]
     assert json.loads((run / "config.json").read_text())["mesh"] == "tp=2"
     assert not (run / ".launch").exists()
@@ -261,13 +283,17 @@ def test_train_two_ranks_then_generate_resume_and_refuse_a_second_run(place: Pat
             main([*train, *more])
         assert ended.value.code == 2 and sentence in "".join(said)
 
-    longer = _pypar(place, *train[:-2], "--mesh", "pp=2", "--resume", "--set", "train.steps=6")
+
+@pytest.mark.slow
+def test_a_run_is_continued_and_written_over(place: Path, two: Path) -> None:
+    train, run = ["train", *_sets(place), "--name", "two"], two
+    longer = _pypar(place, *train, "--mesh", "pp=2", "--resume", "--set", "train.steps=6")
     assert longer.returncode == 0, longer.stderr
     assert "at step 4" in longer.stderr
     lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 4, 5, 6]
 
-    again = _pypar(place, *train[:-2], "--overwrite", "--set", "train.steps=2")
+    again = _pypar(place, *train, "--overwrite", "--set", "train.steps=2")
     assert again.returncode == 0, again.stderr
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000002"]
     for file in (place / "site").glob("rank*"):

@@ -1,4 +1,7 @@
-"""A rank is killed in the middle of a run: what the user sees, what is left, what a restart gives."""
+"""A rank is killed in the middle of a run: what the user sees, what is left, what a restart gives.
+
+The long test compares the whole run with one that nothing broke.
+"""
 
 import os
 import signal
@@ -67,26 +70,37 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def unbroken(text: Path) -> list[tuple[int, float]]:
-    subprocess.run(_command(text, text.parent, "unbroken"), check=True, capture_output=True, timeout=180)
-    return _losses(text.parent, "unbroken")
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_rank_ends_the_job_and_a_restart_continues_bitwise(text: Path, unbroken: list) -> None:
-    directory = text.parent
+def test_a_killed_rank_ends_the_job_and_a_restart_continues_bitwise(text: Path) -> None:
+    """What was trained after the last checkpoint is trained again, to the same losses."""
+    done, continued = _killed_and_continued(text.parent, text, "killed")
+    assert continued[: len(done)] == done
+    assert [step for step, _ in continued] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_that_was_killed_ends_as_one_that_was_not(text: Path) -> None:
+    subprocess.run(_command(text, text.parent, "unbroken"), check=True, capture_output=True, timeout=180)
+    _, continued = _killed_and_continued(text.parent, text, "broken")
+    assert continued == _losses(text.parent, "unbroken")
+
+
+def _killed_and_continued(
+    directory: Path, text: Path, name: str
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """The losses up to the death of a rank, and all of them once the run was continued."""
     shared_memory_before = set(os.listdir("/dev/shm"))
-    mark = f"killed-{os.getpid()}"
+    mark = f"{name}-{os.getpid()}"
     job = subprocess.Popen(
-        _command(text, directory, "killed"),
+        _command(text, directory, name),
         env=os.environ | {"PYPAR_TEST_MARK": mark},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     )
     deadline = time.monotonic() + 120
-    while len(_losses(directory, "killed")) < 8 and job.poll() is None and time.monotonic() < deadline:
+    while len(_losses(directory, name)) < 8 and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     victim = next(pid for pid, v in _processes(mark).items() if v.get("RANK") == "1")
     os.kill(victim, signal.SIGKILL)
@@ -100,13 +114,11 @@ def test_a_killed_rank_ends_the_job_and_a_restart_continues_bitwise(text: Path, 
         time.sleep(0.1)
     assert _processes(mark) == {}
     assert set(os.listdir("/dev/shm")) <= shared_memory_before
-    done = _losses(directory, "killed")
+    done = _losses(directory, name)
     assert 8 <= len(done) < STEPS
 
-    subprocess.run(
-        _command(text, directory, "killed", "--resume"), check=True, capture_output=True, timeout=180
-    )
-    assert _losses(directory, "killed") == unbroken
+    subprocess.run(_command(text, directory, name, "--resume"), check=True, capture_output=True, timeout=180)
+    return done, _losses(directory, name)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

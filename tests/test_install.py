@@ -1,7 +1,12 @@
-"""What a user gets: wheel and sdist, built in isolation from a clean tree, installed and used elsewhere."""
+"""What a user gets: wheel and sdist, built in isolation, installed and used elsewhere.
+
+The quick tests take over the objects that were compiled when this tree was set up, if they are there and fit: ninja
+decides. The long ones compile everything anew, from a clean tree and from the sdist.
+"""
 
 import email
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -79,9 +84,22 @@ def pip_wheel(source: Path, target: Path, **env: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
+def clean_tree(tmp_path_factory) -> Path:
     """The sources as in a clean clone: nothing built, no caches."""
-    tree = tmp_path_factory.mktemp("clone")
+    return copy_of_sources(tmp_path_factory.mktemp("clean") / "clone")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """The sources and the objects of pypar._native."""
+    tree = copy_of_sources(tmp_path_factory.mktemp("built") / "clone")
+    for folder in (ROOT / "build").glob(f"linux-{platform.machine()}"):
+        shutil.copytree(folder, tree / "build" / folder.name)
+    return tree
+
+
+def copy_of_sources(tree: Path) -> Path:
+    tree.mkdir()
     unbuilt = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     for path in (ROOT / name for name in BUILD_INPUTS):
         if path.is_dir():
@@ -112,6 +130,18 @@ def modules_of(tree: Path) -> set[str]:
 
 
 def test_wheel_runs_native_attention_away_from_the_sources(wheel, tmp_path):
+    check_use(wheel, tmp_path)
+
+
+@pytest.mark.slow  # compiles everything
+def test_wheel_of_a_clean_tree_is_the_same_and_runs(clean_tree, wheel, tmp_path):
+    whole = pip_wheel(clean_tree, tmp_path / "wheel")
+    assert whole.name == wheel.name
+    assert set(zipfile.ZipFile(whole).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+    check_use(whole, tmp_path)
+
+
+def check_use(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     site = Path(

@@ -1,4 +1,4 @@
-"""`pypar train` under torchrun: it joins the ranks that are there, on one node or several."""
+"""`pypar train` under torchrun: it joins the ranks that are there, on several nodes; one node is the long test."""
 
 import os
 import socket
@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from pypar.mesh import Mesh
+from pypar.train.config import load_config
 from pypar.train.metrics import Metrics
+from pypar.train.trainer import Trainer
 
 SIZES = {
     "model.num_layers": 2,
@@ -53,21 +57,34 @@ def _losses(place: Path, name: str) -> list[float]:
     return [line["loss"] for line in Metrics.read(place / name / "metrics.jsonl")]
 
 
-def test_one_node_and_two_nodes_train_like_one_process(place: Path) -> None:
-    subprocess.run([sys.executable, *_train(place, "alone")], check=True, capture_output=True, timeout=120)
-    job = _torchrun("--standalone", "--nproc-per-node", "2", *_train(place, "joined", "--mesh", "tp=2"))
-    said, _ = job.communicate(timeout=120)
-    assert job.returncode == 0, said
+def _alone(sets: list[str]) -> list[float]:
+    run = load_config(None, sets)
+    trainer = Trainer(run, Mesh(), torch.device("cpu"))
+    return [trainer.train_step()["loss"] for _ in range(SIZES["train.steps"])]
+
+
+@pytest.fixture
+def alone(ranks, place: Path) -> list[float]:
+    """The losses of one process."""
+    return ranks(1, _alone, [word for word in _train(place, "alone") if "=" in word])[0]
+
+
+def test_two_nodes_train_like_one_process(place: Path, alone: list[float]) -> None:
     rendezvous = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "two")
     rendezvous += ("--rdzv-endpoint", f"localhost:{_free_port()}")
     nodes = [_torchrun(*rendezvous, *_train(place, "nodes", "--mesh", "dp=2")) for _ in range(2)]
     for node in nodes:
         said, _ = node.communicate(timeout=120)
         assert node.returncode == 0, said
-    alone = _losses(place, "alone")
-    assert len(alone) == SIZES["train.steps"]
-    assert _losses(place, "joined") == pytest.approx(alone, rel=1e-5)
     assert _losses(place, "nodes") == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_one_node_trains_like_one_process(place: Path, alone: list[float]) -> None:
+    job = _torchrun("--standalone", "--nproc-per-node", "2", *_train(place, "joined", "--mesh", "tp=2"))
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, said
+    assert _losses(place, "joined") == pytest.approx(alone, rel=1e-5)
 
 
 def test_overwrite_is_refused_where_ranks_may_be_started_again(place: Path) -> None:
