@@ -1,4 +1,4 @@
-"""attention on every backend."""
+"""attention on every backend; the long tests have a thousand queries and keys."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ NAMES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (T, S): from FlashAttention's test matrix, and what divides nothing.
-LENGTHS = [(63, 111), (113, 203), (203, 113), (256, 512), (1023, 1024)]
+LENGTHS = [(63, 111), (113, 203), (203, 113), (256, 512), pytest.param((1023, 1024), marks=pytest.mark.slow)]
 # (H, Hv)
 HEAD_SIZES = [(32, 32), (40, 40), (59, 59), (64, 64), (96, 128), (111, 32), (128, 128), (256, 64)]
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}

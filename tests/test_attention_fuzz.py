@@ -1,7 +1,7 @@
 """The native entry points given hostile numbers and types: a ValueError or TypeError, never a crash.
 
-Thousands of calls in a process of its own, so that a crash is seen. Every buffer stands between guards, which a call
-must not change, whether it refuses or not.
+Hundreds of calls, in the long tests tens of thousands, in a process of its own, so that a crash is seen. Every buffer
+stands between guards, which a call must not change, whether it refuses or not.
 """
 
 import math
@@ -237,12 +237,11 @@ def in_a_process(seed, count):
     assert result.returncode == 0, f"ended with {result.returncode}: {result.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_hostile_problems_are_refused(seed):
-    in_a_process(seed, 1000)
+def test_hostile_problems_are_refused():
+    in_a_process(0, 700)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 12))
+@pytest.mark.parametrize("seed", range(1, 12))
 def test_many_hostile_problems_are_refused(seed):
     in_a_process(seed, 5000)

@@ -1,6 +1,7 @@
 """What differs between processors, on one: each backend and instruction set of this machine by the self-test's cases.
 
-A machine takes one of them by itself; here each is forced, as PYPAR_BACKEND and PYPAR_ISA do, through every case.
+A machine takes one of them by itself; here each is forced, as PYPAR_BACKEND and PYPAR_ISA do, through every case. Of
+attention's cases `make test` takes those of `pypar selftest --quick`, the long tests all.
 """
 
 import functools
@@ -28,10 +29,13 @@ def results(op, name, case, draws):
 
 
 @pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_every_case_on_every_backend_and_instruction_set(op, dtype):
+@pytest.mark.parametrize(
+    ("op", "quick"),
+    [*((op, op == "attention") for op in OPS), pytest.param("attention", False, marks=pytest.mark.slow)],
+)
+def test_every_case_on_every_backend_and_instruction_set(op, quick, dtype):
     failures, ran = [], set()
-    for case in range(len(CASES[op])):
+    for case in (i for i, case in enumerate(CASES[op]) if case.quick or not quick):
         draws = check.expect(CASES[op][case], "cpu", dtype)
         for name, isa in [run[1:] for run in RUNS if run[0] == op]:
             try:

@@ -1,4 +1,8 @@
-"""Parallelism changes nothing but the speed: every layout gives the losses and weights of one process."""
+"""Parallelism changes nothing but the speed: every layout gives the losses and weights of one process.
+
+`make test` runs layouts in which every pair of axes and every schedule, layout of the sequence, way of tensor
+parallelism and method of context parallelism occurs; the long tests add the whole product, eight ranks and 20 steps.
+"""
 
 import itertools
 import json
@@ -14,9 +18,25 @@ from pypar.train.config import RunConfig
 from pypar.train.trainer import Trainer
 
 NUM_STEPS = 20
+SOME_STEPS = 8  # some at the full learning rate
 FEW_STEPS = 5  # where what differs is attention alone
 TIMEOUT_S = 600  # eight ranks on two cores wait for each other most of the time
 AXES = ("dp", "pp", "cp", "tp")
+QUICK = (
+    "one",
+    "dp2-pp2-gpipe",
+    "dp2-cp2-contiguous",
+    "dp2-tp2-sp",
+    "pp2-cp2-gpipe-zigzag",
+    "pp2-cp2-one_f_one_b-contiguous",
+    "pp2-tp2-sp-gpipe",
+    "pp2-tp2-one_f_one_b",
+    "cp2-tp2-sp-zigzag",
+    "cp2-tp2-contiguous",
+    "pp4-one_f_one_b",
+    "cp4-zigzag",
+    "tp4-sp",
+)
 
 
 def _factorisations(world_size: int) -> list[dict[str, int]]:
@@ -40,8 +60,10 @@ def _cases() -> list:
                     + f"-{schedule}" * (mesh["pp"] > 1)
                     + f"-{layout}" * (mesh["cp"] > 1)
                 )
-                marks = [pytest.mark.slow] if world_size == 8 else []
-                cases.append(pytest.param(mesh, sequence_parallel, schedule, layout, id=name, marks=marks))
+                case = (mesh, sequence_parallel, schedule, layout)
+                if name in QUICK:
+                    cases.append(pytest.param(*case, SOME_STEPS, id=f"{name}-{SOME_STEPS} steps"))
+                cases.append(pytest.param(*case, NUM_STEPS, id=name, marks=pytest.mark.slow))
     return cases
 
 
@@ -49,20 +71,26 @@ def _context_cases() -> list:
     """(mesh, method, layout, changes of the train section)."""
     sp = {"sequence_parallel": True}
     odd, documents = {"sequence_length": 29}, {"packed_documents": True, "sequence_length": 29}
-    cases = [
-        ("cp=2", "ulysses", "zigzag", {}),
+    quick = [
         ("cp=2", "auto", "striped", {}),
         ("cp=2,tp=2", "all_gather", "zigzag", sp),
         ("cp=2,pp=2", "ulysses", "contiguous", {}),
-        ("cp=2,dp=2", "hybrid", "zigzag", {}),
         ("cp=4", "hybrid", "zigzag", {}),
-        ("cp=2,pp=2", "ring", "zigzag", odd),
-        ("dp=2", "ring", "zigzag", documents),
         ("cp=2,pp=2", "ring", "zigzag", documents),
         ("cp=2,tp=2", "ulysses", "striped", documents),
+    ]
+    long = [
+        ("cp=2", "ulysses", "zigzag", {}),
+        ("cp=2,dp=2", "hybrid", "zigzag", {}),
+        ("cp=2,pp=2", "ring", "zigzag", odd),
+        ("dp=2", "ring", "zigzag", documents),
         ("cp=4", "all_gather", "contiguous", documents),
     ]
-    return [pytest.param(*case, id="-".join((*case[:3], *case[3]))) for case in cases]
+    return [
+        pytest.param(*case, id="-".join((*case[:3], *case[3])), marks=marks)
+        for cases, marks in ((quick, ()), (long, pytest.mark.slow))
+        for case in cases
+    ]
 
 
 def _config(text: Path, world_size: int, tied: bool = False) -> dict:
@@ -159,9 +187,29 @@ def _assert_equal(results: list, expected: tuple) -> None:
     assert seen == set(expected_weights)
 
 
-@pytest.mark.parametrize(("mesh", "sequence_parallel", "schedule", "layout"), _cases())
+def test_quick_layouts_hold_every_pair_of_axes_and_every_choice() -> None:
+    def choices(case) -> set[str]:
+        mesh, sequence_parallel, schedule, layout, _ = case.values
+        axes = [axis for axis in AXES if mesh[axis] > 1]
+        found = {*axes, *("-".join(pair) for pair in itertools.combinations(axes, 2))}
+        found |= {f"sequence parallel: {sequence_parallel}"} if "tp" in axes else set()
+        return found | ({schedule} if "pp" in axes else set()) | ({layout} if "cp" in axes else set())
+
+    quick = [case for case in _cases() if not case.marks]
+    assert len(quick) == len(QUICK)
+    assert set().union(*map(choices, quick)) == set().union(*map(choices, _cases()))
+
+
+@pytest.mark.parametrize(("mesh", "sequence_parallel", "schedule", "layout", "num_steps"), _cases())
 def test_every_layout_trains_alike(
-    ranks, text: Path, one_process, mesh: dict, sequence_parallel: bool, schedule: str, layout: str
+    ranks,
+    text: Path,
+    one_process,
+    mesh: dict,
+    sequence_parallel: bool,
+    schedule: str,
+    layout: str,
+    num_steps: int,
 ) -> None:
     world_size = mesh["dp"] * mesh["pp"] * mesh["cp"] * mesh["tp"]
     config = _config(text, world_size)
@@ -174,16 +222,25 @@ def test_every_layout_trains_alike(
     # Enough microbatches to fill the pipeline, at least two: more would only repeat the same communication.
     fewest = max(2, mesh["pp"]) * mesh["dp"]
     config["train"]["microbatch_size"] = max(1, config["train"]["batch_size"] // fewest)
-    _assert_equal(ranks(world_size, train, config, timeout_s=TIMEOUT_S), one_process(world_size))
+    expected = one_process(world_size, num_steps=num_steps)
+    _assert_equal(ranks(world_size, train, config, num_steps, timeout_s=TIMEOUT_S), expected)
 
 
-@pytest.mark.parametrize("mesh", ["pp=2", "tp=2", "pp=2,tp=2", "pp=4", "dp=2,pp=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "pp=2,tp=2",
+        "dp=2,pp=2",
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("pp=2", "tp=2", "pp=4")),
+    ],
+)
 def test_tied_embeddings_train_alike(ranks, text: Path, one_process, mesh: str) -> None:
     world_size = 1
     for part in mesh.split(","):
         world_size *= int(part.split("=")[1])
     config = _config(text, world_size, tied=True) | {"mesh": mesh}
-    _assert_equal(ranks(world_size, train, config, timeout_s=TIMEOUT_S), one_process(world_size, tied=True))
+    expected = one_process(world_size, tied=True, num_steps=SOME_STEPS)
+    _assert_equal(ranks(world_size, train, config, SOME_STEPS, timeout_s=TIMEOUT_S), expected)
 
 
 @pytest.mark.parametrize(("mesh", "method", "layout", "changes"), _context_cases())

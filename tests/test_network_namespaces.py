@@ -1,4 +1,7 @@
-"""Ranks on two hosts, which are network namespaces with a cable between them: backend "pypar" between hosts."""
+"""Ranks on two hosts, which are network namespaces with a cable between them: backend "pypar" between hosts.
+
+The long test has two ranks on each host.
+"""
 
 import importlib.util
 import os
@@ -60,7 +63,7 @@ def _sums(rank, size, folder):
     os._exit(0)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_backend_between_two_namespaces(tmp_path, size):
     torch.multiprocessing.spawn(_sums, (size, str(tmp_path)), nprocs=size)
 

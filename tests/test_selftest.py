@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pypar.selftest as selftest
+from pypar import cli
 from pypar.ops import native
 from pypar.ops.attention_op import BY_NAME
 from pypar.ops.backend import op_modules
@@ -67,8 +68,14 @@ def test_the_options_of_attention_are_covered():
         assert word in names
 
 
-def test_a_quick_run_passes_and_writes_its_report(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def small_limits(monkeypatch):
+    """The machine's rates from small products and copies."""
     monkeypatch.setattr(measure, "_MATMUL_SIZES", {"cpu": (256, 256)})
+    monkeypatch.setattr(measure, "_COPY_BYTES", {"cpu": 1 << 22})
+
+
+def test_a_quick_run_passes_and_writes_its_report(tmp_path, capsys, small_limits):
     ops = ("rms_norm", "rope", "linear")
     code, printed, written = run(tmp_path, capsys, ops=ops)
     assert code == 0 and "\npassed: " in printed
@@ -86,7 +93,7 @@ def test_a_quick_run_passes_and_writes_its_report(tmp_path, capsys, monkeypatch)
     assert "Not run:" in printed
 
 
-def test_what_a_backend_refuses_is_listed_not_failed(tmp_path, capsys):
+def test_what_a_backend_refuses_is_listed_not_failed(tmp_path, capsys, small_limits):
     code, printed, written = run(tmp_path, capsys, ops=("linear",), backends=("onednn",))
     assert all(row["dtype"] == "float32" for row in written["rows"])
     assert "linear onednn on cpu" in printed.split("Not run:")[1]
@@ -207,7 +214,7 @@ def test_a_slow_contender_is_timed_once_and_a_fast_one_in_rounds():
     assert len(found["fast"]) >= 3 and 0.001 <= min(found["fast"]) < 0.02
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capfd):
     path = tmp_path / "report.json"
     command = [
         sys.executable,
@@ -232,5 +239,7 @@ def test_the_command(tmp_path):
         (["--backends", "cud"], "--backends: unknown backend 'cud', known are "),
         (["--json", str(tmp_path / "no" / "folder" / "x.json")], "cannot be written"),
     ):
-        result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command[3:], *arguments])
+        said = capfd.readouterr().err
+        assert ended.value.code == 2 and sentence in said and said.count("\n") == 1
