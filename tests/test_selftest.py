@@ -13,7 +13,7 @@ from pypar import cli
 from pypar.ops import native
 from pypar.ops.attention_op import BY_NAME
 from pypar.ops.backend import op_modules
-from pypar.selftest import attention_torch, check, measure, report, rows
+from pypar.selftest import attention_torch, check, linear, measure, report, rows
 from pypar.selftest.case import Case, Peer
 
 attention_module = sys.modules["pypar.ops.attention"]
@@ -75,7 +75,14 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(measure, "_COPY_BYTES", {"cpu": 1 << 22})
 
 
-def test_a_quick_run_passes_and_writes_its_report(tmp_path, capsys, small_limits):
+@pytest.fixture
+def small_linear(monkeypatch):
+    """Some processors take seconds for a product in fp16."""
+    cases_of, case = rows.cases_of, linear._case(203, 128, 160, bias=False, quick=True)
+    monkeypatch.setattr(rows, "cases_of", lambda op, large: [case] if op == "linear" else cases_of(op, large))
+
+
+def test_a_quick_run_passes_and_writes_its_report(tmp_path, capsys, small_limits, small_linear):
     ops = ("rms_norm", "rope", "linear")
     code, printed, written = run(tmp_path, capsys, ops=ops)
     assert code == 0 and "\npassed: " in printed
@@ -93,7 +100,7 @@ def test_a_quick_run_passes_and_writes_its_report(tmp_path, capsys, small_limits
     assert "Not run:" in printed
 
 
-def test_what_a_backend_refuses_is_listed_not_failed(tmp_path, capsys, small_limits):
+def test_what_a_backend_refuses_is_listed_not_failed(tmp_path, capsys, small_limits, small_linear):
     code, printed, written = run(tmp_path, capsys, ops=("linear",), backends=("onednn",))
     assert all(row["dtype"] == "float32" for row in written["rows"])
     assert "linear onednn on cpu" in printed.split("Not run:")[1]
