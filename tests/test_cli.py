@@ -1,7 +1,6 @@
 """The command `pypar`: what it refuses before any rank starts, how it launches, what it says of failures.
 
-The long tests give every bad input to the command in a process of its own, and continue and overwrite a real run;
-tests/test_faults.py continues one by the command in `make test`.
+The long tests give every bad input to a process of its own, and continue a run, as tests/test_faults.py does too.
 """
 
 import json
@@ -109,37 +108,26 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
 }
 
 
-def _refused(place: Path, name: str) -> list[str]:
+ALONE = [pytest.param(name, True, marks=() if name == "kv heads" else pytest.mark.slow) for name in BAD_INPUT]
+
+
+@pytest.mark.parametrize(("name", "process"), [*((name, False) for name in BAD_INPUT), *ALONE])
+def test_bad_input_gets_one_sentence_and_exit_code_2(place: Path, monkeypatch, capfd, name, process) -> None:
+    monkeypatch.setenv("PYTHONPATH", _path(place))
     more = [argument.replace("{place}", str(place)) for argument in BAD_INPUT[name][0]]
-    return ["train", *_sets(place), "--name", "refused", "--mesh", "dp=2", *more]
-
-
-def _assert_refused(place: Path, name: str, code: int | str | None, said: tuple[str, str]) -> None:
-    out, err = said
+    arguments = ["train", *_sets(place), "--name", "refused", "--mesh", "dp=2", *more]
+    if process:
+        result = _pypar(place, *arguments)
+        code, out, err = result.returncode, result.stdout, result.stderr
+    else:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        code, (out, err) = ended.value.code, capfd.readouterr()
     assert err.count("\n") == 1 and err.startswith("pypar: ")
     assert BAD_INPUT[name][1] in err
     assert code == 2 and out == ""
     assert not list((place / "site").glob("rank*"))  # nothing was started
     assert not (place / "runs" / "refused" / "config.json").exists()
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_gets_one_sentence_and_exit_code_2(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", _path(place))
-    with pytest.raises(SystemExit) as ended:
-        main(_refused(place, name))
-    _assert_refused(place, name, ended.value.code, capfd.readouterr())
-
-
-LONG = sorted(BAD_INPUT.keys() - {"kv heads"})
-
-
-@pytest.mark.parametrize("name", ["kv heads", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
-def test_bad_input_gets_the_same_from_the_command(place: Path, name: str) -> None:
-    result = _pypar(place, *_refused(place, name))
-    _assert_refused(place, name, result.returncode, (result.stdout, result.stderr))
 
 
 def test_a_mesh_that_does_not_fit_the_ranks_of_torchrun(place: Path) -> None:
