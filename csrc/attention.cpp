@@ -231,6 +231,8 @@ struct Task {
     }
     const bool any_rescale = soften(block, terms, scores, first_key, num_keys, rescale);
     if (terms.dropout) drop(p, s, terms, block, scores, first_key, num_keys);
+    if ((masked || terms.hides) && m.cleanse_values(memory + layout.values, num_keys))
+      note_left_out(a.left_out);
     m.add_out(scores, block.count, memory + layout.values, num_keys, masked ? trim.keys : nullptr,
               any_rescale ? rescale : nullptr, block.out, memory + layout.scratch);
   }
@@ -244,10 +246,7 @@ struct Task {
     for (; first_key < end; first_key += kBlock) {
       const int64_t num_keys = smaller(kBlock, end - first_key);
       m.pack_keys(k, first_key, num_keys, memory + layout.keys, memory + layout.scratch);
-      if (m.pack_values(v, first_key, num_keys, memory + layout.values, memory + layout.scratch)) {
-        m.cleanse_values(memory + layout.values, num_keys);
-        note_left_out(a.left_out);
-      }
+      m.pack_values(v, first_key, num_keys, memory + layout.values, memory + layout.scratch);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t num_seen = smaller(num_keys, blocks[i].keys.end - first_key);
         if (num_seen <= 0 || blocks[i].keys.begin >= first_key + num_keys) continue;

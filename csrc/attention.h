@@ -82,8 +82,8 @@ struct AttentionBackward {
 
 // A probability of 0, of a key that a query does not see, times a value that is not finite would be NaN. So
 // the products that sum over keys or over queries take such a value as 0, and a kernel notes that it did:
-// attention_unseen.h then brings the value to those who see it. That costs nothing else: whoever packs an
-// operand sees on the way whether all is finite.
+// attention_unseen.h then brings the value to those who see it. In fp32 that concerns the pairs of blocks of
+// which some rows do not see some keys, and no others: only their operands are looked at.
 static inline void note_left_out(int32_t* left_out) { __atomic_store_n(left_out, 1, __ATOMIC_RELAXED); }
 
 }  // namespace pypar

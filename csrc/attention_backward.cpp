@@ -230,8 +230,7 @@ struct Task {
   const int64_t head, group, key_block, first_key, num_keys;
   const Arithmetic m;
   const ScoreTerms terms;
-  const bool decoded;       // forward was by decoding
-  bool notes_keys = false;  // something in k was not finite
+  const bool decoded;  // forward was by decoding
   const Rows q, dout, dq;
   char *keys, *rows, *dk, *dv, *scratch;  // of the arithmetic
   float *s_p, *dp_ds;                     // [row][kBlock]: scores, then p; dp, then ds
@@ -371,12 +370,12 @@ struct Task {
   }
 
   // One block of rows against the task's keys.
-  void propagate(int64_t row_block) {
+  void propagate(int64_t row_block) const {
     const RowSpan span = rows_of_block(plan, s, row_block);
     const Trim trim(plan, s, span, first_key, num_keys);
     const RowValues values =
         row_values(plan.values + plan.row_block_index(sequence, head, row_block) * row_block_floats(p));
-    const bool notes_rows = m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
+    m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
     m.products(rows, span.count, keys, num_keys, trim.masked ? trim.vectors : nullptr, s_p, dp_ds);
     // lse is the logarithm of a sum over these very scores.
     if (decoded) m.decoded_scores(rows, span.count, keys, num_keys, s_p);
@@ -385,19 +384,16 @@ struct Task {
     } else {
       differentiate(span, trim, values);
     }
-    if (notes_rows || notes_keys) {
-      m.cleanse_rows(rows, span.count);
-      m.cleanse_keys(keys, num_keys);  // if decoded, there is one block of rows: none needs the scores again
+    // If decoded, there is one block of rows: none needs the scores again.
+    if ((trim.masked || terms.hides) && m.cleanse_operands(rows, span.count, keys, num_keys))
       note_left_out(a.left_out);
-    }
     m.add_dk_dv(s_p, dp_ds, rows, span.count, num_keys, trim.masked ? trim.rows : nullptr, dk, dv, scratch);
     add_dq(row_block, span, trim);
   }
 
-  void run() {
-    notes_keys =
-        m.pack_key_operands(rows_of(p.k, s.batch, s.k_begin, head, 1),
-                            rows_of(p.v, s.batch, s.k_begin, head, 1), first_key, num_keys, keys, scratch);
+  void run() const {
+    m.pack_key_operands(rows_of(p.k, s.batch, s.k_begin, head, 1), rows_of(p.v, s.batch, s.k_begin, head, 1),
+                        first_key, num_keys, keys, scratch);
     m.clear_sums(dk, dv);
     const Range queries = queries_seeing(s, first_key, first_key + num_keys - 1);
     const int64_t end = blocks_of(queries.end * group, kBlock);
@@ -440,7 +436,7 @@ void run_task(const Plan& plan, int64_t index) {
   const int64_t sequence =
       p.cu_seqlens_k ? find_entry(plan.key_blocks, plan.num_sequences, block) : head / p.G;
   const int64_t in_sequence = p.cu_seqlens_k ? block - plan.key_blocks[sequence] : block;
-  Task<Arithmetic> task(plan, sequence, head % p.G, in_sequence);
+  const Task<Arithmetic> task(plan, sequence, head % p.G, in_sequence);
   task.run();
 }
 

@@ -2,6 +2,8 @@
 // there are splits. What it costs is the memory's bandwidth.
 #pragma once
 
+#include <memory>
+
 #include "attention_dots.h"
 #include "attention_finish.h"
 #include "attention_scores.h"
@@ -120,10 +122,9 @@ struct Decoder {
   const ScoreTerms terms;
   DecodeHead* heads;
   float *scores, *bias, *keep, *row_scratch;
-  Element* finite;  // [kDecodeBlock][padded_hv]: a turn's values, what is not finite as 0; null: as they are
   Range seen[kDecodeRows];
 
-  Decoder(const AttentionForward& arguments, const Sequence& sequence, int64_t num_rows, bool cleanses)
+  Decoder(const AttentionForward& arguments, const Sequence& sequence, int64_t num_rows)
       : a(arguments),
         p(arguments.problem),
         s(sequence),
@@ -135,9 +136,8 @@ struct Decoder {
     const int64_t head_floats = padded_rows * (padded_h + padded_hv),
                   shared = p.G * padded_rows * kDecodeBlock + 2 * kBlock;
     const int64_t heads_bytes = round_up(p.G * static_cast<int64_t>(sizeof(DecodeHead)), 64);
-    const int64_t floats = p.G * head_floats + shared + padded_hv;
-    char* memory = static_cast<char*>(thread_scratch(heads_bytes + (floats + kDecodeBlock * padded_hv) * 4));
-    finite = cleanses ? reinterpret_cast<Element*>(memory + heads_bytes + floats * 4) : nullptr;
+    char* memory =
+        static_cast<char*>(thread_scratch(heads_bytes + (p.G * head_floats + shared + padded_hv) * 4));
     heads = reinterpret_cast<DecodeHead*>(memory);
     scores = reinterpret_cast<float*>(memory + heads_bytes);
     bias = scores + p.G * padded_rows * kDecodeBlock;
@@ -231,15 +231,6 @@ struct Decoder {
     }
   }
 
-  void copy_finite(const Element* v, int64_t num_keys) const {
-    for (int64_t i = 0; i < num_keys; ++i) {
-      for (int64_t j = 0; j < p.Hv; ++j) {
-        const Element x = v[i * p.v.position_stride + j];
-        finite[i * padded_hv + j] = to_float(x) * 0.0f == 0.0f ? x : Element{};
-      }
-    }
-  }
-
   // Whether a sum may have met a value that its row does not see and that is not finite.
   bool may_have_leaked() const {
     bool hidden = terms.hides;
@@ -256,9 +247,7 @@ struct Decoder {
 
   void add_values(int64_t head, int64_t first, const Element* v, int64_t num_keys) const {
     float* out = heads[head].out;
-    if (finite) copy_finite(v, num_keys);
-    if (finite) v = finite;
-    const int64_t stride = finite ? padded_hv : p.v.position_stride;
+    const int64_t stride = p.v.position_stride;
     const float* x = scores_of(head, 0) + first;
     if (rows == 1) {
       decode_all_values<Element, 1>(x, kDecodeBlock, v, stride, num_keys, p.Hv, out, padded_hv);
@@ -318,19 +307,37 @@ struct Decoder {
   }
 };
 
+// The values [begin, end) of one sequence, what is not finite as 0, in `copy`, to be read in place of v.
+template <class Element>
+static AttentionTensor copy_finite(const AttentionProblem& p, const Sequence& s, int64_t begin, int64_t end,
+                                   Element* copy) {
+  const int64_t stride = p.G * p.Hv;
+  Element* to = copy;
+  for (int64_t key = begin; key < end; ++key) {
+    for (int64_t head = 0; head < p.G; ++head) {
+      const Element* v = rows_of(p.v, s.batch, s.k_begin, head, 1).template row<Element>(key);
+      for (int64_t i = 0; i < p.Hv; ++i) *to++ = to_float(v[i]) * 0.0f == 0.0f ? v[i] : Element{};
+    }
+  }
+  return {copy - (s.k_begin + begin) * stride, 0, stride, p.Hv, 1, p.v.dtype};
+}
+
 // One split of a sequence's keys; `splits`: the first head's, in the caller's memory. Values are read where
-// they lie, so whether they had to be cleansed shows in the sums, which are then made once more.
+// they lie, so whether something in them should have been 0 shows in the sums, which are then made once more.
 template <class Element>
 static void decode_as(const AttentionForward& a, const Sequence& s, const ForwardShape& shape, int64_t split,
-                      const Parts& splits, bool cleanses = false) {
+                      const Parts& splits, bool cleansed = false) {
   const Range keys = keys_seen(s, 0, s.T - 1);
   const int64_t first = (shape.first_split + split) * shape.keys_per_split;
   const int64_t begin = larger(keys.begin, first), end = smaller(keys.end, first + shape.keys_per_split);
-  Decoder<Element> decoder(a, s, shape.rows, cleanses);
+  Decoder<Element> decoder(a, s, shape.rows);
   decoder.run(begin, end);
-  if (!cleanses && decoder.may_have_leaked()) {
+  if (!cleansed && decoder.may_have_leaked()) {
     note_left_out(a.left_out);
-    return decode_as<Element>(a, s, shape, split, splits, true);
+    const std::unique_ptr<Element[]> copy(new Element[(end - begin) * a.problem.G * a.problem.Hv]);
+    AttentionForward finite = a;
+    finite.problem.v = copy_finite(a.problem, s, begin, end, copy.get());
+    return decode_as<Element>(finite, s, shape, split, splits, true);
   }
   for (int64_t head = 0; head < a.problem.G; ++head) {
     const Parts of_head = splits.of_head(head);

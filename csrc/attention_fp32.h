@@ -32,11 +32,13 @@ struct Fp32Arithmetic {
     pack(k, first, count, H, 1.0f, floats(keys), padded_h);
   }
 
-  bool pack_values(const Rows& v, int64_t first, int64_t count, void* values, void*) const {
-    return pack<true>(v, first, count, Hv, 1.0f, floats(values), padded_hv);
+  void pack_values(const Rows& v, int64_t first, int64_t count, void* values, void*) const {
+    pack(v, first, count, Hv, 1.0f, floats(values), padded_hv);
   }
 
-  void cleanse_values(void* values, int64_t num_keys) const { cleanse(floats(values), num_keys * padded_hv); }
+  bool cleanse_values(void* values, int64_t num_keys) const {
+    return cleanse(floats(values), num_keys * padded_hv);
+  }
 
   void scores(const void* queries, int64_t count, const void* keys, int64_t num_keys, const Range* seen,
               float* result) const {
@@ -73,22 +75,20 @@ struct Fp32Arithmetic {
   int64_t dk_bytes() const { return 2 * kBlock * padded_h * 4; }
   int64_t dv_bytes() const { return 2 * kBlock * padded_hv * 4; }
 
-  bool pack_key_operands(const Rows& k, const Rows& v, int64_t first, int64_t count, void* operands,
+  void pack_key_operands(const Rows& k, const Rows& v, int64_t first, int64_t count, void* operands,
                          void* scratch) const {
     float* const plain = floats(operands);
     float* const transposed = plain + kBlock * padded_h;
-    const bool noted = pack<true>(k, first, count, H, 1.0f, plain, padded_h);
+    pack(k, first, count, H, 1.0f, plain, padded_h);
     transpose(plain, padded_h, count, padded_h, transposed, kBlock);
     pack(v, first, count, Hv, 1.0f, floats(scratch), padded_hv);
     transpose(floats(scratch), padded_hv, count, padded_hv, transposed + kBlock * padded_h, kBlock);
-    return noted;
   }
 
-  bool pack_row_operands(const Rows& q, const Rows& dout, int64_t first, int64_t count, float sign,
+  void pack_row_operands(const Rows& q, const Rows& dout, int64_t first, int64_t count, float sign,
                          void* operands, void*) const {
-    const bool noted = pack<true>(q, first, count, H, sign, floats(operands), padded_h);
-    float* const packed_dout = floats(operands) + kBlock * padded_h;
-    return pack<true>(dout, first, count, Hv, 1.0f, packed_dout, padded_hv) || noted;
+    pack(q, first, count, H, sign, floats(operands), padded_h);
+    pack(dout, first, count, Hv, 1.0f, floats(operands) + kBlock * padded_h, padded_hv);
   }
 
   void products(const void* row_operands, int64_t count, const void* key_operands, int64_t num_keys,
@@ -112,12 +112,10 @@ struct Fp32Arithmetic {
   }
 
   // k itself is the operand of dq, q and dout those of dk and dv.
-  void cleanse_keys(void* key_operands, int64_t num_keys) const {
-    cleanse(floats(key_operands), num_keys * padded_h);
-  }
-  void cleanse_rows(void* row_operands, int64_t count) const {
-    cleanse(floats(row_operands), count * padded_h);
-    cleanse(floats(row_operands) + kBlock * padded_h, count * padded_hv);
+  bool cleanse_operands(void* row_operands, int64_t count, void* key_operands, int64_t num_keys) const {
+    const bool in_k = cleanse(floats(key_operands), num_keys * padded_h);
+    const bool in_q = cleanse(floats(row_operands), count * padded_h);
+    return cleanse(floats(row_operands) + kBlock * padded_h, count * padded_hv) || in_q || in_k;
   }
 
   void clear_sums(void* dk, void* dv) const {

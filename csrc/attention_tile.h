@@ -14,11 +14,10 @@
 //   forward
 //     queries_bytes(), keys_bytes(), values_bytes(), out_bytes(), scratch_bytes()
 //     pack_queries(rows, first, count, sign, queries, scratch); pack_keys(rows, first, count, keys, scratch)
-//     pack_values(rows, first, count, values, scratch)  an operand = rows first, first + 1, ... (* sign);
-//                                           pack_values: whether something was not finite
-//     cleanse_values(values, num_keys)      what is not finite becomes 0
+//     pack_values(rows, first, count, values, scratch)  an operand = rows first, first + 1, ... (* sign)
 //     scores(queries, count, keys, num_keys, seen, result)  float [key][kBlock]; count rounded up to
 //                                           kWidth; seen: ranges of rows, in vectors
+//     cleanse_values(values, num_keys)      what is not finite becomes 0; whether something was not
 //     clear_out(out)
 //     add_out(p, count, values, num_keys, seen, rescale, out, scratch)  out[row] = out[row] * rescale[row]
 //                                 + sum of p[key][row] value[key]; rescale null: all 1; seen: ranges of keys
@@ -27,17 +26,15 @@
 //   backward
 //     key_operands_bytes(), row_operands_bytes(), dk_bytes(), dv_bytes(), scratch_bytes()
 //     pack_key_operands(k, v, first, count, operands, scratch)
-//     pack_row_operands(q, dout, first, count, sign, operands, scratch)   both: whether something that the
-//                                           sums below read was not finite
+//     pack_row_operands(q, dout, first, count, sign, operands, scratch)
 //     products(row operands, count, key operands, num_keys, seen, s, dp)   float [row][kBlock] both:
 //                                                              q . k and dout . v; seen: ranges of keys, in
 //                                                              vectors
 //     decoded_scores(row operands, count, key operands, num_keys, s)   the first of these once more, summed
 //                                                              as decoding sums it
-//     cleanse_keys(key operands, num_keys), cleanse_rows(row operands, count)  as cleanse_values, for the
-//     sums
-//                                          below: `decoded_scores` of the keys, and of the rows `products`
-//                                          too, must come before
+//     cleanse_operands(row operands, count, key operands, num_keys)    as cleanse_values, of what the sums
+//                                           below read; `products` of these rows and `decoded_scores` come
+//                                           before
 //     clear_sums(dk, dv)
 //     settle_sums(dk, dv)         adds the sums to totals that stand beside them, which read_dk and read_dv
 //     give add_dk_dv(p, ds, row operands, count, num_keys, seen, dk, dv, scratch)   dv += p^T dout, dk +=
@@ -201,64 +198,53 @@ PYPAR_INLINE Rows rows_of(const AttentionTensor& x, int64_t batch, int64_t begin
   return Rows{data, x.position_stride, x.head_stride, x.element_stride, group, x.dtype};
 }
 
-// Whether, if kNotes, something was not finite: 0 * x is 0, or -0, for every number.
-template <bool kNotes, class Element>
-static bool pack_as(const Rows& source, int64_t first, int64_t count, int64_t size, float factor,
+template <class Element>
+static void pack_as(const Rows& source, int64_t first, int64_t count, int64_t size, float factor,
                     float* packed, int64_t stride) {
-  Int noted{};
   for (int64_t r = 0; r < count; ++r) {
     const Element* from = source.row<Element>(first + r);
     float* to = packed + r * stride;
     if (source.element_stride != 1) {
       for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i * source.element_stride]) * factor;
       for (int64_t i = size; i < stride; ++i) to[i] = 0.0f;
-      for (int64_t i = 0; kNotes && i < stride; i += kWidth) noted |= as_int(load(to + i) * 0.0f);
       continue;
     }
     int64_t i = 0;
-    for (; i + kWidth <= size; i += kWidth) {
-      const Float x = load(from + i) * factor;
-      store(to + i, x);
-      if (kNotes) noted |= as_int(x * 0.0f);
-    }
-    if (i < size) {
-      const Float x = load_partial(from + i, size - i) * factor;
-      store(to + i, x);
-      if (kNotes) noted |= as_int(x * 0.0f);
-    }
+    for (; i + kWidth <= size; i += kWidth) store(to + i, load(from + i) * factor);
+    if (i < size) store(to + i, load_partial(from + i, size - i) * factor);
   }
-  return kNotes && any((Int)((noted & 0x7fffffff) != 0));
 }
 
 // packed[count][stride] = rows first, first + 1, ... times factor; stride is `size` rounded up to whole
 // vectors, and what is beyond `size`, or beyond `count` up to a whole tile or vector of rows, is zero.
-// Whether, if kNotes, something was not finite.
-template <bool kNotes = false>
-static bool pack(const Rows& source, int64_t first, int64_t count, int64_t size, float factor, float* packed,
+static void pack(const Rows& source, int64_t first, int64_t count, int64_t size, float factor, float* packed,
                  int64_t stride) {
-  const int64_t padded = smaller(kBlock, round_up(count, kWidth) + kRows);
-  for (float* p = packed + count * stride; p < packed + padded * stride; p += kWidth) store(p, zero());
   switch (source.dtype) {
     case kFloat32:
-      return pack_as<kNotes, float>(source, first, count, size, factor, packed, stride);
+      pack_as<float>(source, first, count, size, factor, packed, stride);
+      break;
     case kBFloat16:
-      return pack_as<kNotes, BFloat16>(source, first, count, size, factor, packed, stride);
+      pack_as<BFloat16>(source, first, count, size, factor, packed, stride);
+      break;
     default:
-      return pack_as<kNotes, Float16>(source, first, count, size, factor, packed, stride);
+      pack_as<Float16>(source, first, count, size, factor, packed, stride);
+      break;
   }
+  const int64_t padded = smaller(kBlock, round_up(count, kWidth) + kRows);
+  for (float* p = packed + count * stride; p < packed + padded * stride; p += kWidth) store(p, zero());
 }
 
 // packed[size] = one row.
 static inline void pack_row(const Rows& source, int64_t row, int64_t size, float* packed) {
   switch (source.dtype) {
     case kFloat32:
-      pack_as<false, float>(source, row, 1, size, 1.0f, packed, size);
+      pack_as<float>(source, row, 1, size, 1.0f, packed, size);
       break;
     case kBFloat16:
-      pack_as<false, BFloat16>(source, row, 1, size, 1.0f, packed, size);
+      pack_as<BFloat16>(source, row, 1, size, 1.0f, packed, size);
       break;
     default:
-      pack_as<false, Float16>(source, row, 1, size, 1.0f, packed, size);
+      pack_as<Float16>(source, row, 1, size, 1.0f, packed, size);
       break;
   }
 }
@@ -305,12 +291,22 @@ static inline void unpack_add(const float* packed, int64_t stride, int64_t count
   }
 }
 
-// What is not finite in x[count] becomes 0; count is a multiple of kWidth.
-static __attribute__((noinline)) void cleanse(float* x, int64_t count) {
-  for (int64_t i = 0; i < count; i += kWidth) {
+// What is not finite in x[count] becomes 0; count is a multiple of kWidth. Whether something was not.
+static __attribute__((noinline)) bool cleanse(float* x, int64_t count) {
+  constexpr int64_t kSums = 4, kStep = kSums * kWidth;
+  Float sum[kSums] = {};  // of x * 0: 0 for every number
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kSums; ++j) sum[j] += load(x + i + j * kWidth) * 0.0f;
+  }
+  for (; i < count; i += kWidth) sum[0] += load(x + i) * 0.0f;
+  if (!any((Int)((sum[0] + sum[1]) + (sum[2] + sum[3]) != 0.0f))) return false;
+  for (i = 0; i < count; i += kWidth) {
     const Float value = load(x + i);
     store(x + i, select((Int)(value * 0.0f == 0.0f), value, zero()));
   }
+  return true;
 }
 
 // ---- transposition
