@@ -23,6 +23,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 DATA = ("dp", "cp")  # each rank's samples and positions: dense gradients are summed over them
 TIED = "tied"  # the first and the last rank of the stages axis
@@ -212,6 +213,13 @@ class Grid:
             tuple(sorted(ranks, key=lambda rank: [self._on_axis(rank, name) for name in axes]))
             for ranks in members.values()
         )
+
+
+class SimulatedRank(NamedTuple):
+    """A rank of a grid where no process need be: what a Mesh and an Axis know of themselves, for any rank."""
+
+    grid: Grid
+    rank: int
 
 
 def rest_of_fold(name: str) -> str:
