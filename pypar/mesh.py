@@ -1,101 +1,47 @@
 """Names for the axes of parallelism, and the process group behind each.
 
 Ranks are laid out with pp outermost, then dp, cp, and tp innermost, so that the ranks of one tensor-parallel
-group are neighbours (one node) and the stages of a pipeline are far apart:
-
-    rank = ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank
+group are neighbours (one node) and the stages of a pipeline are far apart. `pypar.grid` is the arithmetic of it, which
+needs no ranks; a Mesh adds the process groups.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from pypar.axis import Axis, as_axis
 from pypar.comm.traffic import Traffic
+from pypar.grid import DATA, TIED, Grid, check_size
+
+__all__ = ["AXIS_NAMES", "Axis", "Mesh", "as_axis", "check_mesh", "format_mesh", "mesh_grid", "parse_mesh"]
 
 AXIS_NAMES = ("pp", "dp", "cp", "tp")  # outermost first
+Split = Mapping[str, Mapping[str, int]]
+Fold = Mapping[str, tuple[int, tuple[str, ...]]]
 
 
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """One axis of a mesh as this rank sees it.
+def mesh_grid(sizes: Mapping[str, int], split: Split | None = None, fold: Fold | None = None) -> Grid:
+    """The arithmetic of a `Mesh` of these sizes, without its ranks: to plan, refuse and test before they start.
 
-    group is None exactly where size is 1; rank is this rank's index on the axis; ranks are the global ranks
-    on it, in order. A copy of a module shares its axes (copying, shallow or deep, returns the same object).
+    sizes: of pp, dp, cp, tp and ep, 1 where they are not named; ep folds dp x cp. ValueError for sizes, refinements or
+    folds that cannot be.
     """
-
-    name: str
-    group: dist.ProcessGroup | None
-    rank: int
-    size: int
-    ranks: tuple[int, ...]
-    traffic: Traffic
-
-    @classmethod
-    def single(cls, name: str) -> Axis:
-        """An axis of one rank, which needs no process group."""
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return cls(name, None, 0, 1, (rank,), Traffic(name))
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup, name: str = "group") -> Axis:
-        """An axis over the ranks of a process group that this rank belongs to."""
-        if group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError(
-                f"rank {dist.get_rank()} is not in the process group that axis {name!r} was to wrap; "
-                "make the axis on the group's own ranks only"
-            )
-        ranks = tuple(dist.get_process_group_ranks(group))
-        if len(ranks) == 1:
-            return cls.single(name)
-        return cls(name, group, group.rank(), len(ranks), ranks, Traffic(name))
-
-    def device_mesh(self, device_type: str) -> DeviceMesh:
-        """The axis as a DeviceMesh of one dim, the same object each time; for an axis of at least two ranks."""
-        made: dict[str, DeviceMesh] = self._device_meshes
-        if device_type not in made:
-            assert self.group is not None
-            made[device_type] = DeviceMesh.from_group(
-                self.group, device_type, mesh=list(self.ranks), mesh_dim_names=(self.name,)
-            )
-        return made[device_type]
-
-    @functools.cached_property
-    def _device_meshes(self) -> dict[str, DeviceMesh]:
-        return {}
-
-    def __copy__(self) -> Axis:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise ValueError(
-            f"axis {self.name!r} is not pickled, for its process group belongs to this job; save a model's "
-            "state_dict() with torch.distributed.checkpoint"
-        )
-
-
-def as_axis(group_or_axis: Axis | dist.ProcessGroup) -> Axis:
-    """An Axis as it is, a ProcessGroup wrapped."""
-    if isinstance(group_or_axis, Axis):
-        return group_or_axis
-    # What new_group returns on ranks outside the group may be an int; `Axis.of` refuses it with the reason.
-    group: object = group_or_axis
-    if isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER:
-        return Axis.of(group_or_axis)
-    raise ValueError(
-        f"a group must be a pypar Axis (mesh.cp) or a torch.distributed ProcessGroup, not {group_or_axis!r}; "
-        "for all ranks pass torch.distributed.group.WORLD"
+    ep, folds = sizes.get("ep", 1), dict(fold or {})
+    check_size("ep", ep)
+    if "ep" in folds and ep > 1:
+        raise ValueError(f"ep={ep} and fold={folds} both say how experts are spread; give one of them")
+    return Grid(
+        {name: sizes.get(name, 1) for name in AXIS_NAMES},
+        split={name: dict(parts) for name, parts in (split or {}).items()},
+        fold={"ep": (ep, DATA)} | folds,
+        stages="pp",
     )
 
 
@@ -105,16 +51,35 @@ class Mesh:
     Every rank makes the same meshes in the same order, after init_process_group (a mesh of one rank needs
     none).
 
+        mesh = Mesh(dp=4, tp=4, split={"tp": {"row": 2, "column": 2}}, fold={"ep": (2, ("dp", "cp"))})
+        mesh.tp, mesh.row, mesh.ep, mesh.edp, mesh.data        each an Axis: group, rank, size, ranks
+        mesh.axis("dp", "cp")                                  a product of axes as one Axis
+
     pp, dp, cp, tp  the axes
+    split           refinements of axes: {axis: {name: size, ..}}, outermost first
+    fold            other views of the same ranks: {name: (size, axes)}; neighbours on the product of the axes are
+                    together, and what is left is an axis too ("ep" leaves "edp"). ep=2 stands for
+                    fold={"ep": (2, ("dp", "cp"))}
+    products        products of axes that are used as one, see `declare`
     data            dp and cp as one axis: gradients are summed over it
     world           all ranks as one axis
+    tied            the first and the last stage of pp, which both hold a tied embedding; this rank alone in between
     sizes           {"pp": .., "dp": .., "cp": .., "tp": ..}
+    grid, rank      the arithmetic (`pypar.grid`) and this rank in it
     device_mesh     the same grid as a torch DeviceMesh, None where the mesh has one rank
 
     device_type is "cpu" or "cuda"; by default what the default process group's backend serves.
     """
 
-    def __init__(
+    pp: Axis
+    dp: Axis
+    cp: Axis
+    tp: Axis
+    ep: Axis
+    edp: Axis
+    tied: Axis
+
+    def __init__(  # noqa: PLR0913 - the axes are arguments
         self,
         dp: int = 1,
         pp: int = 1,
@@ -122,54 +87,112 @@ class Mesh:
         tp: int = 1,
         ep: int = 1,
         *,
+        split: Split | None = None,
+        fold: Fold | None = None,
+        products: Iterable[tuple[str, ...]] = (),
         device_type: str | None = None,
     ) -> None:
-        self.sizes = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
-        for name, size in {**self.sizes, "ep": ep}.items():
-            _check_size(name, size)
-        num_ranks = math.prod(self.sizes.values())
+        self.grid = mesh_grid({"dp": dp, "pp": pp, "cp": cp, "tp": tp, "ep": ep}, split, fold)
+        self.sizes = dict(self.grid.sizes)
+        for name in self.grid.names:
+            if name not in Mesh.__annotations__ and (hasattr(Mesh, name) or not name.isidentifier()):
+                raise ValueError(f"an axis of a mesh cannot be called {name!r}; use another name")
         if dist.is_available() and dist.is_initialized():
             check_mesh(self.sizes, dist.get_world_size())
-        elif num_ranks > 1:
+        elif self.grid.num_ranks > 1:
             raise ValueError(
-                f"mesh {format_mesh(self.sizes)} needs {num_ranks} ranks but torch.distributed is not "
+                f"mesh {format_mesh(self.sizes)} needs {self.grid.num_ranks} ranks but torch.distributed is not "
                 "initialised; call torch.distributed.init_process_group first, under torchrun"
             )
+        self.rank = dist.get_rank() if self.grid.num_ranks > 1 else 0
+        self._axes: dict[tuple[str, ...], Axis] = {(): Axis.single("none")}  # by product
+        self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
         self.device_mesh: DeviceMesh | None = None
-        if num_ranks == 1:
-            self.pp, self.dp, self.cp, self.tp, self.data, self.world = map(
-                Axis.single, (*AXIS_NAMES, "data", "world")
-            )
-            return
+        if self.grid.num_ranks > 1:
+            self._take_groups(device_type or _device_type())
+        for name in self.grid.names:
+            setattr(self, name, self._make((name,), name))
+        self.data = self._make(DATA, "data")
+        self.world = self._make(AXIS_NAMES, "world")
+        if products := tuple(products):
+            self.declare(*products)
+
+    def _take_groups(self, device_type: str) -> None:
+        """The groups of the four axes and of all ranks, which torch makes."""
         shape = tuple(self.sizes.values())
-        self.device_mesh = init_device_mesh(device_type or _device_type(), shape, mesh_dim_names=AXIS_NAMES)
-        self.pp, self.dp, self.cp, self.tp = map(self._axis, AXIS_NAMES)
-        self.data = self._data_axis()
-        assert dist.group.WORLD is not None
-        self.world = Axis.of(dist.group.WORLD, "world")
+        self.device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXIS_NAMES)
+        self._groups[self.grid.groups(*AXIS_NAMES)] = dist.group.WORLD
+        for name, size in self.sizes.items():
+            if size > 1:
+                self._groups.setdefault(self.grid.groups(name), self.device_mesh.get_group(name))
 
-    def _axis(self, name: str) -> Axis:
-        assert self.device_mesh is not None
-        if self.sizes[name] == 1:
-            return Axis.single(name)
-        return Axis.of(self.device_mesh.get_group(name), name)
+    def _make(self, axes: tuple[str, ...], name: str) -> Axis:
+        """The axis over a product of axes, whose groups are made where none of the mesh has the same ranks."""
+        groups = self.grid.groups(*axes)
+        ranks = next(group for group in groups if self.rank in group)
+        # On "tied" the stages in between are alone.
+        sizes = {each: self.grid.size(each) for each in axes}
+        if TIED in sizes and len(ranks) < math.prod(sizes.values()):
+            sizes[TIED] = 1
+        if groups not in self._groups and any(len(group) > 1 for group in groups):
+            made = {group: dist.new_group(list(group)) for group in groups if len(group) > 1}
+            self._groups[groups] = made.get(ranks)
+        group = self._groups.get(groups)
+        grid = self.grid if axes == AXIS_NAMES else Grid(sizes)
+        axis = Axis(name, group, ranks.index(self.rank), len(ranks), ranks, Traffic(name), grid)
+        self._axes[axes] = axis
+        return axis
 
-    def _data_axis(self) -> Axis:
-        """dp and cp flattened, dp outermost. Shares the group of dp or cp where the other has size 1."""
-        pp, dp, cp, tp = self.sizes.values()
-        if cp == 1 or dp == 1:
-            axis = self.dp if cp == 1 else self.cp
-            return Axis("data", axis.group, axis.rank, axis.size, axis.ranks, Traffic("data"))
-        grid = torch.arange(pp * dp * cp * tp).view(pp, dp * cp, tp).movedim(1, 2).reshape(-1, dp * cp)
-        group, _ = dist.new_subgroups_by_enumeration(grid.tolist())
-        return Axis.of(group, "data")
+    def declare(self, *products: tuple[str, ...]) -> None:
+        """Make the groups of products of axes, for `axis`. Every rank of the mesh calls it, with what it needs itself.
+
+        The ranks tell each other what they need, so that all make all groups in one order.
+        """
+        wanted = sorted({self.grid.in_order(product) for product in products})
+        if self.world.size > 1:
+            of_ranks: list[list[tuple[str, ...]]] = [[] for _ in self.world.ranks]
+            dist.all_gather_object(of_ranks, wanted, group=self.world.group)
+            wanted = sorted({product for of_rank in of_ranks for product in of_rank})
+        for product in wanted:
+            if self._found(product) is None:
+                self._make(product, " x ".join(product))
+
+    def axis(self, *axes: str) -> Axis:
+        """A product of axes as one Axis, the same object each time; axes of size 1 change nothing.
+
+        Its ranks are in the order of the mesh's axes, in whatever order the names are given. ValueError for axes that
+        are unknown or not independent, and for a product that was not declared.
+        """
+        product = self.grid.in_order(axes)
+        found = self._found(product)
+        if found is None:
+            raise ValueError(
+                f"the product of the axes {', '.join(product)} was not declared, so it has no process group; declare "
+                f"it when the mesh is made, Mesh(..., products=[{product!r}]), or with mesh.declare({product!r}) on "
+                "every rank"
+            )
+        return found
+
+    def _found(self, product: tuple[str, ...]) -> Axis | None:
+        """The axis of this product, or of the most of its axes, where those left out have size 1."""
+
+        def cut(axes: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in axes if self.grid.size(name) > 1)
+
+        same = [made for made in self._axes if set(made) <= set(product) and cut(made) == cut(product)]
+        return self._axes[max(same, key=len)] if same else None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        grid = self.__dict__.get("grid")
+        names = f"; it has {', '.join(grid.names)}, data and world" if grid is not None else ""
+        raise AttributeError(f"this mesh has no axis {name!r}{names}")
 
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())})"
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Read "tp=2,pp=2" into the sizes of all four axes; those not named are 1.
+    """Read "tp=2,pp=2" into the sizes of all four axes, and of ep where it is above 1; those not named are 1.
 
     Raises ValueError on an unknown or repeated axis and on a size that is not a positive integer.
     """
@@ -187,8 +210,9 @@ def parse_mesh(text: str) -> dict[str, int]:
                 f"mesh {text!r} must give axis {name} a positive whole number, not {value!r}; write {name}=2"
             )
         sizes[name] = int(value)
-        _check_size(name, sizes[name])
-    return {name: sizes.get(name, 1) for name in AXIS_NAMES}
+        check_size(name, sizes[name])
+    folded = {"ep": sizes["ep"]} if sizes.get("ep", 1) > 1 else {}
+    return {name: sizes.get(name, 1) for name in AXIS_NAMES} | folded
 
 
 def format_mesh(sizes: Mapping[str, int]) -> str:
@@ -197,10 +221,8 @@ def format_mesh(sizes: Mapping[str, int]) -> str:
 
 
 def check_mesh(sizes: Mapping[str, int], world_size: int) -> None:
-    """Raise ValueError unless the sizes are positive and multiply to world_size."""
-    for name, size in sizes.items():
-        _check_size(name, size)
-    num_ranks = math.prod(sizes.values())
+    """Raise ValueError unless the sizes are positive, multiply to world_size, and ep divides dp x cp."""
+    num_ranks = mesh_grid(sizes).num_ranks
     if num_ranks != world_size:
         were = "was" if world_size == 1 else "were"
         raise ValueError(
@@ -208,15 +230,6 @@ def check_mesh(sizes: Mapping[str, int], world_size: int) -> None:
             f"{were} started; start {num_ranks} (torchrun --nproc-per-node {num_ranks}) or use a mesh whose "
             f"sizes multiply to {world_size}"
         )
-
-
-def _check_size(name: str, size: int) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(
-            f"mesh axis {name}={size!r} must be a positive whole number; use {name}=1 to leave the axis out"
-        )
-    if name == "ep" and size > 1:
-        raise ValueError(f"ep={size} asks for expert parallelism, which pypar does not have yet; use ep=1")
 
 
 def _device_type() -> str:

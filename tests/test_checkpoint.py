@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pypar.layout import Layout, layout_of, local_part
+from pypar.layout import Cut, Layout, layout_of, local_part
 from pypar.mesh import Mesh, format_mesh
 from pypar.models import Decoder, DecoderConfig
 from pypar.train import checkpoint
 
-SHAPES: dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {
-    "embedding.weight": ((16, 8), (("tp", 0),)),
-    "layers.0.norm.weight": ((8,), ()),
-    "layers.0.q.weight": ((16, 8), (("tp", 0),)),
-    "layers.1.out.weight": ((8, 16), (("tp", 1),)),
-    "norm.weight": ((8,), ()),
+LAYOUT_OF = {
+    "embedding.weight": Layout((16, 8), (Cut(0, "tp"),)),
+    "layers.0.norm.weight": Layout((8,)),
+    "layers.0.q.weight": Layout((16, 8), (Cut(0, "tp"),)),
+    "layers.1.out.weight": Layout((8, 16), (Cut(1, "tp"),)),
+    "norm.weight": Layout((8,)),
 }
 
 
@@ -34,10 +34,10 @@ def _state(mesh: Mesh, scale: float) -> dict[str, tuple[torch.Tensor, Layout]]:
     The embedding is on both, as a tied one is.
     """
     state = {}
-    for (i, name), kind in itertools.product(enumerate(SHAPES), ("model", "optimizer.exp_avg")):
+    for (i, name), kind in itertools.product(enumerate(LAYOUT_OF), ("model", "optimizer.exp_avg")):
         on_stages = {0 if i < 2 else mesh.pp.size - 1} | ({mesh.pp.size - 1} if i == 0 else set())
         if mesh.pp.rank in on_stages:
-            layout = Layout(*SHAPES[name])
+            layout = LAYOUT_OF[name]
             seed = torch.Generator().manual_seed(i + 100 * len(kind))
             whole = scale * torch.randn(layout.global_shape, generator=seed)
             state[f"{kind}.{name}"] = (local_part(whole, layout, mesh).clone(), layout)
@@ -69,7 +69,7 @@ def test_every_layout_reads_every_layout(ranks, tmp_path: Path, written: dict[st
         assert differing == [[]] * len(differing), format_mesh(read)
     manifest = checkpoint.check_readable(Path(paths[0]))
     assert manifest["extra"] == {"note": written}
-    tensor_bytes = 2 * 4 * sum(math.prod(shape) for shape, _ in SHAPES.values())
+    tensor_bytes = 2 * 4 * sum(math.prod(layout.global_shape) for layout in LAYOUT_OF.values())
     stored = sum(size for name, size in manifest["files"].items() if name.endswith(".safetensors"))
     assert tensor_bytes <= stored < tensor_bytes + 4096 * math.prod(written.values())  # what is shared: once
 

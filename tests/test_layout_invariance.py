@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pypar.layout import layout_of, to_dtensor
 from pypar.mesh import Mesh
+from pypar.sharded import Sharded
 from pypar.train.config import RunConfig
 from pypar.train.trainer import Trainer
 
@@ -138,8 +138,8 @@ def train(
     lines = [trainer.train_step() for _ in range(num_steps)]
     weights = {}
     for name, parameter in trainer.model.global_parameters():
-        whole = to_dtensor(parameter.detach(), layout_of(parameter), mesh)
-        weights[name] = whole.full_tensor() if mesh.world.size > 1 else whole
+        whole = parameter.full_tensor() if isinstance(parameter, Sharded) else parameter
+        weights[name] = whole.detach()
     losses = [m["loss"] for m in lines] + [trainer.evaluate(2)]
     return losses, [m["grad_norm"] for m in lines], weights
 

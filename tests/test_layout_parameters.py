@@ -1,22 +1,21 @@
-"""Parts of global tensors, DTensors made from them, first values by name."""
-
-import warnings
+"""Parts of global tensors on a mesh's ranks, layouts that parameters carry, first values by name."""
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
 
-from pypar.layout import Layout, initial_weight, layout_of, local_part, local_shape, set_layout, to_dtensor
+from pypar.initial_weights import initial_weight
+from pypar.layout import Cut, Layout, Owner, layout_of, local_part, local_shape, set_layout
 from pypar.mesh import Mesh
+from pypar.sharded import Sharded, shard
 
-# (mesh sizes, shards of a [12, 8] tensor)
+# (mesh sizes, cuts of a [12, 8] tensor)
 CASES = [
-    ({"tp": 4}, (("tp", 0),)),
-    ({"tp": 4}, (("tp", 1),)),
-    ({"tp": 2, "pp": 2}, (("tp", 1),)),
+    ({"tp": 4}, (Cut(0, "tp"),)),
+    ({"tp": 4}, (Cut(1, "tp"),)),
+    ({"tp": 2, "pp": 2}, (Cut(1, "tp"),)),
     ({"dp": 2, "tp": 2}, ()),
-    ({"cp": 2, "tp": 2}, (("tp", 0), ("cp", 1))),
+    ({"cp": 2, "tp": 2}, (Cut(0, "tp"), Cut(1, "cp"))),
 ]
 
 
@@ -24,83 +23,36 @@ def _whole():
     return torch.arange(96.0).view(12, 8)
 
 
-def _check_part(sizes, shards):
+def _check_part(sizes, cuts):
     mesh = Mesh(**sizes)
-    layout = Layout((12, 8), shards)
+    layout = Layout((12, 8), cuts)
     part = local_part(_whole(), layout, mesh)
     expected = _whole()
-    for name, dim in shards:
-        axis = getattr(mesh, name)
-        expected = expected.chunk(axis.size, dim)[axis.rank]
+    for cut in cuts:
+        axis = mesh.axis(*cut.axes)
+        expected = expected.chunk(axis.size, cut.dim)[axis.rank]
     assert torch.equal(part, expected) and part.is_contiguous()
     assert tuple(part.shape) == local_shape(layout, mesh)
     assert part.untyped_storage().nbytes() == part.nbytes, "the part keeps the whole tensor alive"
-    dtensor = to_dtensor(part, layout, mesh)
-    assert dtensor.shape == (12, 8) and dtensor.stride() == (8, 1) and not dtensor.requires_grad
-    assert dtensor.to_local().data_ptr() == part.data_ptr()
-    assert torch.equal(dtensor.full_tensor(), _whole())
     return True
 
 
-@pytest.mark.parametrize(("sizes", "shards"), CASES)
-def test_parts_make_up_the_whole(ranks, sizes, shards):
-    assert all(ranks(4, _check_part, sizes, shards))
+@pytest.mark.parametrize(("sizes", "cuts"), CASES)
+def test_parts_make_up_the_whole(ranks, sizes, cuts):
+    assert all(ranks(4, _check_part, sizes, cuts))
 
 
 def test_one_rank_holds_the_whole():
     mesh, whole = Mesh(), _whole().requires_grad_()
-    layout = Layout((12, 8), (("tp", 0),))
+    layout = Layout((12, 8), (Cut(0, "tp"),))
     assert torch.equal(local_part(whole, layout, mesh), whole)
     assert local_shape(layout, mesh) == (12, 8)
-    plain = to_dtensor(whole, layout, mesh)
-    assert type(plain) is torch.Tensor and plain.data_ptr() == whole.data_ptr() and not plain.requires_grad
-
-
-def _state(sizes, fill):
-    mesh = Mesh(**sizes)
-    layouts = {
-        "row": Layout((12, 8), (("tp", 1),)),
-        "column": Layout((12, 8), (("tp", 0),)),
-        "norm": Layout((7,)),
-    }
-    state = {}
-    for index, (name, layout) in enumerate(layouts.items()):
-        if sizes.get("pp", 1) > 1 and mesh.pp.rank != index % 2:
-            continue  # each stage has its own parameters
-        whole = torch.arange(float(torch.Size(layout.global_shape).numel())).view(layout.global_shape) + index
-        local = local_part(whole if fill else torch.zeros_like(whole), layout, mesh)
-        state[name] = (to_dtensor(local, layout, mesh), local, local_part(whole, layout, mesh))
-    return state
-
-
-def _save(sizes, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        checkpoint.save({name: x for name, (x, _, _) in _state(sizes, True).items()}, checkpoint_id=folder)
-
-
-def _load(sizes, folder):
-    state = _state(sizes, False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        checkpoint.load({name: x for name, (x, _, _) in state.items()}, checkpoint_id=folder)
-    for name, (_, local, expected) in state.items():
-        assert torch.equal(local, expected), name
-    return list(state)
-
-
-@pytest.mark.parametrize("saved", [{}, {"tp": 2}, {"pp": 2, "tp": 2}, {"dp": 2, "tp": 2}])
-@pytest.mark.parametrize("loaded", [{}, {"tp": 4}, {"pp": 2}])
-def test_checkpoint_of_any_layout_loads_in_any_other(ranks, tmp_path, saved, loaded):
-    sizes = [torch.tensor([1, *sizes.values()]).prod().item() for sizes in (saved, loaded)]
-    ranks(sizes[0], _save, saved, str(tmp_path))
-    assert set().union(*ranks(sizes[1], _load, loaded, str(tmp_path))) == {"row", "column", "norm"}
 
 
 def test_layout_travels_with_the_parameter():
     param = torch.nn.Parameter(torch.ones(4, 8))
     assert layout_of(param) == Layout((4, 8))
-    layout = Layout((12, 8), (("tp", 0),), gradient_sum_axes=("tp",))
+    layout = Layout((12, 8), (Cut(0, "tp"),), ("dp", "cp", "tp"))
     set_layout(param, layout)
     assert layout_of(param) is layout
     module = torch.nn.Module()
@@ -116,39 +68,43 @@ def test_layout_accepts_a_torch_size():
     ("make", "message"),
     [
         (
-            lambda: Layout((4,), (("model", 0),)),
-            "layout names an unknown mesh axis 'model'; use one of pp, dp, cp, tp",
+            lambda: local_shape(Layout((4,), (Cut(0, "row"),)), Mesh()),
+            "the mesh has no axis 'row'; it has pp, dp, cp, tp, ep, edp, tied",
         ),
         (
-            lambda: Layout((4,), (), ("norm",)),
-            "layout names an unknown mesh axis 'norm'; use one of pp, dp, cp, tp",
+            lambda: local_shape(Layout((4, 4), (Cut(0, "dp"), Cut(1, "ep"))), Mesh()),
+            "axes dp, ep are not independent: dp and ep share ranks; use axes of one view of the ranks",
         ),
         (
-            lambda: Layout((4,), (("tp", 1),)),
+            lambda: local_shape(Layout((4,), owner=Owner("dp", 1)), Mesh()),
+            "layout of (4,) (owned by rank 1 of dp) names rank 1 of an axis that has 1 ranks; count from 0",
+        ),
+        (
+            lambda: Layout((4,), (Cut(1, "tp"),)),
             "layout cuts dim 1 over tp, but the tensor's shape is (4,); use a dim from 0 to 0",
         ),
         (
-            lambda: Layout((4, 4), (("tp", 0), ("tp", 1))),
-            "layout shards (('tp', 0), ('tp', 1)) must name each mesh axis and each dim at most once",
+            lambda: Layout((4, 4), (Cut(0, "tp"), Cut(1, "tp"))),
+            "layout of (4, 4) (dim 0 over tp, dim 1 over tp) must name each mesh axis at most once in cuts and owner, "
+            "and in sum_over",
         ),
         (
-            lambda: set_layout(torch.ones(5, 8), Layout((12, 8), (("tp", 0),))),
-            "a parameter of shape (5, 8) cannot be a part of (12, 8) cut by (('tp', 0),); "
-            "the dims that are not cut must be equal and the others must divide",
+            lambda: Layout((8,), (Cut(0, "tp", blocks=(4, 3)),)),
+            "blocks (4, 3) of dim 0 must add up to its length 8 and stand in the first cut of the dim",
+        ),
+        (
+            lambda: set_layout(torch.ones(13, 8), Layout((12, 8), (Cut(0, "tp"),))),
+            "a parameter of shape (13, 8) does not fit a layout of (12, 8) (dim 0 over tp); the dims that are not cut "
+            "must be equal, and a part is no longer than the whole",
         ),
         (
             lambda: set_layout(torch.ones(12), Layout((12, 8))),
-            "a parameter of shape (12,) cannot be a part of (12, 8) cut by (); "
-            "the dims that are not cut must be equal and the others must divide",
+            "a parameter of shape (12,) does not fit a layout of (12, 8) (whole on every rank); the dims that are not "
+            "cut must be equal, and a part is no longer than the whole",
         ),
         (
             lambda: local_part(torch.ones(3), Layout((4,)), Mesh()),
             "a tensor of shape (3,) does not have the layout's global shape (4,); pass the whole tensor",
-        ),
-        (
-            lambda: to_dtensor(torch.ones(3), Layout((4,)), Mesh()),
-            "this rank's part of (4,) cut by () on Mesh(pp=1, dp=1, cp=1, tp=1) has shape (4,), "
-            "but the tensor has (3,); pass the part that `local_part` gives",
         ),
         (
             lambda: initial_weight("norm", (3,), 0, -1.0),
@@ -160,18 +116,6 @@ def test_refusals_are_sentences(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert str(error.value) == message
-
-
-def _indivisible():
-    with pytest.raises(ValueError) as error:
-        local_shape(Layout((9, 8), (("tp", 0),)), Mesh(tp=2))
-    return str(error.value)
-
-
-def test_dim_that_does_not_divide_is_refused(ranks):
-    assert ranks(2, _indivisible)[0] == (
-        "dim 0 (9) of a tensor of shape (9, 8) must divide by the tp size (2); use 8 or 10"
-    )
 
 
 def test_initial_weight_depends_on_seed_name_and_shape_alone():
@@ -208,11 +152,10 @@ def test_initial_weight_is_normal():
 
 def _weights_by_rank(sizes):
     mesh = Mesh(**sizes)
-    layout = Layout((64, 48), (("tp", 0),))
-    part = local_part(initial_weight("w", (64, 48), 0, 1.0), layout, mesh)
-    whole = to_dtensor(part, layout, mesh).full_tensor()
+    layout = Layout((64, 48), (Cut(0, "tp"),))
+    part = shard(local_part(initial_weight("w", (64, 48), 0, 1.0), layout, mesh), layout, mesh.tp)
     assert dist.get_world_size() == 4
-    return whole
+    return part.full_tensor().detach() if isinstance(part, Sharded) else part.detach()
 
 
 def test_initial_weight_is_the_same_in_every_layout(ranks):

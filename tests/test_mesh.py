@@ -34,6 +34,7 @@ def _axes_of_mesh(sizes):
             mesh.cp.rank,
             mesh.tp.rank,
         ]
+    assert mesh.grid.group(mesh.rank, "dp", "cp") == mesh.data.ranks and mesh.rank == mesh.world.rank
     return {axis.name: axis.ranks for axis in _axes(mesh)}
 
 
@@ -140,6 +141,7 @@ def test_parse_mesh():
     assert parse_mesh("") == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
     assert format_mesh(parse_mesh("tp=2,pp=4")) == "pp=4,tp=2"
     assert format_mesh(parse_mesh("")) == "tp=1"
+    assert format_mesh(parse_mesh("ep=2,dp=4")) == "dp=4,ep=2"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_parse_mesh():
         ("tp=-2", "mesh 'tp=-2' must give axis tp a positive whole number, not '-2'; write tp=2"),
         ("tp=2.5", "mesh 'tp=2.5' must give axis tp a positive whole number, not '2.5'; write tp=2"),
         ("tp=0", "mesh axis tp=0 must be a positive whole number; use tp=1 to leave the axis out"),
-        ("ep=2", "ep=2 asks for expert parallelism, which pypar does not have yet; use ep=1"),
+        ("ep=0", "mesh axis ep=0 must be a positive whole number; use ep=1 to leave the axis out"),
     ],
 )
 def test_bad_mesh_texts_are_refused(text, message):
@@ -176,7 +178,9 @@ def test_mesh_that_does_not_fit_the_ranks_is_refused():
         check_mesh(parse_mesh(""), 4)
     with pytest.raises(ValueError, match="needs 2 ranks but torch.distributed is not initialised; call"):
         Mesh(dp=2)
-    with pytest.raises(ValueError, match="ep=2 asks for expert parallelism"):
+    with pytest.raises(
+        ValueError, match=r"ep=2 must divide dp x cp \(1\), whose ranks it folds; use one of 1"
+    ):
         Mesh(ep=2)
     with pytest.raises(ValueError, match="mesh axis tp=True must be"):
         Mesh(tp=True)

@@ -97,7 +97,7 @@ def run_gathered():
         if p.requires_grad:
             part = local_part(whole.grad, layout_of(p), mesh)
             torch.testing.assert_close(local_tensor(p.grad), part, rtol=1e-5, atol=1e-5)
-    return [bool(layout_of(m.weight).shards) for m in (model.up, model.down, model.attention.out)]
+    return [bool(layout_of(m.weight).cuts) for m in (model.up, model.down, model.attention.out)]
 
 
 def test_gathered_outputs_and_split_inputs(ranks):

@@ -43,7 +43,7 @@ def outcome(kind, num_key_value_heads, mesh):
         part = local_part(whole, layout_of(parameters[name]), mesh)
         errors[name] = relative(local_tensor(gradients[name]), part, 1e-3 * largest)
     wrong = {name: f"{error:.1g}" for name, error in errors.items() if not error < 1e-3}
-    num_cut = sum(bool(layout_of(p).shards) for p in parameters.values())
+    num_cut = sum(bool(layout_of(p).cuts) for p in parameters.values())
     return f"WRONG: {wrong}" if wrong else f"cut: {num_cut} of {len(before)} parameters"
 
 

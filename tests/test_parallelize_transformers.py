@@ -7,7 +7,7 @@ import torch
 from samples import relative
 
 import pypar
-from pypar.layout import Layout, layout_of, local_part, local_tensor
+from pypar.layout import Cut, Layout, layout_of, local_part, local_tensor
 from pypar.mesh import Mesh
 from pypar.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 
@@ -67,7 +67,7 @@ def run_hugging_face(world_size, family, tied):
         part = local_part(expected[name], layout_of(parameter), mesh)
         scale = expected[name].abs().max().item()
         errors[name] = (local_tensor(gradients[name]) - part).abs().max().item() / max(scale, 1e-3)
-    num_cut = sum(bool(layout_of(p).shards) for p in model.parameters())
+    num_cut = sum(bool(layout_of(p).cuts) for p in model.parameters())
     return (
         errors,
         num_cut,
@@ -105,7 +105,11 @@ def run_tied():
 @needs_transformers
 def test_tied_weights_stay_one_parameter(ranks):
     for layouts in ranks(2, run_tied):
-        assert layouts == [Layout((48, 32), (("tp", 0),)), Layout((32,)), Layout((32, 56), (("tp", 1),))]
+        assert layouts == [
+            Layout((48, 32), (Cut(0, "tp"),)),
+            Layout((32,)),
+            Layout((32, 56), (Cut(1, "tp"),)),
+        ]
 
 
 def run_generation():
@@ -157,8 +161,8 @@ def run_refused_hugging_face(family):
     if family in ("StableLm", "DiffLlama"):  # what the sentence advises works
         advised = eval(message.partition("plan=")[2], {"pypar": pypar, "model": model})
         pypar.parallelize(model, Mesh(tp=2), advised)
-        assert layout_of(model.model.layers[0].mlp.up_proj.weight).shards
-        assert not layout_of(model.model.layers[0].self_attn.q_proj.weight).shards
+        assert layout_of(model.model.layers[0].mlp.up_proj.weight).cuts
+        assert not layout_of(model.model.layers[0].self_attn.q_proj.weight).cuts
     return message
 
 
@@ -211,9 +215,9 @@ def run_plans():
                 key,
             )
         layer = model.model.layers[0]
-        assert layout_of(layer.self_attn.q_proj.weight).shards == (("tp", 0),)
-        assert bool(layout_of(layer.mlp.up_proj.weight).shards) == (name == "of the model")
-        assert bool(layout_of(model.model.embed_tokens.weight).shards) == (name != "of the model")
+        assert layout_of(layer.self_attn.q_proj.weight).cuts == (Cut(0, "tp"),)
+        assert bool(layout_of(layer.mlp.up_proj.weight).cuts) == (name == "of the model")
+        assert bool(layout_of(model.model.embed_tokens.weight).cuts) == (name != "of the model")
     return said, plan_of(hugging_face_model("Qwen3", False))
 
 
@@ -262,7 +266,7 @@ def run_encoder_decoder(kind):
             pypar.parallelize(model, Mesh(tp=2))
             layer = model.model.decoder.layers[0]
             for cut in (layer.fc1, layer.fc2, layer.self_attn.q_proj, layer.encoder_attn.out_proj):
-                assert layout_of(cut.weight).shards
+                assert layout_of(cut.weight).cuts
         losses.append(model(**main, labels=ids).loss.item())
     return abs(losses[1] - losses[0]) / losses[0]
 

@@ -48,7 +48,7 @@ REFUSED = {
     "not pickled": lambda p: p.__reduce_ex__(2),
     "neither its shape nor": lambda p: p + torch.ones(8, 8),
     "into a plain tensor": lambda p: torch.zeros(16, 8).add_(p),
-    "would pair other elements": lambda p: p + RowParallelLinear(8, 16, p._pypar_cut.axis).weight,
+    "would pair other elements": lambda p: p + RowParallelLinear(8, 16, p._pypar_sharding.axis).weight,
     "cannot become a plain tensor": lambda p: setattr(p, "data", torch.ones(8, 8)),
     "has no gradient": lambda p: p.max(),
 }

@@ -10,7 +10,7 @@ from samples import draw, relative
 from torch import nn
 from torch.nn import functional
 
-from pypar.layout import Layout, layout_of, local_shape, local_tensor
+from pypar.layout import Cut, Layout, layout_of, local_shape, local_tensor
 from pypar.mesh import Axis, Mesh
 from pypar.selftest.orders import InOrder
 from pypar.tensor_parallel import (
@@ -98,7 +98,7 @@ def assemble(results, sequence_parallel):
         if name in dims:
             whole[name] = torch.cat(parts, dims[name])
         elif name == "ddown_bias" and sequence_parallel:
-            whole[name] = sum(parts)  # as the layout's gradient_sum_axes says
+            whole[name] = sum(parts)  # as the layout's sum_over says
         else:
             assert all(torch.equal(part, parts[0]) for part in parts), f"ranks differ in {name}"
             whole[name] = parts[0]
@@ -208,14 +208,15 @@ def run_layouts(sequence_parallel):
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sequence"])
 def test_parameters_carry_layouts_through_copies_and_moves(ranks, sequence_parallel):
-    column_layouts = [Layout((8, 6), (("tp", 0),)), Layout((8,), (("tp", 0),))]
-    row_bias = Layout((6,), gradient_sum_axes=("tp",) if sequence_parallel else ())
+    rows = (Cut(0, "tp"),)
+    column_layouts = [Layout((8, 6), rows), Layout((8,), rows)]
+    row_bias = Layout((6,), sum_over=("dp", "cp", "tp") if sequence_parallel else ("dp", "cp"))
     for layouts, from_meta in ranks(2, run_layouts, sequence_parallel):
         assert layouts == [
             *column_layouts,
-            Layout((6, 8), (("tp", 1),)),
+            Layout((6, 8), (Cut(1, "tp"),)),
             row_bias,
-            Layout((12, 5), (("tp", 0),)),
+            Layout((12, 5), rows),
         ]
         assert from_meta == column_layouts
 

@@ -1,14 +1,14 @@
 """Gradients in flat buckets, summed over the data axis while backward still computes the rest.
 
-Backward finishes the last layers' gradients first. As soon as every gradient of a bucket is there its
-reduction starts, and runs beside the backward of the layers before (Li et al., "PyTorch Distributed", VLDB
-2020). Buckets start in one order on all ranks, whatever the order in which gradients become ready: a rank
-never waits for a collective that another one starts later.
+Backward finishes the last layers' gradients first. As soon as every gradient of a bucket is there its reduction starts,
+and runs beside the backward of the layers before (Li et al., "PyTorch Distributed", VLDB 2020). Buckets start in one
+order on all ranks, whatever the order in which gradients become ready: a rank never waits for a collective that another
+one starts later.
 
-What is plugged in, by the interfaces of reduction.py: a compressor reduces a bucket
-(`compressor.reduce_start(bucket, axis)`, whose `wait()` leaves the result in `bucket.flat`); streams are told
-`wrote(bucket)` for every gradient that arrived, `before_communication(bucket)` right before reduce_start and
-`after(bucket)` right after wait(). An axis of one rank has neither.
+What is plugged in, by the interfaces of reduction.py: a compressor reduces a bucket (`compressor.reduce_start(bucket,
+axis)`, whose `wait()` leaves the result in `bucket.flat`); streams are told `wrote(bucket)` for every gradient that
+arrived, `before_communication(bucket)` before reduce_start and `after(bucket)` after wait(). An axis of one rank has
+neither.
 """
 
 from __future__ import annotations
@@ -63,11 +63,9 @@ class GradientBuckets:
     power_sgd_rank  compresses matrices to this rank (arXiv 1905.13727); 0: exact
 
     On the backend "pypar" the result is the same bits for any bucket size and any order of arrival, and equal to an
-    all_reduce of each gradient.
-
-    Raises ValueError when ranks hold different parameters, and RuntimeError, always before the step's result
-    could be wrong, for backward twice outside of `accumulate()`, backward after `finish()` without `zero()`,
-    `finish()` without backward.
+    all_reduce of each gradient. Raises ValueError when ranks hold different parameters, and RuntimeError, always before
+    the step's result could be wrong, for backward twice outside of `accumulate()`, backward after `finish()` without
+    `zero()`, `finish()` without backward.
     """
 
     def __init__(  # noqa: PLR0913 - one argument an option
@@ -161,8 +159,7 @@ class GradientBuckets:
         """Say that gradients were added to param.grad without a backward that reached the parameters.
 
         A backward in two parts (torch.autograd.grad for inputs first, weights later) runs no hooks. Under
-        `accumulate()` there is more to come; outside it the gradients are final and may be sent. Those that nobody
-        announced are sent by `finish()`.
+        `accumulate()` more is to come; outside it the gradients are final and may be sent. `finish()` sends the others.
         """
         for parameter in parameters:
             slot = self._slot(parameter)
@@ -171,19 +168,22 @@ class GradientBuckets:
             self._arrive(slot)
 
     @torch.no_grad()
+    def start_rest(self) -> None:
+        """Start what backward left, without waiting: for several buckets, of which all start before one finishes."""
+        for bucket in self._buckets[self._next :]:
+            settle_rest(bucket, self._streams)
+        while self._next < len(self._buckets):
+            self._start_next(settled=True)
+
+    @torch.no_grad()
     def finish(self) -> None:
-        """Start what is left, wait for all: every gradient is now the sum over the axis (the mean with
-        ``average``).
-        """
+        """Start what is left, wait for all: every gradient is now the sum over the axis (with ``average`` the mean)."""
         if not self._num_backward and not any(slot.is_written for slot in self._slots.values()):
             raise RuntimeError(
                 "finish() was called, but no backward reached the parameters since the last step; call "
                 "loss.backward() first"
             )
-        for bucket in self._buckets[self._next :]:
-            settle_rest(bucket, self._streams)
-        while self._next < len(self._buckets):
-            self._start_next(settled=True)
+        self.start_rest()
         for bucket in self._buckets:
             if bucket.handle is not None:
                 with explained(f"the reduction of gradients in step {self._num_steps + 1}", self.axis):

@@ -63,7 +63,7 @@ class Slot:
         self.gradient.set_(flat.untyped_storage(), offset, self.shape, strides)
         if isinstance(self.parameter, Sharded):
             if self.shown is self.gradient:
-                self.shown = wrap(self.gradient, self.parameter._pypar_cut)
+                self.shown = wrap(self.gradient, self.parameter._pypar_sharding)
             with torch._C.DisableTorchFunctionSubclass():
                 self.shown.set_(flat.untyped_storage(), offset, self.shape, strides)
 

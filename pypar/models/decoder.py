@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pypar.context_parallel import positions
-from pypar.layout import Layout, initial_weight, layout_of, local_part, local_tensor, set_layout
+from pypar.grid import DATA
+from pypar.initial_weights import initial_weight
+from pypar.layout import Layout, layout_of, local_part, local_tensor, set_layout
 from pypar.mesh import Mesh
 from pypar.models.cache import KeyValueCache
 from pypar.models.sequences import ContextParallel, Sequences, causal_attention
@@ -97,18 +99,20 @@ class _Parts:
         )
 
     def norm(self, config: DecoderConfig) -> "RMSNorm":
-        sum_axes = ("tp",) if self.sequence_parallel else ()
-        return RMSNorm(config.d_model, config.norm_eps, self.dtype, sum_axes)
+        positions = self.mesh.tp.names if self.sequence_parallel else ()
+        return RMSNorm(config.d_model, config.norm_eps, self.dtype, (*DATA, *positions))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467); its weight's gradient is a part to be summed over ``sum_axes``."""
+    """Root-mean-square norm (arXiv 1910.07467); its weight's gradient is a part to be summed over ``sum_over``."""
 
-    def __init__(self, d_model: int, eps: float, dtype: torch.dtype, sum_axes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, d_model: int, eps: float, dtype: torch.dtype, sum_over: tuple[str, ...] = DATA
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d_model, dtype=dtype))
-        set_layout(self.weight, Layout((d_model,), gradient_sum_axes=sum_axes))
+        set_layout(self.weight, Layout((d_model,), sum_over=sum_over))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(x_BTD, self.weight, self.eps)
@@ -232,12 +236,9 @@ class Decoder(nn.Module):
             self.head = parts.column(config.d_model, config.vocab_size)
             if config.tied_embeddings and self.is_first:
                 self.head.weight = self.embedding.weight
+        if config.tied_embeddings and self.is_first != self.is_last:
+            (self.embedding if self.is_first else self.head).sum_also_over(*mesh.tied.names)
         self.reset_parameters(seed)
-
-    @property
-    def has_tied_copy(self) -> bool:
-        """Whether this rank's embedding weight also lives on another pipeline stage."""
-        return self.config.tied_embeddings and self.mesh.pp.size > 1 and (self.is_first or self.is_last)
 
     def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, local parameter); a tied head goes by the embedding's name, wherever it lives."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pypar.layout import local_tensor
 from pypar.sharded.elementwise import operand
-from pypar.sharded.tensor import Cut, Sharded, wrap
+from pypar.sharded.tensor import Sharded, Sharding, wrap
 
 _PASSED = """
 __hash__ _has_compatible_shallow_copy_type _is_view _is_zerotensor backward data_ptr dense_dim detach_ dim element_size
@@ -32,54 +32,54 @@ def read(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any])
     attribute = name.removeprefix("get ")
     if attribute in _MOVED:
         raise ValueError(
-            f"x.{attribute} of {args[0]._pypar_cut} would mix its parts; take x.full_tensor(), on every rank of the "
-            "axis, or x.local(), this rank's part"
+            f"x.{attribute} of {args[0]._pypar_sharding} would mix its parts; take x.full_tensor(), on every rank of "
+            "the axis, or x.local(), this rank's part"
         )
     return _pass(func, name, args, kwargs)
 
 
 def _shape(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    return args[0]._pypar_cut.shape
+    return args[0]._pypar_sharding.shape
 
 
 def _size(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    shape, rest = args[0]._pypar_cut.shape, (*args[1:], *kwargs.values())
+    shape, rest = args[0]._pypar_sharding.shape, (*args[1:], *kwargs.values())
     return shape if not rest or rest[0] is None else shape[rest[0]]
 
 
 def _numel(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> int:
-    return (args or tuple(kwargs.values()))[0]._pypar_cut.shape.numel()
+    return (args or tuple(kwargs.values()))[0]._pypar_sharding.shape.numel()
 
 
 def _len(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> int:
-    return args[0]._pypar_cut.shape[0]
+    return args[0]._pypar_sharding.shape[0]
 
 
 def _stride(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    return torch.empty(args[0]._pypar_cut.shape, device="meta").stride(*args[1:], **kwargs)
+    return torch.empty(args[0]._pypar_sharding.shape, device="meta").stride(*args[1:], **kwargs)
 
 
 def _nbytes(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> int:
-    return args[0]._pypar_cut.shape.numel() * args[0].element_size()
+    return args[0]._pypar_sharding.shape.numel() * args[0].element_size()
 
 
 def _get_data(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Sharded:
-    return wrap(local_tensor(args[0]).data, args[0]._pypar_cut)
+    return wrap(local_tensor(args[0]).data, args[0]._pypar_sharding)
 
 
 def _set(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
     """x.data = y, x.grad = y: y is cut alike, or whole, or None."""
     target, value = args
-    cut: Cut = target._pypar_cut
+    sharding: Sharding = target._pypar_sharding
     if isinstance(value, Tensor) and not isinstance(value, Sharded):
-        if value.shape != cut.shape:
+        if value.shape != sharding.shape:
             raise ValueError(
-                f"x.{name[4:]} of {cut} cannot become a plain tensor {tuple(value.shape)}; give the whole "
-                f"{tuple(cut.shape)}, or a tensor made with torch.zeros_like(x) and filled"
+                f"x.{name[4:]} of {sharding} cannot become a plain tensor {tuple(value.shape)}; give the whole "
+                f"{tuple(sharding.shape)}, or a tensor made with torch.zeros_like(x) and filled"
             )
         value = target.part_of(value)
     elif value is not None:
-        operand(value, cut, name)  # cut alike
+        operand(value, sharding, name)  # cut alike
     with torch._C.DisableTorchFunctionSubclass():
         func(target, value)
 
@@ -95,18 +95,18 @@ def _get_grad(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor
         grad: Tensor | None = func(x)
         if grad is None or type(grad) is Sharded:
             return grad
-        x.grad = wrap(grad, x._pypar_cut)
+        x.grad = wrap(grad, x._pypar_sharding)
         shown: Tensor | None = func(x)
         return shown
 
 
 def _register_hook(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     x, hook = args
-    cut = x._pypar_cut
+    sharding = x._pypar_sharding
 
     def call(grad: Tensor) -> Tensor | None:
-        changed = hook(wrap(grad, cut))
-        return None if changed is None else local_tensor(operand(changed, cut, "a hook's gradient"))
+        changed = hook(wrap(grad, sharding))
+        return None if changed is None else local_tensor(operand(changed, sharding, "a hook's gradient"))
 
     with torch._C.DisableTorchFunctionSubclass():
         return func(x, call)
@@ -119,7 +119,7 @@ def _autograd_grad(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> A
     with torch._C.DisableTorchFunctionSubclass():
         grads = func(*args, **kwargs)
     return tuple(
-        wrap(grad, x._pypar_cut) if isinstance(x, Sharded) and grad is not None else grad
+        wrap(grad, x._pypar_sharding) if isinstance(x, Sharded) and grad is not None else grad
         for x, grad in zip(inputs, grads, strict=True)
     )
 
@@ -130,12 +130,12 @@ def _deepcopy(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Sharde
         return memo[id(x)]
     if not x.is_leaf:
         raise RuntimeError(
-            f"only leaves of autograd's graph are copied, and {x._pypar_cut} was computed; detach it"
+            f"only leaves of autograd's graph are copied, and {x._pypar_sharding} was computed; detach it"
         )
-    made = wrap(local_tensor(x).detach().clone(), x._pypar_cut)
+    made = wrap(local_tensor(x).detach().clone(), x._pypar_sharding)
     made.requires_grad_(x.requires_grad)
     for key, value in vars(x).items():
-        if key not in ("_pypar_cut", "_backward_hooks"):
+        if key not in ("_pypar_sharding", "_backward_hooks"):
             setattr(made, key, value)
     memo[id(x)] = made
     grad = x.grad
@@ -146,15 +146,15 @@ def _deepcopy(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Sharde
 
 def _pickle(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     raise ValueError(
-        f"{args[0]._pypar_cut} is not pickled, for it belongs to this job's ranks; save model.state_dict() with "
+        f"{args[0]._pypar_sharding} is not pickled, for it belongs to this job's ranks; save model.state_dict() with "
         "torch.distributed.checkpoint, or whole tensors (x.full_tensor(), which every rank of the axis calls)"
     )
 
 
 def _repr(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> str:
     x: Sharded = args[0]
-    cut = x._pypar_cut
-    return f"Sharded({cut}; rank {cut.axis.rank} of {cut.axis.size} holds\n{local_tensor(x).detach()!r})"
+    sharding = x._pypar_sharding
+    return f"Sharded({sharding}; rank {sharding.axis.rank} of {sharding.axis.size} holds\n{local_tensor(x).detach()!r})"
 
 
 def _new(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -171,7 +171,7 @@ def _as_shape_of(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Ten
     if isinstance(y, Sharded):
         if y.shape == x.shape:
             return y
-        raise ValueError(f"{name} would mix the parts of {y._pypar_cut}; take y.full_tensor()")
+        raise ValueError(f"{name} would mix the parts of {y._pypar_sharding}; take y.full_tensor()")
     method = {"view_as": y.view, "reshape_as": y.reshape, "expand_as": y.expand}[name]
     return method(x.shape)
 
@@ -185,10 +185,10 @@ def _whole_index(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any
         return None
     is_all = index is Ellipsis or (isinstance(index, slice) and index == slice(None))
     if not isinstance(x, Sharded) or not is_all:
-        cut = next(each._pypar_cut for each in args if isinstance(each, Sharded))
+        sharding = next(each._pypar_sharding for each in args if isinstance(each, Sharded))
         raise ValueError(
-            f"indexing would mix the parts of {cut}; index x.full_tensor(), which every rank of the axis makes, or "
-            "this rank's part x.local()"
+            f"indexing would mix the parts of {sharding}; index x.full_tensor(), which every rank of the axis makes, "
+            "or this rank's part x.local()"
         )
     if name == "__getitem__":
         return x

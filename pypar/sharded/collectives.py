@@ -17,11 +17,11 @@ def _in_place(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, 
     groups = [x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup)]
     ranks = dist.get_process_group_ranks(groups[0] if groups else dist.group.WORLD)
     for x in tensors:
-        cut = x._pypar_cut
-        if len(set(ranks) & set(cut.axis.ranks)) > 1:
+        sharding = x._pypar_sharding
+        if len(set(ranks) & set(sharding.axis.ranks)) > 1:
             raise ValueError(
-                f"{name} over the ranks {ranks} would add up or overwrite different parts of {cut}; give a group that "
-                "has one rank of that axis, such as mesh.data.group, or the plain part x.local()"
+                f"{name} over the ranks {ranks} would add up or overwrite different parts of {sharding}; give a group "
+                "that has one rank of that axis, such as mesh.data.group, or the plain part x.local()"
             )
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)

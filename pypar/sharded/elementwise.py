@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from pypar.comm import copy_to
-from pypar.sharded.tensor import Cut, Sharded, wrap
+from pypar.sharded.tensor import Sharded, Sharding, wrap
 
 _NAMES = """
 __and__ __eq__ __floordiv__ __invert__ __or__ __rdiv__ __rfloordiv__ __rmod__ __rpow__ __rsub__ __xor__
@@ -32,46 +32,46 @@ zero
 _FUSED = ("_fused_adam_", "_fused_adamw_", "_fused_adagrad_", "_fused_sgd_")
 
 
-def operand(x: Any, cut: Cut, name: str) -> Any:
+def operand(x: Any, sharding: Sharding, name: str) -> Any:
     """This rank's part of what stands beside a tensor that is cut so. Numbers and None stay as they are."""
     if not isinstance(x, Tensor):
         return x
     if isinstance(x, Sharded):
-        if not cut.fits(x._pypar_cut):
+        if not sharding.fits(x._pypar_sharding):
             raise ValueError(
-                f"{name} of {cut} and of {x._pypar_cut} would pair other elements on each rank; take "
+                f"{name} of {sharding} and of {x._pypar_sharding} would pair other elements on each rank; take "
                 "x.full_tensor() of both, which every rank of the axis calls"
             )
         return x
     if isinstance(x, DTensor):
-        if not _is_cut_so(x, cut):
+        if not _is_cut_so(x, sharding):
             raise ValueError(
-                f"{name} pairs {cut} with a DTensor {tuple(x.shape)} on {x.device_mesh} {x.placements}, which has "
+                f"{name} pairs {sharding} with a DTensor {tuple(x.shape)} on {x.device_mesh} {x.placements}, which has "
                 "other parts on its ranks; take x.full_tensor() of the DTensor"
             )
         return x._local_tensor
     shape = x.shape
-    if _broadcast_shape(shape, cut.shape) != cut.shape:
+    if _broadcast_shape(shape, sharding.shape) != sharding.shape:
         raise ValueError(
-            f"{name} pairs {cut} with a plain tensor {tuple(shape)}, which has neither its shape nor one that is "
+            f"{name} pairs {sharding} with a plain tensor {tuple(shape)}, which has neither its shape nor one that is "
             "broadcast to it; pass the whole tensor, or work on this rank's part with x.local()"
         )
     if x.requires_grad and torch.is_grad_enabled():
-        x = copy_to(x, cut.axis)  # each rank's gradient of it is of its own part alone
-    return cut.part(x)
+        x = copy_to(x, sharding.axis)  # each rank's gradient of it is of its own part alone
+    return sharding.part(x)
 
 
-def _is_cut_so(x: DTensor, cut: Cut) -> bool:
+def _is_cut_so(x: DTensor, sharding: Sharding) -> bool:
     placed = [(p, n) for p, n in zip(x.placements, x.device_mesh.shape, strict=True) if n > 1]
-    if x.shape != cut.shape or len(placed) != 1 or x._local_tensor.shape[cut.dim] != cut.local_length:
+    if x.shape != sharding.shape or len(placed) != 1:
         return False
     placement, size = placed[0]
     ranks = tuple(x.device_mesh.mesh.flatten().tolist())
     return (
         isinstance(placement, Shard)
-        and placement.dim == cut.dim
-        and size == cut.axis.size
-        and ranks == cut.axis.ranks
+        and placement.dim == sharding.even_dim
+        and size == sharding.axis.size
+        and ranks == sharding.axis.ranks
     )
 
 
@@ -82,14 +82,14 @@ def _broadcast_shape(first: torch.Size, second: torch.Size) -> torch.Size | None
         return None
 
 
-def _cut_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Cut:
+def _sharding_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Sharding:
     for x in args:
         if type(x) is Sharded:
-            return x._pypar_cut
-    return next(x._pypar_cut for x in kwargs.values() if type(x) is Sharded)
+            return x._pypar_sharding
+    return next(x._pypar_sharding for x in kwargs.values() if type(x) is Sharded)
 
 
-def refuse_plain_result(target: Any, cut: Cut, name: str) -> None:
+def refuse_plain_result(target: Any, sharding: Sharding, name: str) -> None:
     """A plain tensor cannot take in a result of which each rank has a part."""
     if (
         target is not None
@@ -98,8 +98,8 @@ def refuse_plain_result(target: Any, cut: Cut, name: str) -> None:
         and not isinstance(target, DTensor)
     ):
         raise ValueError(
-            f"{name} would write {cut}, of which each rank has a part, into a plain tensor {tuple(target.shape)}; make "
-            "that with torch.zeros_like(x) of the sharded tensor, or read x.full_tensor()"
+            f"{name} would write {sharding}, of which each rank has a part, into a plain tensor "
+            f"{tuple(target.shape)}; make that with torch.zeros_like(x) of the sharded tensor, or read x.full_tensor()"
         )
 
 
@@ -110,27 +110,27 @@ def is_in_place(name: str) -> bool:
 
 def apply(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """func on the parts of all tensors among the arguments, whose result is cut as they are."""
-    cut = _cut_of(args, kwargs)
+    sharding = _sharding_of(args, kwargs)
     target = args[0] if args and is_in_place(name) else kwargs.get("out")
     if target is not None and type(target) is not Sharded:
-        refuse_plain_result(target, cut, name)
+        refuse_plain_result(target, sharding, name)
     with torch._C.DisableTorchFunctionSubclass():
         for x in args:
-            if not _goes_as_it_is(x, cut):
-                args = [operand(x, cut, name) for x in args]
+            if not _goes_as_it_is(x, sharding):
+                args = [operand(x, sharding, name) for x in args]
                 break
         if kwargs:
-            kwargs = {key: operand(x, cut, name) for key, x in kwargs.items()}
+            kwargs = {key: operand(x, sharding, name) for key, x in kwargs.items()}
         result = func(*args, **kwargs)
     if target is not None:
         return target
-    return wrap(result, cut) if type(result) is Tensor else result
+    return wrap(result, sharding) if type(result) is Tensor else result
 
 
-def _goes_as_it_is(x: Any, cut: Cut) -> bool:
+def _goes_as_it_is(x: Any, sharding: Sharding) -> bool:
     """Whether torch can be given x itself: what `operand` would find out, of most operands in a moment."""
     if type(x) is Sharded:
-        return x._pypar_cut is cut
+        return x._pypar_sharding is sharding
     return (
         type(x) is float
         or not isinstance(x, Tensor)
@@ -141,32 +141,34 @@ def _goes_as_it_is(x: Any, cut: Cut) -> bool:
 def apply_foreach(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """The same for lists of tensors, whole ones and cut ones in any mixture."""
     lists = [x for x in (*args, *kwargs.values()) if isinstance(x, (list, tuple))]
-    cuts: list[Cut | None] = [None] * max(map(len, lists))
+    shardings: list[Sharding | None] = [None] * max(map(len, lists))
     for members in lists:
         for index, x in enumerate(members):
-            if type(x) is Sharded and cuts[index] is None:
-                cuts[index] = x._pypar_cut
+            if type(x) is Sharded and shardings[index] is None:
+                shardings[index] = x._pypar_sharding
     if is_in_place(name):
-        for target, cut in zip(args[0], cuts, strict=False):
-            if cut is not None:
-                refuse_plain_result(target, cut, name)
+        for target, sharding in zip(args[0], shardings, strict=False):
+            if sharding is not None:
+                refuse_plain_result(target, sharding, name)
     with torch._C.DisableTorchFunctionSubclass():
         result = func(
-            *(_parts(x, cuts, name) for x in args),
-            **{key: _parts(x, cuts, name) for key, x in kwargs.items()},
+            *(_parts(x, shardings, name) for x in args),
+            **{key: _parts(x, shardings, name) for key, x in kwargs.items()},
         )
     if not isinstance(result, (list, tuple)) or is_in_place(name):
         return result
-    return [x if cut is None else wrap(x, cut) for x, cut in zip(result, cuts, strict=True)]
+    return [
+        x if sharding is None else wrap(x, sharding) for x, sharding in zip(result, shardings, strict=True)
+    ]
 
 
-def _parts(x: Any, cuts: list[Cut | None], name: str) -> Any:
+def _parts(x: Any, shardings: list[Sharding | None], name: str) -> Any:
     if not isinstance(x, (list, tuple)):
         return x
-    pairs = list(zip(x, cuts, strict=False))
-    if all(cut is None or _goes_as_it_is(each, cut) for each, cut in pairs):
+    pairs = list(zip(x, shardings, strict=False))
+    if all(sharding is None or _goes_as_it_is(each, sharding) for each, sharding in pairs):
         return x
-    return [each if cut is None else operand(each, cut, name) for each, cut in pairs]
+    return [each if sharding is None else operand(each, sharding, name) for each, sharding in pairs]
 
 
 def _variants(names: str, prefix: str = "") -> list[str]:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from pypar.layout import local_tensor
-from pypar.sharded.tensor import Cut, Sharded
+from pypar.sharded.tensor import Sharded, Sharding
 
 _IN_PLACE = "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_ kaiming_uniform_ constant_"
 _NEW = "rand_like randn_like randint_like"
 
 
-def _whole_like(x: Tensor, cut: Cut) -> Tensor:
+def _whole_like(x: Tensor, sharding: Sharding) -> Tensor:
     part = local_tensor(x)
-    return torch.empty(cut.shape, dtype=part.dtype, device=part.device)
+    return torch.empty(sharding.shape, dtype=part.dtype, device=part.device)
 
 
 @torch.no_grad()
@@ -30,22 +30,22 @@ def _fill(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]
     rest = dict(kwargs) if args else {key: value for key, value in kwargs.items() if key != "tensor"}
     if any(isinstance(value, Tensor) for value in (*args[1:], *rest.values())):
         raise ValueError(
-            f"{name} of {x._pypar_cut} takes numbers, not tensors; draw the whole tensor and x.copy_(it)"
+            f"{name} of {x._pypar_sharding} takes numbers, not tensors; draw the whole tensor and x.copy_(it)"
         )
     if not local_tensor(x).is_meta:
-        whole = _whole_like(x, x._pypar_cut)
+        whole = _whole_like(x, x._pypar_sharding)
         if getattr(func, "__module__", None) == "torch.nn.init":
             func(whole, *args[1:], **rest)
         else:
             getattr(whole, name)(*args[1:], **rest)
-        local_tensor(x).copy_(x._pypar_cut.part(whole))
+        local_tensor(x).copy_(x._pypar_sharding.part(whole))
     return x
 
 
 def _draw(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Sharded:
     """torch.randn_like(x) and its like."""
     x: Sharded = args[0]
-    whole = func(_whole_like(x, x._pypar_cut), *args[1:], **kwargs)
+    whole = func(_whole_like(x, x._pypar_sharding), *args[1:], **kwargs)
     return x.part_of(whole)
 
 

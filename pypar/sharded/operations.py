@@ -53,10 +53,11 @@ def name_of(func: Callable[..., Any]) -> str:
 
 
 def _refuse(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> NoReturn:
-    cut = next(x._pypar_cut for x in _flat((args, kwargs)) if isinstance(x, Sharded))
+    sharding = next(x._pypar_sharding for x in _flat((args, kwargs)) if isinstance(x, Sharded))
     raise ValueError(
-        f"{name.removeprefix('linalg_')} would mix the parts of {cut}, which its ranks {list(cut.axis.ranks)} hold; "
-        "take the whole tensor with x.full_tensor(), which every one of them calls, or this rank's part with x.local()"
+        f"{name.removeprefix('linalg_')} would mix the parts of {sharding}, which its ranks "
+        f"{list(sharding.axis.ranks)} hold; take the whole tensor with x.full_tensor(), which every one of them calls, "
+        "or this rank's part with x.local()"
     )
 
 

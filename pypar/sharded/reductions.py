@@ -20,17 +20,17 @@ from pypar.layout import local_tensor
 from pypar.mesh import Axis
 from pypar.sharded import elementwise
 from pypar.sharded.elementwise import operand
-from pypar.sharded.tensor import Cut, Sharded
+from pypar.sharded.tensor import Sharded, Sharding
 
 
-def _of_whole(name: str, cut: Cut, dim: Any, keepdim: Any = False) -> None:
+def _of_whole(name: str, sharding: Sharding, dim: Any, keepdim: Any = False) -> None:
     """ValueError for a reduction that leaves a dim: its elements would need those of other ranks."""
     dims = None if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    num_dims = len(cut.shape)
+    num_dims = len(sharding.shape)
     if keepdim or (dims and {d % num_dims for d in dims} != set(range(num_dims))):
         raise ValueError(
-            f"{name} along dim {dim} would mix the parts of {cut}; leave dim out, or reduce x.full_tensor(), which "
-            "every rank of the axis makes, or this rank's part x.local()"
+            f"{name} along dim {dim} would mix the parts of {sharding}; leave dim out, or reduce x.full_tensor(), "
+            "which every rank of the axis makes, or this rank's part x.local()"
         )
 
 
@@ -39,16 +39,16 @@ def _gathered(values: Tensor, axis: Axis) -> Tensor:
     return all_gather_start(values.detach()[None].contiguous(), axis, 0).wait()
 
 
-def _combined(value: Tensor, cut: Cut, combine: Callable[[Tensor], Tensor]) -> Tensor:
-    return combine(_gathered(value.reshape(1), cut.axis)[:, 0])
+def _combined(value: Tensor, sharding: Sharding, combine: Callable[[Tensor], Tensor]) -> Tensor:
+    return combine(_gathered(value.reshape(1), sharding.axis)[:, 0])
 
 
-def _sum_up(value: Tensor, cut: Cut) -> Tensor:
+def _sum_up(value: Tensor, sharding: Sharding) -> Tensor:
     """The sum over the axis of a number of each rank, differentiable."""
     return (
-        reduce_from(value, cut.axis)
+        reduce_from(value, sharding.axis)
         if value.requires_grad
-        else _combined(value, cut, lambda v: v.sum(dtype=v.dtype))
+        else _combined(value, sharding, lambda v: v.sum(dtype=v.dtype))
     )
 
 
@@ -62,13 +62,13 @@ def _arguments(args: Any, kwargs: dict[str, Any], *names: str) -> tuple[Any, ...
 
 def _sum(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
     x: Sharded = args[0] if args else kwargs.pop("input")
-    cut = x._pypar_cut
+    sharding = x._pypar_sharding
     dim, keepdim = _arguments((x, *args[1:]), kwargs, "dim", "keepdim")
-    _of_whole(name, cut, dim, keepdim)
+    _of_whole(name, sharding, dim, keepdim)
     part, dtype = local_tensor(x), kwargs.get("dtype")
     if name == "mean":
-        return _sum_up(part.sum(dtype=dtype), cut) / cut.shape.numel()
-    return _sum_up(part.nansum(dtype=dtype) if name == "nansum" else part.sum(dtype=dtype), cut)
+        return _sum_up(part.sum(dtype=dtype), sharding) / sharding.shape.numel()
+    return _sum_up(part.nansum(dtype=dtype) if name == "nansum" else part.sum(dtype=dtype), sharding)
 
 
 def _extreme(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -76,36 +76,38 @@ def _extreme(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
     if len(args) > 1 and isinstance(args[1], Tensor) or "other" in kwargs:
         return elementwise.apply(func, name, args, kwargs)
     dim, keepdim = _arguments(args, kwargs, "dim", "keepdim")
-    _of_whole(name, x._pypar_cut, dim, keepdim or (dim is not None and name in ("max", "min")))
+    _of_whole(name, x._pypar_sharding, dim, keepdim or (dim is not None and name in ("max", "min")))
     _without_gradient(name, x)
     if name in ("all", "any"):
         value = local_tensor(x).all() if name == "all" else local_tensor(x).any()
         return _combined(
-            value.to(torch.uint8), x._pypar_cut, torch.amin if name == "all" else torch.amax
+            value.to(torch.uint8), x._pypar_sharding, torch.amin if name == "all" else torch.amax
         ).bool()
     combine = torch.amax if name in ("max", "amax") else torch.amin
-    return _combined(combine(local_tensor(x).detach()), x._pypar_cut, combine)
+    return _combined(combine(local_tensor(x).detach()), x._pypar_sharding, combine)
 
 
 def _without_gradient(name: str, x: Tensor) -> None:
     if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(f"{name} of {x._pypar_cut} has no gradient; use x.detach(), or torch.no_grad()")  # type: ignore[attr-defined]
+        raise ValueError(f"{name} of {x._pypar_sharding} has no gradient; use x.detach(), or torch.no_grad()")  # type: ignore[attr-defined]
 
 
 def _count_nonzero(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    _of_whole(name, args[0]._pypar_cut, *_arguments(args, kwargs, "dim"))
-    return _sum_up(local_tensor(args[0]).count_nonzero(), args[0]._pypar_cut)
+    _of_whole(name, args[0]._pypar_sharding, *_arguments(args, kwargs, "dim"))
+    return _sum_up(local_tensor(args[0]).count_nonzero(), args[0]._pypar_sharding)
 
 
 def _norm(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
     x: Sharded = args[0] if args else kwargs.pop("input", None)
     order_name = "p" if name == "norm" else "ord"
     order, dim, keepdim = _arguments((x, *args[1:]), kwargs, order_name, "dim", "keepdim")
-    _of_whole(name, x._pypar_cut, dim, keepdim)
+    _of_whole(name, x._pypar_sharding, dim, keepdim)
     order = {None: 2.0, "fro": 2.0, "inf": math.inf, "-inf": -math.inf}.get(order, order)
     if not isinstance(order, (int, float)):
-        raise ValueError(f"the {order!r} norm of {x._pypar_cut} would mix its parts; take x.full_tensor()")
-    return _power_norm(local_tensor(x), float(order), x._pypar_cut, kwargs.get("dtype"))
+        raise ValueError(
+            f"the {order!r} norm of {x._pypar_sharding} would mix its parts; take x.full_tensor()"
+        )
+    return _power_norm(local_tensor(x), float(order), x._pypar_sharding, kwargs.get("dtype"))
 
 
 def _linalg_norm(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -113,7 +115,7 @@ def _linalg_norm(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Ten
     order, dim, keepdim = _arguments(args, kwargs, "ord", "dim", "keepdim")
     if order is not None and len(x.shape) > 1:
         raise ValueError(
-            f"the matrix norm {order!r} of {x._pypar_cut} would mix its parts; take torch.linalg.vector_norm, or "
+            f"the matrix norm {order!r} of {x._pypar_sharding} would mix its parts; take torch.linalg.vector_norm, or "
             "x.full_tensor()"
         )
     return _norm(
@@ -121,16 +123,16 @@ def _linalg_norm(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Ten
     )
 
 
-def _power_norm(part: Tensor, order: float, cut: Cut, dtype: torch.dtype | None) -> Tensor:
+def _power_norm(part: Tensor, order: float, sharding: Sharding, dtype: torch.dtype | None) -> Tensor:
     if not (torch.is_grad_enabled() and part.requires_grad):
         value = torch.linalg.vector_norm(part.detach(), order, dtype=dtype)
-        return _whole_norms(value.reshape(1), order, cut.axis)[0]
+        return _whole_norms(value.reshape(1), order, sharding.axis)[0]
     if math.isinf(order) or order == 0:
         raise ValueError(
-            f"the norm of order {order} of {cut} has no gradient; use x.detach(), or torch.no_grad()"
+            f"the norm of order {order} of {sharding} has no gradient; use x.detach(), or torch.no_grad()"
         )
     part = part if dtype is None else part.to(dtype)
-    total = reduce_from(part.abs().pow(order).sum(), cut.axis)
+    total = reduce_from(part.abs().pow(order).sum(), sharding.axis)
     # A norm of zeros has the gradient 0, as in torch, where the root's would be infinite.
     return total.masked_fill(total == 0, 1).pow(1 / order).masked_fill(total == 0, 0)
 
@@ -158,11 +160,11 @@ def _foreach_norm(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> li
     by_ranks: dict[tuple[Any, ...], list[int]] = {}
     for index, x in enumerate(tensors):
         if isinstance(x, Sharded):
-            by_ranks.setdefault((x._pypar_cut.axis.ranks, norms[index].dtype), []).append(index)
+            by_ranks.setdefault((x._pypar_sharding.axis.ranks, norms[index].dtype), []).append(index)
     for indices in by_ranks.values():
         values = torch.stack([norms[index] for index in indices])
         whole = _whole_norms(
-            values, 2.0 if order is None else float(order), tensors[indices[0]]._pypar_cut.axis
+            values, 2.0 if order is None else float(order), tensors[indices[0]]._pypar_sharding.axis
         )
         for index, norm in zip(indices, whole.unbind(), strict=True):
             norms[index] = norm
@@ -174,35 +176,35 @@ def _foreach_max(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> lis
 
 
 def _dot(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    cut = next(x._pypar_cut for x in args if isinstance(x, Sharded))
-    if len(cut.shape) > 1:
-        raise ValueError(f"{name} would mix the parts of {cut}; use (x * y).sum(), or x.full_tensor()")
-    first, second = (local_tensor(operand(x, cut, name)) for x in args)
-    return _sum_up(func(first, second), cut)
+    sharding = next(x._pypar_sharding for x in args if isinstance(x, Sharded))
+    if len(sharding.shape) > 1:
+        raise ValueError(f"{name} would mix the parts of {sharding}; use (x * y).sum(), or x.full_tensor()")
+    first, second = (local_tensor(operand(x, sharding, name)) for x in args)
+    return _sum_up(func(first, second), sharding)
 
 
 def _spread(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
     """var and std, of all elements."""
     x: Sharded = args[0]
-    cut, correction = x._pypar_cut, kwargs.get("correction", 1)
+    sharding, correction = x._pypar_sharding, kwargs.get("correction", 1)
     unbiased = args[1] if len(args) == 2 and isinstance(args[1], bool) else kwargs.get("unbiased")
     dim = args[1] if len(args) > 1 and not isinstance(args[1], bool) else kwargs.get("dim")
-    _of_whole(name, cut, dim, kwargs.get("keepdim"))
+    _of_whole(name, sharding, dim, kwargs.get("keepdim"))
     correction = int(unbiased) if unbiased is not None else correction
-    variance = (x - x.mean()).square().sum() / max(0, cut.shape.numel() - correction)
+    variance = (x - x.mean()).square().sum() / max(0, sharding.shape.numel() - correction)
     return variance if name == "var" else variance.sqrt()
 
 
 def _verdict(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
     """torch.equal and allclose: the same answer on every rank."""
-    cut = next(x._pypar_cut for x in args if isinstance(x, Sharded))
-    other = next((x for x in args if isinstance(x, Tensor) and x.shape != cut.shape), None)
+    sharding = next(x._pypar_sharding for x in args if isinstance(x, Sharded))
+    other = next((x for x in args if isinstance(x, Tensor) and x.shape != sharding.shape), None)
     if other is not None and name == "equal":
         return False
     with torch._C.DisableTorchFunctionSubclass():
-        same = func(*(operand(x, cut, name) for x in args), **kwargs)
+        same = func(*(operand(x, sharding, name) for x in args), **kwargs)
     device = local_tensor(next(x for x in args if isinstance(x, Sharded))).device
-    return bool(_combined(torch.tensor(same, dtype=torch.uint8, device=device), cut, torch.amin))
+    return bool(_combined(torch.tensor(same, dtype=torch.uint8, device=device), sharding, torch.amin))
 
 
 def _unscale(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
@@ -211,7 +213,7 @@ def _unscale(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         func(grads, found_inf, inverse_scale)
     grads = [grads] if isinstance(grads, Tensor) else grads
-    axes = {x._pypar_cut.axis.ranks: x._pypar_cut.axis for x in grads if isinstance(x, Sharded)}
+    axes = {x._pypar_sharding.axis.ranks: x._pypar_sharding.axis for x in grads if isinstance(x, Sharded)}
     for axis in axes.values():
         all_reduce_start(found_inf, axis, dist.ReduceOp.MAX).wait()
 

@@ -20,7 +20,7 @@ _INSTALLED = "pypar_looks_first"
 def named_parts(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """This rank's plain tensors, by names that also say which part of a cut tensor each is."""
     return [
-        (f"{name}, part {x._pypar_cut.axis.rank} of {x._pypar_cut.shape}", local_tensor(x))
+        (f"{name}, part {x._pypar_sharding.axis.rank} of {x._pypar_sharding.shape}", local_tensor(x))
         if isinstance(x, Sharded)
         else (name, x)
         for name, x in named
@@ -30,12 +30,11 @@ def named_parts(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]
 def refuse_different_parts(what: str, named: Iterable[tuple[str, Tensor]], axis: Axis) -> None:
     """ValueError where ranks of the axis hold different parts of a tensor. Nothing is sent."""
     for name, x in named:
-        if isinstance(x, Sharded) and len(set(axis.ranks) & set(x._pypar_cut.axis.ranks)) > 1:
+        if isinstance(x, Sharded) and len(set(axis.ranks) & set(x._pypar_sharding.axis.ranks)) > 1:
             raise ValueError(
                 f"{what} over the ranks {list(axis.ranks)} would take different parts of {name} for copies of one: it "
-                f"is {tuple(x.shape)} cut along dim {x._pypar_cut.dim} over axis {x._pypar_cut.axis.name!r}, ranks "
-                f"{list(x._pypar_cut.axis.ranks)}; give it the group of ranks that hold the same part, mesh.data or "
-                "mesh.dp.group"
+                f"is {x._pypar_sharding.described}, ranks {list(x._pypar_sharding.axis.ranks)}; give it the group of "
+                "ranks that hold the same part, mesh.data or mesh.dp.group"
             )
 
 

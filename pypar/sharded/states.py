@@ -1,7 +1,8 @@
-"""Optimizer states of tensors that are cut: DTensors in a state_dict, from which any layout is loaded.
+"""Optimizer states of tensors that are cut: what a state_dict shows of them, from which any layout is loaded.
 
 torch.optim gives its states no hook by parameter, but calls every optimizer's step through global ones. At an
-optimizer's first step the states of its cut parameters are made ready and its state_dict is told to show DTensors.
+optimizer's first step the states of its cut parameters are made ready and its state_dict is told to show
+what `Sharded.for_state_dict` gives.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def take_states(optimizer: torch.optim.Optimizer) -> None:
 def _show_dtensors(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     states = {
         key: {
-            name: value.to_dtensor() if isinstance(value, Sharded) else value for name, value in state.items()
+            name: value.for_state_dict() if isinstance(value, Sharded) else value
+            for name, value in state.items()
         }
         if isinstance(state, dict)
         else state

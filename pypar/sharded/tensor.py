@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,51 +11,82 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional
 
 from pypar.comm import gather_replicated
-from pypar.layout import Layout, local_tensor
+from pypar.grid import SimulatedRank
+from pypar.layout import Cut, Layout, assemble, local_shape, local_slice, local_tensor
 from pypar.mesh import Axis
+from pypar.sharded import checkpointable
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
-    """How a tensor is cut: one dim into equal parts, in rank order, over one axis."""
+class Sharding:
+    """How a tensor is cut over an axis: by a layout whose axes are all those of the axis.
+
+    ValueError where the layout names others, or leaves some out: their ranks would hold the same part.
+    """
 
     layout: Layout
     axis: Axis
     name: str  # for messages; "" where it has none
 
-    @property
-    def dim(self) -> int:
-        return self.layout.shards[0][1]
+    def __post_init__(self) -> None:
+        if set(self.layout.axes) != set(self.axis.names):
+            raise ValueError(
+                f"a {self.layout} is not cut over all of axis {self.axis.name!r} ({', '.join(self.axis.names)}) and no "
+                "other; give the axis that is the product of the layout's axes, mesh.axis(...)"
+            )
 
     @property
     def shape(self) -> torch.Size:
         """The whole tensor's."""
         return torch.Size(self.layout.global_shape)
 
-    @property
-    def local_length(self) -> int:
-        return self.shape[self.dim] // self.axis.size
+    @functools.cached_property
+    def even_dim(self) -> int | None:
+        """The dim that is cut into equal parts, in rank order, one for each rank; None where it is not as simple."""
+        (cut, *more), owner = self.layout.cuts or (Cut(0, ()),), self.layout.owner
+        simple = not more and owner is None and not cut.blocks and cut.axes == self.axis.names
+        return cut.dim if simple and self.shape[cut.dim] % self.axis.size == 0 else None
 
-    def fits(self, other: Cut) -> bool:
+    def fits(self, other: Sharding) -> bool:
         """Whether tensors cut in these two ways have the same elements on every rank."""
         return self is other or (
-            self.shape == other.shape and self.dim == other.dim and self.axis.ranks == other.axis.ranks
+            self.axis.ranks == other.axis.ranks
+            and (self.layout.global_shape, self.layout.cuts, self.layout.owner)
+            == (other.layout.global_shape, other.layout.cuts, other.layout.owner)
         )
 
     def part(self, whole: Tensor) -> Tensor:
-        """This rank's slice, a view, of what has the whole tensor's shape or is broadcast to it."""
-        dim = self.dim - len(self.shape)
-        if whole.dim() < -dim or whole.shape[dim] == 1:
-            return whole
-        return whole.narrow(dim, self.axis.rank * self.local_length, self.local_length)
+        """This rank's part of what has the whole tensor's shape or is broadcast to it: a view where it is one piece."""
+        return local_slice(whole, self.layout, self.axis)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The whole tensor from the ranks' parts, which all ranks use alike where it has a gradient. A collective."""
+        axis, layout = self.axis, self.layout
+        if self.even_dim is not None:
+            return gather_replicated(part, axis, self.even_dim)
+        shapes = [local_shape(layout, SimulatedRank(axis.grid, rank)) for rank in range(axis.size)]
+        longest = max(map(math.prod, shapes))
+        # Each rank sends as many elements as the largest part has; where each element of the whole is in what arrives:
+        received = gather_replicated(functional.pad(part.reshape(-1), (0, longest - part.numel())), axis, 0)
+        places = [
+            rank * longest + torch.arange(math.prod(shape)).view(shape) for rank, shape in enumerate(shapes)
+        ]
+        return received[assemble(places, layout, axis.grid).to(part.device)]
+
+    @property
+    def described(self) -> str:
+        """The whole shape, and how it is cut."""
+        dims = list(dict.fromkeys(cut.dim for cut in self.layout.cuts))
+        along = f"cut along dim {' and '.join(map(str, dims))} over" if dims else "owned by a rank of"
+        return f"{tuple(self.shape)}, {along} axis {self.axis.name!r}"
 
     def __str__(self) -> str:
-        name = f"{self.name} " if self.name else "a tensor "
-        return f"{name}{tuple(self.shape)}, cut along dim {self.dim} over axis {self.axis.name!r}"
+        return f"{self.name or 'a tensor'} {self.described}"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Cut:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
         return self
 
 
@@ -72,12 +105,12 @@ class Sharded(Tensor):
     (products of matrices, sums along a dim, indexing, reshaping, ...) raises ValueError. It is made by `shard`.
     """
 
-    _pypar_cut: Cut
+    _pypar_sharding: Sharding
 
     @property
     def _pypar_layout(self) -> Layout:
         """What `pypar.layout.layout_of` reads."""
-        return self._pypar_cut.layout
+        return self._pypar_sharding.layout
 
     def local(self) -> Tensor:
         """This rank's part as a plain tensor, sharing memory; autograd leads back to this one."""
@@ -88,33 +121,35 @@ class Sharded(Tensor):
 
         A collective: every rank of the axis calls it.
         """
-        return gather_replicated(self.local(), self._pypar_cut.axis, self._pypar_cut.dim)
+        return self._pypar_sharding.whole(self.local())
 
-    def to_dtensor(self) -> DTensor:
-        """The same as a DTensor over the axis's ranks, sharing memory, without a graph."""
-        cut = self._pypar_cut
-        mesh = cut.axis.device_mesh(local_tensor(self).device.type)
-        strides = torch.empty(cut.shape, device="meta").stride()
+    def for_state_dict(self) -> Tensor:
+        """The same for a state_dict, sharing memory, without a graph.
+
+        A DTensor over the axis's ranks, which every user of state_dicts knows; where a DTensor cannot be cut so, a
+        `Sharded`, which torch.distributed.checkpoint takes as well.
+        """
+        sharding, part = self._pypar_sharding, local_tensor(self).detach()
+        if sharding.even_dim is None:
+            return wrap(part, sharding)
+        mesh = sharding.axis.device_mesh(part.device.type)
+        strides = torch.empty(sharding.shape, device="meta").stride()
+        placements = [Shard(sharding.even_dim)]
         return DTensor.from_local(
-            local_tensor(self).detach(),
-            mesh,
-            [Shard(cut.dim)],
-            run_check=False,
-            shape=cut.shape,
-            stride=strides,
+            part, mesh, placements, run_check=False, shape=sharding.shape, stride=strides
         )
 
     def part_of(self, other: Tensor) -> Sharded:
         """``other``, whole or a DTensor, as a tensor that is cut as this one is: a copy where it is whole."""
         from pypar.sharded.elementwise import operand
 
-        if isinstance(other, Sharded) or other.shape != self._pypar_cut.shape:
-            return operand(other, self._pypar_cut, "part_of")  # as it is, or an error
+        if isinstance(other, Sharded) or other.shape != self._pypar_sharding.shape:
+            return operand(other, self._pypar_sharding, "part_of")  # as it is, or an error
         with torch._C.DisableTorchFunctionSubclass():
-            part = operand(other.detach(), self._pypar_cut, "part_of")
+            part = operand(other.detach(), self._pypar_sharding, "part_of")
             if not isinstance(other, DTensor):  # a slice would keep the whole alive
                 part = part.clone(memory_format=torch.contiguous_format)
-            return wrap(part, self._pypar_cut)
+            return wrap(part, self._pypar_sharding)
 
     @classmethod
     def __torch_function__(
@@ -126,20 +161,22 @@ class Sharded(Tensor):
     # reads its own part of the whole.
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[Any]:
-        return self.to_dtensor().__create_write_items__(fqn, self.to_dtensor())  # type: ignore[attr-defined]
+        sharding = self._pypar_sharding
+        return checkpointable.write_items(fqn, local_tensor(self).detach(), sharding.layout, sharding.axis)
 
     def __create_chunk_list__(self) -> list[Any]:
-        return self.to_dtensor().__create_chunk_list__()  # type: ignore[attr-defined]
+        return checkpointable.chunk_list(self._pypar_sharding.layout, self._pypar_sharding.axis)
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return local_tensor(self).detach()
+        sharding, part = self._pypar_sharding, local_tensor(self).detach()
+        return checkpointable.tensor_at(part, sharding.layout, sharding.axis, index.offset)
 
 
-def wrap(part: Tensor, cut: Cut) -> Sharded:
+def wrap(part: Tensor, sharding: Sharding) -> Sharded:
     """The tensor of which ``part`` is this rank's, in the same memory and autograd graph."""
     with torch._C.DisableTorchFunctionSubclass():
         made = part.as_subclass(Sharded) if part.requires_grad else Tensor._make_subclass(Sharded, part)
-    made._pypar_cut = cut
+    made._pypar_sharding = sharding
     return made
 
 
@@ -148,9 +185,9 @@ def shard(
 ) -> nn.Parameter:
     """A parameter of which ``part`` is this rank's: `Sharded` where the layout cuts it, else a plain nn.Parameter."""
     part = local_tensor(part).detach()
-    if not layout.shards or axis.size == 1:
+    if not layout.axes or axis.size == 1:
         return nn.Parameter(part, requires_grad=requires_grad)
-    made = wrap(part, Cut(layout, axis, name))
+    made = wrap(part, Sharding(layout, axis, name))
     made.requires_grad_(requires_grad)
     made._is_param = True  # what isinstance(x, nn.Parameter) looks for
     return made  # type: ignore[return-value]

@@ -19,11 +19,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pypar.comm import all_gather_start, gather_replicated
-from pypar.layout import Layout, local_tensor
+from pypar.layout import Cut, Layout, local_tensor
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
 from pypar.ops.uncompiled import between_ranks, uncompiled
-from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
+from pypar.tensor_parallel.sharded import ShardedLinear, autocast, check_sequence, part_length, sum_start
 
 
 def column_parallel(
@@ -145,9 +145,10 @@ class ColumnParallelLinear(ShardedLinear):
         self.allocate((part, in_features), part if bias else 0, {"dtype": dtype, "device": device})
 
     def layouts(self) -> dict[str, Layout]:
-        layouts = {"weight": Layout((self.out_features, self.in_features), ((TP, 0),))}
+        cuts = (Cut(0, self.axis.names),)
+        layouts = {"weight": Layout((self.out_features, self.in_features), cuts, self.sum_over)}
         if self.bias is not None:
-            layouts["bias"] = Layout((self.out_features,), ((TP, 0),))
+            layouts["bias"] = Layout((self.out_features,), cuts, self.sum_over)
         return layouts
 
     def run(self, x: Tensor) -> Tensor:

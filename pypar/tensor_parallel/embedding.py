@@ -11,10 +11,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pypar.comm import all_gather_start
-from pypar.layout import Layout
+from pypar.layout import Cut, Layout
 from pypar.mesh import Axis, as_axis
 from pypar.ops.uncompiled import between_ranks, uncompiled
-from pypar.tensor_parallel.sharded import TP, ShardedModule, fill, part_length, sum_start
+from pypar.tensor_parallel.sharded import ShardedModule, fill, part_length, sum_start
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -50,7 +50,8 @@ class VocabParallelEmbedding(ShardedModule):
         self.reset_parameters()
 
     def layouts(self) -> dict[str, Layout]:
-        return {"weight": Layout((self.num_embeddings, self.embedding_dim), ((TP, 0),))}
+        shape = (self.num_embeddings, self.embedding_dim)
+        return {"weight": Layout(shape, (Cut(0, self.axis.names),), self.sum_over)}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw what `nn.Embedding` draws for the whole vocabulary and keep this rank's part.

@@ -10,6 +10,7 @@ from torch import nn
 
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
+from pypar.layout import local_part
 from pypar.mesh import Axis, Mesh
 from pypar.ops.uncompiled import uncompiled
 from pypar.sharded import shard
@@ -154,11 +155,9 @@ def _swapped(match: Match, axis: Axis, shared: dict[int, nn.Parameter]) -> nn.Mo
     for name, layout in new.layouts().items():
         whole = getattr(old, name)
         if id(whole) not in shared:
-            part = whole.detach()
-            for _, dim in layout.shards:
-                part = part.chunk(axis.size, dim)[axis.rank].clone()
             label = f"{match.name}.{name}"
-            made = shard(part, layout, axis, label, whole.requires_grad) if layout.shards else whole
+            part = local_part(whole.detach(), layout, axis)
+            made = shard(part, layout, axis, label, whole.requires_grad) if layout.axes else whole
             shared[id(whole)] = made
         setattr(new, name, shared[id(whole)])
     new.set_layouts()

@@ -18,11 +18,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pypar.comm import all_gather_start, split_to
-from pypar.layout import Layout, local_tensor
+from pypar.layout import Cut, Layout, local_tensor
 from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
 from pypar.ops.uncompiled import between_ranks, uncompiled
-from pypar.tensor_parallel.sharded import TP, ShardedLinear, autocast, check_sequence, part_length, sum_start
+from pypar.tensor_parallel.sharded import ShardedLinear, autocast, check_sequence, part_length, sum_start
 
 
 def row_parallel(
@@ -81,7 +81,7 @@ class RowParallelLinear(ShardedLinear):
     has them.
 
     ``split_input`` takes the whole x [..., in_features], the same on every rank, of which each uses its part.
-    Under sequence parallelism each rank's bias gradient is a part, as the layout's gradient_sum_axes says.
+    Under sequence parallelism each rank's bias gradient is a part, as the layout's sum_over says.
     Initial values as in `ColumnParallelLinear`.
     """
 
@@ -105,10 +105,11 @@ class RowParallelLinear(ShardedLinear):
         self.allocate((out_features, part), out_features if bias else 0, {"dtype": dtype, "device": device})
 
     def layouts(self) -> dict[str, Layout]:
-        layouts = {"weight": Layout((self.out_features, self.in_features), ((TP, 1),))}
+        cuts = (Cut(1, self.axis.names),)
+        layouts = {"weight": Layout((self.out_features, self.in_features), cuts, self.sum_over)}
         if self.bias is not None:
-            partial = (TP,) if self.sequence_parallel and self.axis.size > 1 else ()
-            layouts["bias"] = Layout((self.out_features,), gradient_sum_axes=partial)
+            rows = self.axis.names if self.sequence_parallel and self.axis.size > 1 else ()
+            layouts["bias"] = Layout((self.out_features,), sum_over=(*self.sum_over, *rows))
         return layouts
 
     def run(self, x: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pypar.comm import Handle, all_reduce_start, copy_to, reduce_scatter_start
-from pypar.layout import Layout, local_tensor, set_layout
+from pypar.grid import DATA
+from pypar.layout import Layout, local_slice, local_tensor, set_layout
 from pypar.mesh import Axis
 from pypar.ops.uncompiled import uncompiled
 from pypar.sharded import Sharded, shard
 
-TP = "tp"  # the mesh axis that layouts of this room name
 Self = TypeVar("Self", bound="ShardedModule")
 
 
@@ -67,12 +68,9 @@ def fill(
     if parameter.is_meta:
         return
     device = "cpu" if generator is None else generator.device
-    part = torch.empty(layout.global_shape, dtype=torch.float32, device=device)
-    draw(part, generator)
-    for _, dim in layout.shards:
-        length = layout.global_shape[dim] // axis.size
-        part = part.narrow(dim, axis.rank * length, length)
-    local_tensor(parameter).copy_(part)
+    whole = torch.empty(layout.global_shape, dtype=torch.float32, device=device)
+    draw(whole, generator)
+    local_tensor(parameter).copy_(local_slice(whole, layout, axis))
 
 
 class ShardedModule(nn.Module):
@@ -83,6 +81,7 @@ class ShardedModule(nn.Module):
     """
 
     axis: Axis
+    sum_over: tuple[str, ...] = DATA  # over which the gradients of its parameters are summed
 
     def run(self, x: Tensor) -> Tensor:
         """What the layer computes."""
@@ -105,9 +104,19 @@ class ShardedModule(nn.Module):
             parameter: Tensor | None = self._parameters.get(name)  # not one that a parametrization computes
             if parameter is None or isinstance(parameter, Sharded):
                 continue
-            if layout.shards and self.axis.size > 1:
+            if layout.axes and self.axis.size > 1:
                 label = f"{name} of {type(self).__name__}"
                 setattr(self, name, shard(parameter, layout, self.axis, label, parameter.requires_grad))
+            else:
+                set_layout(parameter, layout)
+
+    def sum_also_over(self, *axes: str) -> None:
+        """The gradients are summed over these axes too: copies of a parameter are tied to it (pypar.layout)."""
+        self.sum_over = (*self.sum_over, *axes)
+        for name, layout in self.layouts().items():
+            parameter = getattr(self, name)
+            if isinstance(parameter, Sharded):
+                parameter._pypar_sharding = replace(parameter._pypar_sharding, layout=layout)
             else:
                 set_layout(parameter, layout)
 
@@ -126,13 +135,12 @@ class ShardedModule(nn.Module):
                 f"{name} of {type(self).__name__} was replaced by a plain tensor {tuple(tensor.shape)}; give the whole "
                 f"{layout.global_shape}, or a tensor made from the parameter that was there"
             )
-        for _, dim in layout.shards:
-            length = layout.global_shape[dim] // self.axis.size
-            whole = (
-                copy_to(tensor, self.axis) if tensor.requires_grad else tensor
-            )  # sums the parts of its gradient
-            tensor = whole.narrow(dim, self.axis.rank * length, length)
-        return tensor
+        if not layout.axes:
+            return tensor
+        whole = (
+            copy_to(tensor, self.axis) if tensor.requires_grad else tensor
+        )  # sums the parts of its gradient
+        return local_slice(whole, layout, self.axis)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
@@ -151,7 +159,7 @@ class ShardedModule(nn.Module):
             for name in self._parameters:
                 tensor = destination.get(prefix + name)
                 if isinstance(tensor, Sharded):
-                    destination[prefix + name] = tensor.to_dtensor()
+                    destination[prefix + name] = tensor.for_state_dict()
 
     def _apply(self: Self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)

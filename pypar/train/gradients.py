@@ -1,53 +1,67 @@
-"""Sums of gradients beyond data parallelism: weights whose gradient each rank holds only a part of."""
+"""The gradients of a model of which different parameters are summed over different axes."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-import torch
-import torch.distributed as dist
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 from torch import Tensor, nn
 
-from ..comm import all_reduce_start
-from ..layout import layout_of, local_tensor
-from ..mesh import Axis, Mesh
+from pypar.data_parallel import GradientBuckets
+from pypar.layout import layout_of
+from pypar.mesh import Axis, Mesh
 
 
-def tied_embedding_axis(mesh: Mesh) -> Axis | None:
-    """The first and last pipeline stage of this rank's column, which both hold a tied embedding; None in between.
+class Gradients:
+    """`GradientBuckets` for each set of axes that layouts of the parameters are summed over; used as one of them.
 
-    Makes process groups, so every rank of the mesh calls it, once.
+    Every rank of the mesh makes it: it declares the products of axes that it needs. ``options`` are those of
+    `GradientBuckets`.
     """
-    if mesh.pp.size <= 2:
-        return mesh.pp if mesh.pp.size == 2 else None
-    assert mesh.device_mesh is not None
-    ranks = mesh.device_mesh.mesh  # [pp, dp, cp, tp]
-    own = None
-    for column in ranks[[0, -1]].flatten(1).T.tolist():
-        group = dist.new_group(column)
-        if dist.get_rank() in column:
-            own = Axis.of(group, name="tied")
-    return own
 
+    def __init__(self, parameters: Iterable[nn.Parameter], mesh: Mesh, **options: Any) -> None:
+        by_axes: dict[tuple[str, ...], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_axes.setdefault(mesh.grid.in_order(layout_of(parameter).sum_over), []).append(parameter)
+        mesh.declare(*by_axes)
+        # Sets of axes that are the same ranks on this mesh share their buckets. All ranks make theirs in one order.
+        groups: dict[tuple[int, ...], tuple[Axis, list[nn.Parameter]]] = {}
+        for axes in sorted(by_axes, key=lambda axes: (len(axes), axes)):
+            axis = mesh.axis(*axes)
+            groups.setdefault(axis.ranks, (axis, []))[1].extend(by_axes[axes])
+        self.buckets = [GradientBuckets(members, axis, **options) for axis, members in groups.values()]
+        self._of = {
+            p: buckets
+            for buckets, (_, members) in zip(self.buckets, groups.values(), strict=True)
+            for p in members
+        }
 
-class PartialGradients:
-    """Sums over tp what sequence parallelism leaves partial, over pp the tied embedding; after the data axis."""
+    @property
+    def axes(self) -> list[Axis]:
+        return [buckets.axis for buckets in self.buckets]
 
-    def __init__(self, gradients: Mapping[nn.Parameter, Tensor], mesh: Mesh) -> None:
-        self.mesh, self.gradients = mesh, {p: local_tensor(gradient) for p, gradient in gradients.items()}
-        self.partial = [p for p in gradients if "tp" in layout_of(p).gradient_sum_axes and mesh.tp.size > 1]
-        self.tied: tuple[Tensor, Axis] | None = None
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        return self._of[parameter].gradient(parameter)
 
-    def tie(self, parameter: nn.Parameter, axis: Axis) -> None:
-        """``parameter`` lives on every rank of ``axis``; its gradient is the sum of theirs."""
-        self.tied = (self.gradients[parameter], axis)
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for buckets in self.buckets:
+                stack.enter_context(buckets.accumulate())
+            yield
 
-    @torch.no_grad()
-    def sum(self) -> None:
-        """Both reductions are under way together; small gradients travel as one buffer."""
-        tied = all_reduce_start(self.tied[0], self.tied[1]) if self.tied else None
-        if self.partial:
-            parts = [self.gradients[p] for p in self.partial]
-            whole = all_reduce_start(torch.cat([g.flatten() for g in parts]), self.mesh.tp).wait()
-            for gradient, summed in zip(parts, whole.split([g.numel() for g in parts]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
-        if tied is not None:
-            tied.wait()
+    def finish(self) -> None:
+        """All reductions are started before one is waited for: ranks have them in different orders."""
+        for buckets in self.buckets:
+            buckets.start_rest()
+        for buckets in self.buckets:
+            buckets.finish()
+
+    def zero(self) -> None:
+        for buckets in self.buckets:
+            buckets.zero()
+
+    def scale(self, factor: float) -> None:
+        for buckets in self.buckets:
+            buckets.scale(factor)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..data_parallel import GradientBuckets
-from ..layout import Layout, layout_of, local_tensor
+from ..layout import Layout, answers_for, layout_of, local_tensor
 from ..mesh import Mesh
 from .config import OptimizerConfig
+from .gradients import Gradients
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
@@ -24,22 +24,22 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
 class Optimizer:
     """AdamW (arXiv 1711.05101) over this rank's parameters; a parameter below fp32 has an fp32 master weight.
 
-    Gradients are read from ``buckets`` (fp32 there, whatever the parameter's dtype). Matrices decay, vectors not.
+    Gradients are read from ``gradients`` (fp32 there, whatever the parameter's dtype). Matrices decay, vectors not.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
-        buckets: GradientBuckets,
+        gradients: Gradients,
         config: OptimizerConfig,
     ) -> None:
-        self.config, self.buckets = config, buckets
+        self.config, self.gradients = config, gradients
         self.parameters = dict(named_parameters)
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             part = local_tensor(parameter).detach()
             master = part if part.dtype == torch.float32 else part.float()
-            master.grad = local_tensor(buckets.gradient(parameter))
+            master.grad = local_tensor(gradients.gradient(parameter))
             self.masters[name] = master
         groups = [
             {
@@ -65,18 +65,11 @@ class Optimizer:
                 "exp_avg_sq": zeros.clone(),
             }
 
-    def square_sum(self, mesh: Mesh, tied_copy: str | None) -> Tensor:
-        """Sum of squares (fp64) of the gradients that this rank answers for: over all ranks, each element once.
-
-        After the data-parallel reduction every dp x cp rank holds the same gradients, so the first rank answers; for
-        a weight that tp does not split tp rank 0 does, for a ``tied_copy`` the other stage.
-        """
+    def square_sum(self, mesh: Mesh) -> Tensor:
+        """Sum of squares (fp64) of the gradients that this rank answers for: over all ranks, each element once."""
         total = torch.zeros((), dtype=torch.float64)
-        if mesh.data.rank != 0:
-            return total
         for name, master in self.masters.items():
-            split = any(axis == "tp" for axis, _ in layout_of(self.parameters[name]).shards)
-            if name != tied_copy and (split or mesh.tp.rank == 0):
+            if answers_for(layout_of(self.parameters[name]), mesh.grid, mesh.rank):
                 norm = torch.linalg.vector_norm(master.grad, dtype=torch.float64)
                 total += norm.square().to(total.device)
         return total
@@ -85,7 +78,7 @@ class Optimizer:
     def step(self, lr: float, gradient_norm: float) -> None:
         """Clip to ``clip_norm`` (0 = never), update the masters, round them into the parameters."""
         if self.config.clip_norm and gradient_norm > self.config.clip_norm:
-            self.buckets.scale(self.config.clip_norm / gradient_norm)
+            self.gradients.scale(self.config.clip_norm / gradient_norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

@@ -85,11 +85,15 @@ def check(config: RunConfig, world_size: int | None = None, *, overwrite: bool =
     world_size: the ranks that were started; None where the mesh says how many to start.
     overwrite: the run's earlier checkpoints may be deleted.
     """
-    from pypar.mesh import check_mesh, format_mesh, parse_mesh
+    from pypar.mesh import check_mesh, format_mesh, mesh_grid, parse_mesh
 
     check_values(config)
     sizes = parse_mesh(config.mesh or f"dp={world_size or 1}")
-    num_ranks = math.prod(sizes.values())
+    if "ep" in sizes:
+        raise ValueError(
+            f"ep={sizes['ep']} asks for expert parallelism, which pypar does not have yet; use ep=1"
+        )
+    num_ranks = mesh_grid(sizes).num_ranks
     check_mesh(sizes, num_ranks if world_size is None else world_size)
     model = config.decoder_config(
         open_tokenizer(config.data.tokenizer, config.data.special_tokens).vocab_size

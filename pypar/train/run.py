@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,8 @@ def process_group(threads: int) -> Iterator[torch.device]:
 def run(config: RunConfig) -> None:
     """Train as ``config`` says, from the checkpoint that it names, if any; writes <directory>/<name>/."""
     with process_group(config.train.threads) as device:
-        mesh = Mesh(**parse_mesh(config.mesh), device_type=device.type)
+        sizes: Any = parse_mesh(config.mesh)
+        mesh = Mesh(**sizes, device_type=device.type)
         trainer = Trainer(config, mesh, device)
         saved = _train(trainer, writes=mesh.world.rank == 0)
     entropies = trainer.data.validation_entropies() if mesh.world.rank == 0 else {}

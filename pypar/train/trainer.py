@@ -8,7 +8,6 @@ import torch
 
 from ..comm import all_reduce_start
 from ..comm.identical import first_difference
-from ..data_parallel import GradientBuckets
 from ..mesh import Axis, Mesh
 from ..models import ContextParallel, Decoder
 from ..pipeline_parallel import PipelineRuntime, schedules
@@ -16,7 +15,7 @@ from . import checkpoint
 from .batch import Microbatch, TrainingStage, split_batch
 from .config import RunConfig
 from .data import Batch, TokenData, open_data
-from .gradients import PartialGradients, tied_embedding_axis
+from .gradients import Gradients
 from .optimizer import Optimizer, learning_rate
 from .resume import identity, resumption
 
@@ -44,21 +43,14 @@ class Trainer:
             dtype=dtype,
         ).to(device)
         named = list(self.model.global_parameters())
-        self.buckets = GradientBuckets(
+        self.gradients = Gradients(
             [p for _, p in named],
-            mesh.data,
+            mesh,
             bucket_bytes=config.train.bucket_bytes,
             gradient_dtype=torch.float32,
             rebuild=False,  # a resumed run has the buckets of one that was not interrupted
         )
-        self.partial = PartialGradients({p: self.buckets.gradient(p) for _, p in named}, mesh)
-        self.extra_axes: list[Axis] = []
-        if self.model_config.tied_embeddings:
-            tied = tied_embedding_axis(mesh)
-            if tied is not None and self.model.has_tied_copy:
-                self.partial.tie(dict(named)["embedding.weight"], tied)
-                self.extra_axes.append(tied)
-        self.optimizer = Optimizer(named, self.buckets, config.optimizer)
+        self.optimizer = Optimizer(named, self.gradients, config.optimizer)
         self.runtime = self._pipeline()
         self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
 
@@ -71,7 +63,7 @@ class Trainer:
     @property
     def axes(self) -> list[Axis]:
         mesh = self.mesh
-        axes = [mesh.data, mesh.pp, mesh.cp, mesh.tp, mesh.world, *self.extra_axes]
+        axes = [mesh.data, mesh.pp, mesh.cp, mesh.tp, mesh.world, *self.gradients.axes]
         return list(dict.fromkeys(axes))
 
     def _microbatches(self, batch: Batch) -> list[Microbatch]:
@@ -98,15 +90,11 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One update; returns the loss (nats a token) before it and the gradient norm before clipping."""
-        self.buckets.zero()
+        self.gradients.zero()
         batch = self.data.train_batch(self.samples, self.config.train.batch_size)
-        losses = self.runtime.step(self._microbatches(batch), on_last_backward=self.buckets)
-        self.buckets.finish()
-        self.partial.sum()
-        tied_copy = "embedding.weight" if self.model.has_tied_copy and not self.model.is_first else None
-        loss, square_sum = self.sum_over_world(
-            self._own_loss(losses), self.optimizer.square_sum(self.mesh, tied_copy)
-        )
+        losses = self.runtime.step(self._microbatches(batch), on_last_backward=self.gradients)
+        self.gradients.finish()
+        loss, square_sum = self.sum_over_world(self._own_loss(losses), self.optimizer.square_sum(self.mesh))
         norm = math.sqrt(square_sum)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise RuntimeError(

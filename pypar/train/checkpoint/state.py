@@ -49,7 +49,7 @@ def save(directory: Path, step: int, state: State, mesh: "Mesh", extra: Mapping[
     partial = final.with_name(final.name + PARTIAL)
     _by_first_rank(lambda: _prepare(directory, partial), final, mesh)
     with _plain_errors(f"checkpoint {final} cannot be written"):
-        dcp.save(_global_tensors(state, mesh), storage_writer=SafetensorsWriter(partial))
+        dcp.save(_stored(state, mesh), storage_writer=SafetensorsWriter(partial))
     manifest = {"step": step, "written_at": time.time_ns(), "extra": extra}
     _by_first_rank(lambda: _complete(partial, final, manifest), final, mesh)
     if not final.is_dir():
@@ -76,7 +76,7 @@ def load(path: Path, state: State, mesh: "Mesh") -> dict[str, Any]:
         refused = str(error)
     _refuse_together(refused, mesh)
     with _plain_errors(f"checkpoint {path} cannot be read"):
-        dcp.load(_global_tensors(state, mesh), storage_reader=reader)
+        dcp.load(_stored(state, mesh), storage_reader=reader)
     return manifest
 
 
@@ -101,13 +101,11 @@ def _plain_errors(what: str) -> Iterator[None]:
         raise RuntimeError(f"{what}: rank {rank}: {type(error).__name__}: {error}") from error
 
 
-def _global_tensors(state: State, mesh: "Mesh") -> dict[str, Any]:
-    """DTensors that share memory with ``state``; plain tensors in a world of one."""
-    from pypar.layout import to_dtensor
+def _stored(state: State, mesh: "Mesh") -> dict[str, Any]:
+    """Tensors that share memory with ``state`` and tell DCP which boxes of the whole ones they are."""
+    from pypar.sharded.checkpointable import Stored
 
-    if mesh.device_mesh is None:
-        return {name: tensor for name, (tensor, _) in state.items()}
-    return {name: to_dtensor(tensor, layout, mesh) for name, (tensor, layout) in state.items()}
+    return {name: Stored.of(tensor, layout, mesh) for name, (tensor, layout) in state.items()}
 
 
 def _by_first_rank(act: Callable[[], None], final: Path, mesh: "Mesh") -> None:
