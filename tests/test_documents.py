@@ -176,6 +176,15 @@ def test_recipes_for_clusters_give_a_command_that_pypar_takes() -> None:
         assert fault_of(words) is None
 
 
+def test_the_workflow_calls_what_ci_runs_anywhere() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    tested = workflow["jobs"]["lint-and-test"]
+    assert [step["run"] for step in tested["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").is_file()
+    assert any(runner.endswith("-arm") for runner in tested["strategy"]["matrix"]["runner"])
+
+
 # ---- pages
 
 
@@ -185,6 +194,17 @@ def test_links_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S))
     local = [link.partition("#")[0] for link in links if "://" not in link]
     assert not [link for link in local if not (path.parent / link).exists()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_are_there(path: Path) -> None:
+    """x stands for the reader's own operator or method."""
+    folders = "csrc|kernels|pypar|tests|bench|docs|examples|build"
+    named = re.findall(rf"`((?:{folders})/[^`\s]*)`", path.read_text(encoding="utf-8"))
+    placeholders = re.compile(r"<\w+>|\b(test_)?x\.\w+$|^build/")
+    assert not [
+        name for name in named if not placeholders.search(name) and not any(ROOT.glob(name.rstrip("/")))
+    ]
 
 
 def test_documents_speak_of_the_project_alone() -> None:
