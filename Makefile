@@ -2,6 +2,7 @@
 # make test     set up .venv and run the tests                      ARGS="-k attention" reaches pytest
 # make test-all the same with the long ones; WORKERS=1 runs one test at a time, as a debugger wants it
 # make lint; make bench (BENCH=attention); make clean
+# make docs     build the pages of docs/ with the API reference into build/docs
 # make gpu-report what the compiled GPU kernels promise: registers, spills, occupancy, tensor-core share; needs nvcc and triton
 #
 # PYTHON=python3.12 chooses the Python that .venv is made of; CONSTRAINTS= lets pip choose every version.
@@ -20,7 +21,7 @@ COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(
 PYTEST_ARGS := -q $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: train test test-all lint bench gpu-report clean
+.PHONY: train test test-all lint bench docs gpu-report clean
 .DELETE_ON_ERROR:
 
 train: .venv/.set-up
@@ -41,11 +42,14 @@ lint: .venv/.set-up-dev
 bench: .venv/.set-up-dev
 	set -e; for program in bench/$(BENCH).py; do $(BIN)/python $$program $(ARGS); done
 
+docs: .venv/.set-up-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 gpu-report: .venv/.set-up-dev
 	$(BIN)/python bench/gpu_report.py $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info pypar/_native*.so pypar/_cuda*.so .venv/.set-up .venv/.set-up-dev .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info pypar/_native*.so pypar/_cuda*.so .venv/.set-up* .pytest_cache .mypy_cache .ruff_cache
 	find pypar kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # What the user runs, and, apart, what tests and lint need besides.
@@ -55,6 +59,10 @@ clean:
 
 .venv/.set-up-dev: .venv/.python $(BUILD_INPUTS)
 	$(INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[test,lint]'
+	touch .venv/.set-up $@
+
+.venv/.set-up-docs: .venv/.python $(BUILD_INPUTS)
+	$(INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[docs]'
 	touch .venv/.set-up $@
 
 # One line per thing that a bare machine may lack, before anything is downloaded.

@@ -41,7 +41,7 @@ LEVELS = {
 PARALLEL_LEVEL = 3
 
 MAX_LINES = {".py": 300, ".cpp": 500, ".h": 500, ".cu": 500, ".cuh": 500}
-SOURCE_FOLDERS = ("pypar", "kernels", "csrc", "tests", "bench")
+SOURCE_FOLDERS = ("pypar", "kernels", "csrc", "tests", "bench", "examples")
 BANNED_WORDS = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "v2"}
 
 
@@ -198,7 +198,7 @@ def _code_from_files(tree):
             yield f"{name} that trusts a file"
 
 
-@pytest.mark.parametrize("folder", ["pypar", "kernels", "bench"])
+@pytest.mark.parametrize("folder", ["pypar", "kernels", "bench", "examples"])
 def test_nothing_that_is_read_can_run_code(folder):
     found = [
         f"{path.relative_to(ROOT)}: {what}"
@@ -254,6 +254,8 @@ def test_banned_names():
             f"{path.relative_to(ROOT)}: {name}" for name in sorted(names) if _words(name) & BANNED_WORDS
         ]
     for path in _sources(".cpp", ".h", ".cu", ".cuh"):
+        found += [str(path.relative_to(ROOT))] if _words(path.stem) & BANNED_WORDS else []
+    for path in [*(ROOT / "docs").rglob("*"), *(ROOT / "examples").iterdir()]:
         found += [str(path.relative_to(ROOT))] if _words(path.stem) & BANNED_WORDS else []
     assert not found, f"banned words in {found}: say what it is"
 
