@@ -16,7 +16,7 @@ from transformers import (
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 import pypar
-from pypar.models import attention_interface
+from pypar.hugging_face import attention as attention_interface
 
 SIZES = {
     "vocab_size": 64,

@@ -15,7 +15,7 @@ from attention_judge import compare, run
 
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS
-from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention.arguments import attention_problem
 
 SAMPLE = sample()
 SHORT = sample({**AXES, "lengths": tuple(SHORT_LENGTHS), "H": (64, 40, 59)}, seed=1)
