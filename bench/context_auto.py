@@ -20,7 +20,7 @@ from pypar.context_parallel.layouts import segments_of
 from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.methods.hybrid import default_size
 from pypar.mesh import Axis
-from pypar.ops.attention_arguments import UNBOUNDED
+from pypar.ops.attention.arguments import UNBOUNDED
 
 LIMIT = 1.1  # auto / best, at most
 

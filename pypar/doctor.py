@@ -21,7 +21,7 @@ from pypar.comm.allreduce_thresholds import choose as choose_thresholds
 from pypar.comm.backend import BACKENDS
 from pypar.comm.backend import register as register_backend
 from pypar.ops import native
-from pypar.ops.attention_arguments import AttentionProblem, attention_problem
+from pypar.ops.attention.arguments import AttentionProblem, attention_problem
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
 from pypar.ops.linear import library_choice, processor
 

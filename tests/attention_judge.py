@@ -11,9 +11,9 @@ from attention_cases import Case, operands
 from plain_attention import plain_attention
 from torch import Tensor
 
-from pypar.ops import attention_reference
 from pypar.ops.attention import attention
-from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention import reference as attention_reference
+from pypar.ops.attention.arguments import attention_problem
 from pypar.ops.backend import Backend
 
 

@@ -6,9 +6,10 @@ import torch
 from accuracy import assert_accurate
 from torch import Tensor
 
-from pypar.ops import attention_native, native
-from pypar.ops.attention_arguments import AttentionProblem, Positions, attention_problem
-from pypar.ops.attention_reference import dropout_keep
+from pypar.ops import native
+from pypar.ops.attention import native as attention_native
+from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
+from pypar.ops.attention.reference import dropout_keep
 from pypar.selftest.orders import in_orders
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

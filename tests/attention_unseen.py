@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pypar.ops.attention_arguments import AttentionProblem, attention_problem
-from pypar.ops.attention_reference import sequences
+from pypar.ops.attention.arguments import AttentionProblem, attention_problem
+from pypar.ops.attention.reference import sequences
 from pypar.ops.rows import accumulate_dtype
 
 POISONS = [math.nan, math.inf]

@@ -11,7 +11,7 @@ from torch import nn
 import pypar
 from pypar import comm
 from pypar.ops.attention import attention_backward, attention_forward
-from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention.arguments import attention_problem
 from pypar.ops.bucket import bucket, move
 from pypar.ops.linear import linear_forward, linear_input_gradient, linear_weight_gradient
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pypar.ops.attention_arguments import Positions
-from pypar.ops.attention_reference import dropout_keep
+from pypar.ops.attention.arguments import Positions
+from pypar.ops.attention.reference import dropout_keep
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pypar.ops import attention_native, native
-from pypar.ops.attention_arguments import AttentionProblem
+from pypar.ops import native
+from pypar.ops.attention import native as attention_native
+from pypar.ops.attention.arguments import AttentionProblem
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 BLOCKS_PER_MULTIPROCESSOR = 2

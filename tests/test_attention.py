@@ -9,7 +9,7 @@ from accuracy import assert_same_for_any_threads, check_operator, expect, instru
 
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS, attention, attention_backward, attention_forward
-from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention.arguments import attention_problem
 
 ANY = torch.zeros(1, 1, 1, 8)
 # The GPU's are tested in test_attention_cuda.py and test_attention_triton.py.

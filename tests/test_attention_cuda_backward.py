@@ -13,8 +13,9 @@ from attention_judge import compare, run
 from plain_attention import plain_attention
 from torch import Tensor
 
-from pypar.ops import attention_native, attention_reference
-from pypar.ops.attention_arguments import AttentionProblem, Positions, attention_problem
+from pypar.ops.attention import native as attention_native
+from pypar.ops.attention import reference as attention_reference
+from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.ops.backend import Backend
 
 pytestmark = pytest.mark.skipif(simt_build.why_not() is not None, reason=f"{simt_build.why_not()}")
@@ -41,7 +42,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def simt_backward(flavour: str, problem: AttentionProblem, dout: Tensor, *rest) -> tuple[Tensor, ...]:
-    """attention_native.backward by the kernels; they may touch nothing but the arguments and new tensors."""
+    """`attention.native.backward` by the kernels; they may touch nothing but the arguments and new tensors."""
     module = simt_build.simt_module("attention", flavour)
     out, lse, dlse, into, dbias = rest
     inputs = {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}

@@ -7,8 +7,8 @@ import torch
 from test_attention_matrix import BY_NAME, device_of
 
 from pypar.ops.attention import attention
-from pypar.ops.attention_arguments import Positions, attention_problem
-from pypar.ops.attention_reference import dropout_keep, philox
+from pypar.ops.attention.arguments import Positions, attention_problem
+from pypar.ops.attention.reference import dropout_keep, philox
 
 MASK = 0xFFFFFFFF
 

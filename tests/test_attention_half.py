@@ -7,9 +7,10 @@ import pytest
 import torch
 from accuracy import assert_same_for_any_threads, check_operator, expect, instruction_set
 
-from pypar.ops import attention_native, native
+from pypar.ops import native
 from pypar.ops.attention import attention
-from pypar.ops.attention_arguments import Positions, attention_problem
+from pypar.ops.attention import native as attention_native
+from pypar.ops.attention.arguments import Positions, attention_problem
 
 DTYPES = {"amx_fp16": torch.float16, "amx": torch.bfloat16, "avx512_bf16": torch.bfloat16}
 ISAS = [isa for isa in native.module().supported_isas() if isa in DTYPES]

@@ -16,7 +16,7 @@ from attention_judge import compare, run
 
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS
-from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention.arguments import attention_problem
 
 MIDDLE_AXES = {**AXES, "lengths": tuple(MIDDLE_LENGTHS)}
 SHORT_AXES = {**AXES, "lengths": tuple(SHORT_LENGTHS), "H": (64, 40, 59)}

@@ -13,7 +13,8 @@ from attention_native_judge import (
     varlen,
 )
 
-from pypar.ops import attention_native, native
+from pypar.ops import native
+from pypar.ops.attention import native as attention_native
 
 ISAS = native.module().supported_isas()
 

@@ -20,8 +20,9 @@ from attention_native_judge import (
     varlen,
 )
 
-from pypar.ops import attention_native, native
-from pypar.ops.attention_arguments import AttentionProblem, Positions
+from pypar.ops import native
+from pypar.ops.attention import native as attention_native
+from pypar.ops.attention.arguments import AttentionProblem, Positions
 from pypar.selftest.orders import in_orders
 
 ISAS = native.module().supported_isas()

@@ -11,8 +11,8 @@ from plain_attention import plain_attention
 from test_attention_matrix import BY_NAME, SHORT, device_of
 
 from pypar.ops.attention import attention
-from pypar.ops.attention_arguments import Positions, attention_problem
-from pypar.ops.attention_reference import sinks_gradient
+from pypar.ops.attention.arguments import Positions, attention_problem
+from pypar.ops.attention.reference import sinks_gradient
 
 B, T, S, N, G, H, Hv = 2, 3, 5, 2, 1, 2, 1
 

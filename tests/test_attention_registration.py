@@ -8,8 +8,8 @@ import torch
 from test_attention import NAMES, make
 
 from pypar.ops.attention import attention, attention_backward, attention_forward
-from pypar.ops.attention_arguments import attention_problem
-from pypar.ops.attention_op import flat
+from pypar.ops.attention.arguments import attention_problem
+from pypar.ops.attention.operator import flat
 
 
 @pytest.mark.parametrize("causal", [False, True])

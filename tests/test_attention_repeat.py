@@ -7,7 +7,7 @@ import torch
 
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS
-from pypar.ops.attention_arguments import Positions, attention_problem
+from pypar.ops.attention.arguments import Positions, attention_problem
 
 NATIVE = next(backend for backend in BACKENDS if backend.name == "native")
 ENDS = {

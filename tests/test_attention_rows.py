@@ -8,7 +8,7 @@ from accuracy import instruction_set
 
 from pypar.ops import native
 from pypar.ops.attention import BY_NAME
-from pypar.ops.attention_arguments import Positions, attention_problem
+from pypar.ops.attention.arguments import Positions, attention_problem
 
 ISAS = native.module().supported_isas()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

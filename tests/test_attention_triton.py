@@ -15,8 +15,9 @@ import torch
 from attention_judge import compare
 from attention_problems import check_added, check_carry, draw
 
-from pypar.ops import attention_reference, attention_triton
-from pypar.ops.attention_arguments import AttentionProblem, Positions, attention_problem
+from pypar.ops.attention import reference as attention_reference
+from pypar.ops.attention import triton as attention_triton
+from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.ops.backend import Backend
 
 needs_triton = pytest.mark.skipif(
@@ -188,9 +189,9 @@ def test_without_triton_it_says_so():
     """And importing the op needs no Triton."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from pypar.ops import attention, attention_triton, attention_arguments\n"
+        "import torch; from pypar.ops.attention import arguments, triton\n"
         "q = torch.zeros(1, 2, 1, 8)\n"
-        "print(attention_triton.unsupported(attention_arguments.attention_problem(q, q, q)))"
+        "print(triton.unsupported(arguments.attention_problem(q, q, q)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "triton is not installed" in result.stdout, result.stderr

@@ -15,7 +15,7 @@ if sys.platform != "linux":
 from triton_compile import NEWEST, SHARED_BYTES, compile_launch, machine_code
 
 from pypar.kernels.attention_launches import Device, Launch, backward_launches, forward_launches
-from pypar.ops.attention_arguments import AttentionProblem, attention_problem
+from pypar.ops.attention.arguments import AttentionProblem, attention_problem
 
 ARCHITECTURES = {80: "sm_80", 86: "other", 90: "sm_90", 100: "sm_100", 120: "other"}
 KERNELS = ("forward", "decode", "combine", "delta", "dkdv", "dq")

@@ -15,9 +15,10 @@ from attention_unseen import POISONS, REACHED, Way, draw, make, poisoned, reach
 from torch import Tensor
 
 from pypar.hugging_face.attention import attention_forward as interface_forward
-from pypar.ops import attention_triton, native
+from pypar.ops import native
 from pypar.ops.attention import BACKENDS
-from pypar.ops.attention_arguments import AttentionProblem, Positions
+from pypar.ops.attention import triton as attention_triton
+from pypar.ops.attention.arguments import AttentionProblem, Positions
 from pypar.ops.backend import Backend, never_refuses
 from pypar.ops.scaled_dot_product_attention import scaled_dot_product_attention
 

@@ -10,7 +10,7 @@ from pypar.context_parallel.layouts import LAYOUTS, segments_of, unions
 from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.methods.heads import head_share
 from pypar.context_parallel.methods.hybrid import HybridGroups, default_size
-from pypar.ops.attention_arguments import check_window
+from pypar.ops.attention.arguments import check_window
 
 MANY_HEADS = {name: case for name, case in CASES.items() if name != "one head"}
 

@@ -15,7 +15,7 @@ from pypar.context_parallel.auto import volume
 from pypar.context_parallel.layouts import LAYOUTS, segments_of
 from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.methods import ring
-from pypar.ops.attention_arguments import check_window
+from pypar.ops.attention.arguments import check_window
 from pypar.selftest.orders import InOrder
 
 

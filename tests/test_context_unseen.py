@@ -8,7 +8,7 @@ import torch
 from attention_unseen import REACHED, reach
 from context_cases import Case, inputs, many_ranks
 
-from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention.arguments import attention_problem
 
 CASES = {
     "causal": Case(T=310),

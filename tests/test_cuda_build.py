@@ -155,8 +155,8 @@ def cuda():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_call_without_a_gpu_says_so(cuda):
-    from pypar.ops import attention_native
-    from pypar.ops.attention_arguments import attention_problem
+    from pypar.ops.attention import native as attention_native
+    from pypar.ops.attention.arguments import attention_problem
 
     q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="no CUDA device can be used"):

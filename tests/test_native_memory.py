@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 import pypar
 from pypar.ops import native
 from pypar.ops.attention import attention_forward
-from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention.arguments import attention_problem
 
 
 def only_traced():

@@ -11,7 +11,7 @@ from accuracy import expect
 from plain_attention import plain_attention
 from torch import Tensor
 
-from pypar.ops.attention_arguments import attention_problem
+from pypar.ops.attention.arguments import attention_problem
 
 FOLDER = os.environ.get("PYPAR_PTXRUN", "")
 pytestmark = [

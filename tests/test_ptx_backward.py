@@ -14,8 +14,8 @@ from plain_attention import plain_attention
 from ptx_attention import CProblem, CTensor, c_problem, c_tensor
 from torch import Tensor
 
-from pypar.ops import attention_reference
-from pypar.ops.attention_arguments import AttentionProblem, attention_problem
+from pypar.ops.attention import reference as attention_reference
+from pypar.ops.attention.arguments import AttentionProblem, attention_problem
 
 FOLDER = os.environ.get("PYPAR_PTXRUN", "")
 pytestmark = [

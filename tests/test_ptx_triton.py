@@ -18,7 +18,7 @@ from ptxrun.triton_aot import TritonKernel
 from triton_compile import source_of
 
 from pypar.kernels.attention_launches import Device, Launch, backward_launches, forward_launches
-from pypar.ops.attention_arguments import AttentionProblem
+from pypar.ops.attention.arguments import AttentionProblem
 from pypar.ops.backend import Backend
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90"}

@@ -11,7 +11,7 @@ import torch
 import pypar.selftest as selftest
 from pypar import cli
 from pypar.ops import native
-from pypar.ops.attention_op import BY_NAME
+from pypar.ops.attention.operator import BY_NAME
 from pypar.ops.backend import op_modules
 from pypar.selftest import attention_torch, check, linear, measure, report, rows
 from pypar.selftest.case import Case, Peer

@@ -62,7 +62,7 @@ def _in_place(given: Any, result: Any) -> Any:
 
 def _answer(name: str, *arguments: Any) -> Any:
     from pypar.kernels import attention
-    from pypar.ops import attention_triton
+    from pypar.ops.attention import triton as attention_triton
 
     if name == "unsupported":
         return attention_triton.unsupported(*arguments)

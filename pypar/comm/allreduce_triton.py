@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pypar.comm.allreduce_cuda import gpu_refusal
 from pypar.comm.allreduce_ranks import Ranks
-from pypar.ops.attention_triton import TRITON_MISSING
+from pypar.ops.attention.triton import TRITON_MISSING
 
 NAME = "triton"
 

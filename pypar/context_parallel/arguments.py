@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,23 +13,14 @@ from pypar.context_parallel.call import Call
 from pypar.context_parallel.layouts import check_part, segments_of
 from pypar.context_parallel.masks import Mask
 from pypar.mesh import Axis
-from pypar.ops.attention import Window
-from pypar.ops.attention_arguments import AttentionProblem, attention_problem, check_scores
+from pypar.ops.attention.arguments import AttentionProblem, ScoreOptions, check_scores, problem_of
 
 
 @dataclass(frozen=True, eq=False)
 class Arguments:
     """What the caller of `ring_attention` gave beside q, k, v and the group."""
 
-    causal: bool
-    scale: float | None
-    window: Window | None
-    softcap: float
-    sinks: Tensor | None
-    alibi_slopes: Tensor | None
-    bias: Tensor | None
-    dropout_p: float
-    dropout_seed: Tensor | int | None
+    scores: ScoreOptions
     cu_seqlens: Tensor | None
     cu_seqlens_k: Tensor | None
     length_q: int | None
@@ -45,13 +36,10 @@ class Arguments:
 
     def of_one_device(self, q: Tensor, seed: Tensor | None) -> dict[str, Any]:
         """The same as arguments of `pypar.attention`; seed: drawn or given."""
-        names = (
-            *("causal", "scale", "window", "softcap", "sinks", "alibi_slopes", "bias"),
-            *("dropout_p", "backend"),
-        )
         ends = (self.cu_seqlens, self.ends_k)
         ends_q, ends_k = (None if x is None else x.to(q.device) for x in ends)
-        return {name: getattr(self, name) for name in names} | {
+        return {field.name: getattr(self.scores, field.name) for field in fields(self.scores)} | {
+            "backend": self.backend,
             "cu_seqlens_q": ends_q,
             "cu_seqlens_k": ends_k,
             "dropout_seed": seed,
@@ -83,7 +71,7 @@ def checked(q: Tensor, k: Tensor, v: Tensor, axis: Axis, arguments: Arguments) -
         for length, _ in lengths
     )
     num_documents = None if a.cu_seqlens is None else len(mask.queries) - 1
-    check_scores(q, k, None, a.alibi_slopes, None, num_documents)
+    check_scores(q, k, None, a.scores.alibi_slopes, None, num_documents)
     call = Call(
         axis,
         queries,
@@ -92,9 +80,9 @@ def checked(q: Tensor, k: Tensor, v: Tensor, axis: Axis, arguments: Arguments) -
         mask,
         problem.scale,
         problem.softcap,
-        a.sinks,
-        None if a.alibi_slopes is None else a.alibi_slopes.detach(),
-        None if a.bias is None else _bias(a.bias, q, mask.length_k, num_documents),
+        a.scores.sinks,
+        None if a.scores.alibi_slopes is None else a.scores.alibi_slopes.detach(),
+        None if a.scores.bias is None else _bias(a.scores.bias, q, mask.length_k, num_documents),
         problem.dropout_p,
         problem.seed,
         0,
@@ -124,16 +112,18 @@ def described(q: Tensor, k: Tensor, v: Tensor, call: Call, arguments: Arguments)
     fields["window with causal"] = (mask.left, mask.right)
     for name in ("scale", "softcap", "dropout_p", "backend"):
         fields[name] = getattr(call, name)
-    fields["sinks"] = None if a.sinks is None else tuple(a.sinks.shape)
-    fields["alibi_slopes"] = None if a.alibi_slopes is None else tuple(a.alibi_slopes.shape)
+    fields["sinks"] = None if a.scores.sinks is None else tuple(a.scores.sinks.shape)
+    fields["alibi_slopes"] = None if a.scores.alibi_slopes is None else tuple(a.scores.alibi_slopes.shape)
     fields["bias"] = (
         None if call.bias is None else (*call.bias.shape[:2], *call.bias.shape[3:], call.bias.dtype)
     )
-    if a.dropout_p > 0 and a.dropout_seed is None:
+    if a.scores.dropout_p > 0 and a.scores.dropout_seed is None:
         fields["drawn"] = "a seed"
-    elif isinstance(a.dropout_seed, int) or (a.dropout_seed is not None and a.dropout_seed.is_cpu):
-        fields["dropout_seed"] = int(a.dropout_seed)
-    leaves = (("q", q), ("k", k), ("v", v), ("sinks", a.sinks), ("bias", a.bias))
+    elif isinstance(a.scores.dropout_seed, int) or (
+        a.scores.dropout_seed is not None and a.scores.dropout_seed.is_cpu
+    ):
+        fields["dropout_seed"] = int(a.scores.dropout_seed)
+    leaves = (("q", q), ("k", k), ("v", v), ("sinks", a.scores.sinks), ("bias", a.scores.bias))
     recorded = [name for name, x in leaves if x is not None and x.requires_grad and torch.is_grad_enabled()]
     fields["whether a gradient is wanted"] = bool(recorded)
     return fields
@@ -157,18 +147,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> AttentionProblem:
                     "reshape it"
                 )
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-    return attention_problem(
-        q,
-        k,
-        v,
-        causal=a.causal,
-        scale=a.scale,
-        window=a.window,
-        softcap=a.softcap,
-        sinks=a.sinks,
-        dropout_p=a.dropout_p,
-        dropout_seed=a.dropout_seed,
-    )
+    return problem_of(q, k, v, replace(a.scores, alibi_slopes=None, bias=None))
 
 
 def _length(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,8 +12,12 @@ from pypar.context_parallel.agreement import agree
 from pypar.context_parallel.arguments import Arguments, checked, described, no_seed
 from pypar.context_parallel.methods.registry import method_named
 from pypar.mesh import Axis, as_axis
-from pypar.ops.attention import Window, attention
+from pypar.ops.attention import attention
+from pypar.ops.attention.arguments import ScoreKeywords, ScoreOptions, Window
 from pypar.ops.uncompiled import between_ranks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @overload
@@ -25,15 +29,6 @@ def ring_attention(
     *,
     layout: str = ...,
     method: str = ...,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: Window | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ...,
-    bias: Tensor | None = ...,
-    dropout_p: float = ...,
-    dropout_seed: Tensor | int | None = ...,
     cu_seqlens: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
     length_q: int | None = ...,
@@ -41,6 +36,7 @@ def ring_attention(
     return_lse: Literal[False] = ...,
     method_options: Mapping[str, Any] | None = ...,
     backend: str | None = ...,
+    **options: Unpack[ScoreKeywords],
 ) -> Tensor: ...
 @overload
 def ring_attention(
@@ -51,15 +47,6 @@ def ring_attention(
     *,
     layout: str = ...,
     method: str = ...,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: Window | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ...,
-    bias: Tensor | None = ...,
-    dropout_p: float = ...,
-    dropout_seed: Tensor | int | None = ...,
     cu_seqlens: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
     length_q: int | None = ...,
@@ -67,6 +54,7 @@ def ring_attention(
     return_lse: Literal[True],
     method_options: Mapping[str, Any] | None = ...,
     backend: str | None = ...,
+    **options: Unpack[ScoreKeywords],
 ) -> tuple[Tensor, Tensor]: ...
 @between_ranks("ring_attention")
 def ring_attention(
@@ -123,24 +111,9 @@ def ring_attention(
     between ranks (on GPUs the ranks compare each combination of shapes and options once).
     """
     axis = as_axis(group)
+    scores = ScoreOptions(causal, scale, window, softcap, sinks, alibi_slopes, bias, dropout_p, dropout_seed)
     arguments = Arguments(
-        causal,
-        scale,
-        window,
-        softcap,
-        sinks,
-        alibi_slopes,
-        bias,
-        dropout_p,
-        dropout_seed,
-        cu_seqlens,
-        cu_seqlens_k,
-        length_q,
-        length_k,
-        layout,
-        method,
-        method_options or {},
-        backend,
+        scores, cu_seqlens, cu_seqlens_k, length_q, length_k, layout, method, method_options or {}, backend
     )
     refusal: ValueError | None = None
     try:

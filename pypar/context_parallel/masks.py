@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pypar.context_parallel.layouts import Segment, Segments, num_positions
-from pypar.ops.attention_arguments import UNBOUNDED, Positions
+from pypar.ops.attention.arguments import UNBOUNDED, Positions
 
 
 @dataclass(frozen=True)

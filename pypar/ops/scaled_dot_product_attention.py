@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pypar.ops.attention import attention
-from pypar.ops.attention_checks import check_tensor
+from pypar.ops.attention.checks import check_tensor
 from pypar.ops.register import overridable
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # what torch.autocast converts

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pypar.ops.attention import attention, attention_backward, attention_forward
-from pypar.ops.attention_arguments import AttentionProblem, Positions, attention_problem
+from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.selftest import attention_torch
 from pypar.selftest.attention_torch import Window
 from pypar.selftest.case import Case, Draw, Inputs, Peer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pypar.ops.attention_reference import dropout_keep
+from pypar.ops.attention.reference import dropout_keep
 from pypar.selftest.case import Inputs
 
 Window = tuple[int | None, int | None]

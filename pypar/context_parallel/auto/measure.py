@@ -22,7 +22,7 @@ from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.methods.blockwise import add_backward, add_forward, empty_sums
 from pypar.cost.machine import MEASURED, MachineCosts
 from pypar.mesh import Axis, as_axis
-from pypar.ops.attention_arguments import UNBOUNDED
+from pypar.ops.attention.arguments import UNBOUNDED
 from pypar.ops.uncompiled import between_ranks
 
 _HEADS = 4  # of the attention that is measured

@@ -16,8 +16,8 @@ from torch import Tensor
 from pypar.context_parallel.call import Call
 from pypar.context_parallel.masks import Piece
 from pypar.ops.attention import BACKENDS, attention_forward
-from pypar.ops.attention_arguments import AttentionProblem, attention_problem
-from pypar.ops.attention_reference import sinks_gradient
+from pypar.ops.attention.arguments import AttentionProblem, attention_problem
+from pypar.ops.attention.reference import sinks_gradient
 from pypar.ops.backend import choose
 from pypar.ops.rows import accumulate_dtype
 
@@ -53,11 +53,12 @@ def forward_once(
     for piece in pieces:
         problem = replace(_problem(piece, q, k, v, call), sinks=_op_sinks(call, q))
         backend = choose("attention", BACKENDS, {"problem": problem}, call.backend)
-        out, lse, *rest = backend.forward(problem, None)
-        _rows(results[0], piece, piece.rows).copy_(out)
-        for held, made in zip(results[1:], (lse, *rest), strict=False):
-            _lse_rows(held, piece).copy_(made)
-        makes_rest |= bool(rest)
+        made = backend.forward(problem, None)
+        _rows(results[0], piece, piece.rows).copy_(made.out)
+        _lse_rows(results[1], piece).copy_(made.lse)
+        if made.lse_rest is not None:
+            _lse_rows(results[2], piece).copy_(made.lse_rest)
+            makes_rest = True
     return makes_rest
 
 
@@ -94,7 +95,7 @@ def add_backward(
             None if dlse is None else _lse_rows(dlse, piece),
             tuple(_rows(x, piece, span) for x, span in zip(into, spans, strict=True)),
             scores,
-            *(() if lse_rest is None else (_lse_rows(lse_rest, piece).contiguous(),)),
+            None if lse_rest is None else _lse_rows(lse_rest, piece).contiguous(),
         )
         if dbias is not None and scores is not None:
             part = _bias(dbias, piece)

@@ -1,19 +1,23 @@
 """Attention as an operator of torch: its backends, schema, fake and gradient.
 
-A backend's forward(problem, carry) returns (out, lse), or (out, lse, lse_rest): lse + lse_rest is the lse before it
-was rounded. Its backward(problem, dout, out, lse, dlse, into, dbias) then takes lse_rest as one more argument.
+A backend's forward(problem, carry) returns `AttentionResults`; its backward(problem, dout, out, lse, dlse, into, dbias,
+lse_rest) gives (dq, dk, dv).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pypar.ops import attention_cuda, attention_native, attention_reference, attention_triton, native
-from pypar.ops.attention_arguments import AttentionProblem
+from pypar.ops import native
+from pypar.ops.attention import cuda as attention_cuda
+from pypar.ops.attention import native as attention_native
+from pypar.ops.attention import reference as attention_reference
+from pypar.ops.attention import triton as attention_triton
+from pypar.ops.attention.arguments import AttentionProblem, AttentionResults
 from pypar.ops.backend import Backend, never_refuses
 from pypar.ops.register import define, register_gradient
 from pypar.ops.rows import accumulate_dtype, native_refusal
@@ -25,13 +29,10 @@ def _native_unsupported(problem: AttentionProblem) -> str | None:
     return native_refusal(problem.q, problem.k, problem.v)
 
 
-def _native_forward(
-    problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    if carry is not None or not _makes_rest(problem, "native"):
-        return attention_native.forward(native.module(), problem, carry)
-    lse_rest = problem.q.new_empty(problem.lse_shape)
-    return *attention_native.forward(native.module(), problem, None, lse_rest), lse_rest
+def _native_forward(problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None) -> AttentionResults:
+    wants_rest = carry is None and _makes_rest(problem, "native")
+    lse_rest = problem.q.new_empty(problem.lse_shape) if wants_rest else None
+    return AttentionResults(*attention_native.forward(native.module(), problem, carry, lse_rest), lse_rest)
 
 
 def _native_backward(problem: AttentionProblem, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,15 +61,16 @@ BY_NAME = {
 
 # ---- registration
 
-_PROBLEM = (
-    "Tensor q, Tensor k, Tensor v, float scale, int left, int right, float softcap, Tensor? sinks, "
-    "Tensor? alibi_slopes, Tensor? bias, float dropout_p, Tensor? seed, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, str backend"
-)
-
-
-_FIELDS = tuple(argument.split()[1] for argument in _PROBLEM.split(", ")[:-1])
-_TENSORS = tuple(a.split()[1] for a in _PROBLEM.split(", ") if a.startswith("Tensor"))
+_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "int"}
+# The operator takes a problem's fields one by one; ranks' positions are not for it.
+_ARGUMENTS = {
+    field.name: _SCHEMA_TYPES[str(field.type)]
+    for field in fields(AttentionProblem)
+    if field.name != "positions"
+}
+_FIELDS = tuple(_ARGUMENTS)
+_TENSORS = tuple(name for name, kind in _ARGUMENTS.items() if kind.startswith("Tensor"))
+_PROBLEM = ", ".join(f"{kind} {name}" for name, kind in _ARGUMENTS.items()) + ", str backend"
 
 
 def flat(problem: AttentionProblem) -> tuple:
@@ -77,9 +79,9 @@ def flat(problem: AttentionProblem) -> tuple:
 
 
 def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *fields, backend = arguments
-    out, lse, *rest = BY_NAME[backend].forward(AttentionProblem(*fields), None)
-    return out, lse, rest[0] if rest else lse.new_empty(0)
+    *given, backend = arguments
+    out, lse, rest = BY_NAME[backend].forward(AttentionProblem(*given), None)
+    return out, lse, lse.new_empty(0) if rest is None else rest
 
 
 def _run_backward(  # noqa: PLR0913 # the operator's arguments
@@ -91,14 +93,13 @@ def _run_backward(  # noqa: PLR0913 # the operator's arguments
     bias_needs: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *fields, backend = arguments
-    problem = AttentionProblem(*fields)
+    *given, backend = arguments
+    problem = AttentionProblem(*given)
     q, sinks, bias = problem.q, problem.sinks, problem.bias
     dscores = q.new_zeros(problem.scores_shape, dtype=lse.dtype) if bias_needs else None
     run = BY_NAME[backend].backward
     assert run is not None
-    rest = (lse_rest,) if lse_rest.numel() else ()
-    dq, dk, dv = run(problem, dout, out, lse, dlse, None, dscores, *rest)
+    dq, dk, dv = run(problem, dout, out, lse, dlse, None, dscores, lse_rest if lse_rest.numel() else None)
     if sinks is None and dlse is None and problem.cu_seqlens_k is None and problem.k.shape[1] == 1:
         # The softmax of one score is 1 whatever the score, but dp - delta is what rounding leaves of 0. NaN stays.
         for x in (dq, dk) if dscores is None else (dq, dk, dscores):
@@ -126,8 +127,8 @@ def _bias_gradient(dscores: Tensor, bias: Tensor) -> Tensor:
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *fields, backend = arguments
-    problem = AttentionProblem(*fields)
+    *given, backend = arguments
+    problem = AttentionProblem(*given)
     lse = problem.q.new_empty(problem.lse_shape, dtype=accumulate_dtype(problem.q))
     rest = lse.new_empty(lse.shape if _makes_rest(problem, backend) else 0)
     return problem.q.new_empty(problem.out_shape), lse, rest
@@ -149,8 +150,8 @@ def _fake_backward(  # noqa: PLR0913
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *fields, ctx.backend = inputs
-    p = AttentionProblem(*fields)
+    *given, ctx.backend = inputs
+    p = AttentionProblem(*given)
     ctx.options = replace(p, **dict.fromkeys(_TENSORS))  # type: ignore[arg-type] # autograd keeps the tensors
     ctx.save_for_backward(*(getattr(p, name) for name in _TENSORS), *output)
     ctx.mark_non_differentiable(output[2])

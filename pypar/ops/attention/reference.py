@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pypar.ops.attention_arguments import AttentionProblem, Positions
-from pypar.ops.attention_checks import UNBOUNDED
+from pypar.ops.attention.arguments import AttentionProblem, AttentionResults, Positions
+from pypar.ops.attention.checks import UNBOUNDED
 from pypar.ops.rows import accumulate_dtype
 
 _ROUNDS, _MULTIPLIER, _KEY_STEP, _LOW = 10, 0xD256D193, 0x9E3779B9, 0xFFFFFFFF
@@ -53,7 +53,7 @@ Carry = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def forward(problem: AttentionProblem, carry: Carry | None) -> tuple[Tensor, Tensor]:
+def forward(problem: AttentionProblem, carry: Carry | None) -> AttentionResults:
     """(out, lse). A carry, fp32 (out, lse) over earlier keys, is continued: updated in place and returned."""
     q = problem.q
     if carry is None:
@@ -65,7 +65,7 @@ def forward(problem: AttentionProblem, carry: Carry | None) -> tuple[Tensor, Ten
         part_out, part_lse = _forward(part, before)
         _batch(problem, out, rows).copy_(part_out)
         _batch(problem, lse.mT, rows).mT.copy_(part_lse)
-    return out, lse
+    return AttentionResults(out, lse)
 
 
 def backward(
@@ -76,11 +76,12 @@ def backward(
     dlse: Tensor | None,
     into: Gradients | None,
     dbias: Tensor | None,
+    lse_rest: None = None,
 ) -> Gradients:
     """(dq, dk, dv), in the inputs' dtypes; or, given fp32 tensors to add `into`, these.
 
     dbias: [B, N, T, S] in fp32, zero, receives the gradient of the scores. out and lse may be the final ones of an
-    attention over more keys than these.
+    attention over more keys than these. lse_rest: this backend makes none.
     """
     results = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in _qkv(problem))
     for part, rows, keys in sequences(problem):

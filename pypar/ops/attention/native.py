@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pypar.ops import native
-from pypar.ops.attention_arguments import AttentionProblem, Positions
+from pypar.ops.attention.arguments import AttentionProblem, Positions
 
 _GPU_ROW_BYTES = 16  # what one asynchronous copy moves
 

@@ -8,8 +8,8 @@ import os
 import torch
 from torch import Tensor
 
-from pypar.ops.attention_arguments import AttentionProblem
-from pypar.ops.attention_gpu import device_refusal, refusal
+from pypar.ops.attention.arguments import AttentionProblem, AttentionResults
+from pypar.ops.attention.gpu import device_refusal, refusal
 
 _LARGEST_POSITION = 2**30  # sums of two positions are int32 in the kernels
 
@@ -27,11 +27,11 @@ TRITON_MISSING = _triton_missing()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def forward(problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def forward(problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None) -> AttentionResults:
     """(out, lse); a carry, fp32 (out, lse) over earlier keys, is continued: updated in place and returned."""
     from pypar.kernels.attention import attention_forward
 
-    return attention_forward(problem, carry)
+    return AttentionResults(*attention_forward(problem, carry))
 
 
 def backward(
@@ -42,8 +42,9 @@ def backward(
     dlse: Tensor | None,
     into: tuple[Tensor, Tensor, Tensor] | None,
     dbias: Tensor | None,
+    lse_rest: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), or, given fp32 tensors to add `into`, these. dbias: as in attention_reference.backward."""
+    """(dq, dk, dv), or, given fp32 tensors to add `into`, these. dbias and lse_rest as the reference has them."""
     from pypar.kernels.attention import attention_backward
 
     return attention_backward(problem, dout, out, lse, dlse, into, dbias)

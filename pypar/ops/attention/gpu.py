@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pypar.ops.attention_arguments import AttentionProblem
+from pypar.ops.attention.arguments import AttentionProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pypar.ops import attention_native, native
-from pypar.ops.attention_arguments import AttentionProblem
-from pypar.ops.attention_gpu import device_refusal, refusal
-from pypar.ops.attention_native import aligned, with_aligned_rows
+from pypar.ops import native
+from pypar.ops.attention import native as attention_native
+from pypar.ops.attention.arguments import AttentionProblem, AttentionResults
+from pypar.ops.attention.gpu import device_refusal, refusal
+from pypar.ops.attention.native import aligned, with_aligned_rows
 
 _MISSING = native.cuda_missing()  # looked up once, since torch.compile cannot trace it
 
 
-def forward(problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def forward(problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None) -> AttentionResults:
     """(out, lse); a carry, fp32 (out, lse) over earlier keys, is continued: updated in place and returned."""
     with torch.cuda.device(problem.q.device):
-        return attention_native.forward(native.cuda_module(), with_aligned_rows(problem), carry)
+        found = attention_native.forward(native.cuda_module(), with_aligned_rows(problem), carry)
+    return AttentionResults(*found)
 
 
 def backward(
@@ -27,8 +29,9 @@ def backward(
     dlse: Tensor | None,
     into: tuple[Tensor, Tensor, Tensor] | None,
     dbias: Tensor | None,
+    lse_rest: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), or, given fp32 tensors to add `into`, these. dbias: as in attention_reference.backward."""
+    """(dq, dk, dv), or, given fp32 tensors to add `into`, these. dbias and lse_rest as the reference has them."""
     with torch.cuda.device(problem.q.device):
         return attention_native.backward(
             native.cuda_module(),

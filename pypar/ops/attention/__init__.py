@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from pypar.ops.attention_arguments import AttentionProblem, attention_problem, check_results
-from pypar.ops.attention_op import BY_NAME, flat, run_forward
+from pypar.ops.attention.arguments import (
+    AttentionProblem,
+    ScoreKeywords,
+    ScoreOptions,
+    Window,
+    check_results,
+    problem_of,
+)
+from pypar.ops.attention.operator import BY_NAME, flat, run_forward
 from pypar.ops.backend import choose
 from pypar.ops.register import overridable
 from pypar.ops.rows import accumulate_dtype
 from pypar.ops.uncompiled import uncompiled
 
-Window = tuple[int | None, int | None]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 BACKENDS = tuple(BY_NAME.values())
 _RAW = "it is attention's kernels alone, for use within an operator or an autograd.Function; pypar.attention compiles"
@@ -26,20 +34,12 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: Window | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ...,
-    bias: Tensor | None = ...,
-    dropout_p: float = ...,
-    dropout_seed: Tensor | int | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     deterministic: bool = ...,
     backend: str | None = ...,
+    **options: Unpack[ScoreKeywords],
 ) -> Tensor: ...
 @overload
 def attention(
@@ -47,20 +47,12 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: Window | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ...,
-    bias: Tensor | None = ...,
-    dropout_p: float = ...,
-    dropout_seed: Tensor | int | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
     return_lse: Literal[True],
     deterministic: bool = ...,
     backend: str | None = ...,
+    **options: Unpack[ScoreKeywords],
 ) -> tuple[Tensor, Tensor]: ...
 @overridable
 def attention(
@@ -124,22 +116,8 @@ def attention(
     in fp32 (fp64 for fp64), the natural logarithm of the softmax's denominator. Both are differentiable, once.
     ValueError: shapes, dtypes or devices that do not fit, numbers out of range, a backend that refuses.
     """
-    problem = attention_problem(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        bias=bias,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
+    options = ScoreOptions(causal, scale, window, softcap, sinks, alibi_slopes, bias, dropout_p, dropout_seed)
+    problem = problem_of(q, k, v, options, cu_seqlens_q, cu_seqlens_k)
     chosen = choose("attention", BACKENDS, {"problem": problem}, backend)
     out, lse, _ = run_forward(*flat(problem), chosen.name)
     return (out, lse) if return_lse else out
@@ -157,8 +135,8 @@ def attention_forward(
     """
     if carry is not None:
         check_results(problem, {"carry[0]": carry[0]}, {"carry[1]": carry[1]}, (accumulate_dtype(problem.q),))
-    out, lse, *_ = choose("attention", BACKENDS, {"problem": problem}, backend).forward(problem, carry)
-    return out, lse
+    results = choose("attention", BACKENDS, {"problem": problem}, backend).forward(problem, carry)
+    return results.out, results.lse
 
 
 @uncompiled(_RAW)

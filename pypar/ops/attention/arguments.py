@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from pypar.ops.attention_checks import (
+from pypar.ops.attention.checks import (
     UNBOUNDED,
     check_dropout,
     check_inputs,
@@ -18,6 +19,41 @@ from pypar.ops.attention_checks import (
     check_window,
 )
 from pypar.ops.rows import accumulate_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Window = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreOptions:
+    """What becomes of scores between q . k and the softmax's product with v, as a caller gives it: `pypar.attention`
+    describes each."""
+
+    causal: bool = False
+    scale: float | None = None
+    window: Window | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | int | None = None
+
+
+class ScoreKeywords(TypedDict, total=False):
+    """The fields of `ScoreOptions`, for type checkers."""
+
+    causal: bool
+    scale: float | None
+    window: Window | None
+    softcap: float
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    bias: Tensor | None
+    dropout_p: float
+    dropout_seed: Tensor | int | None
 
 
 @dataclass(frozen=True)
@@ -85,45 +121,59 @@ class AttentionProblem:
         return (self.q.shape[0], self.q.shape[2], self.q.shape[1], self.k.shape[1])
 
 
+class AttentionResults(NamedTuple):
+    """What a backend's forward gives: lse + lse_rest is the lse before it was rounded, where the backend knows it."""
+
+    out: Tensor
+    lse: Tensor
+    lse_rest: Tensor | None = None
+
+
 def attention_problem(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = False,
-    scale: float | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    positions: Positions | None = None,
+    **options: Unpack[ScoreKeywords],
+) -> AttentionProblem:
+    """`problem_of` with the options by their names."""
+    return problem_of(q, k, v, ScoreOptions(**options), cu_seqlens_q, cu_seqlens_k, positions)
+
+
+def problem_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: ScoreOptions,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     positions: Positions | None = None,
 ) -> AttentionProblem:
     """The arguments of `pypar.attention` and `positions`, checked and put into their final form."""
     check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    left, right = check_window(window, causal)
+    left, right = check_window(options.window, options.causal)
     num_sequences = None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    check_scores(q, k, sinks, alibi_slopes, bias, num_sequences)
-    softcap, dropout_p = check_softcap(softcap), check_dropout(dropout_p)
+    sinks, slopes = options.sinks, options.alibi_slopes
+    check_scores(q, k, sinks, slopes, options.bias, num_sequences)
+    dropout_p = check_dropout(options.dropout_p)
     if positions is not None and positions.step < 1:
         raise ValueError(f"positions.step ({positions.step}) must be at least 1")
     return AttentionProblem(
         q,
         k,
         v,
-        check_scale(scale, q),
+        check_scale(options.scale, q),
         left,
         right,
-        softcap,
+        check_softcap(options.softcap),
         None if sinks is None else sinks.to(accumulate_dtype(q)).contiguous(),
-        None if alibi_slopes is None else alibi_slopes.detach().to(accumulate_dtype(q)).contiguous(),
-        bias,
+        None if slopes is None else slopes.detach().to(accumulate_dtype(q)).contiguous(),
+        options.bias,
         dropout_p,
-        _seed(dropout_seed, q) if dropout_p > 0 else None,
+        _seed(options.dropout_seed, q) if dropout_p > 0 else None,
         None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
         None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
         positions,
