@@ -396,12 +396,17 @@ struct Task {
                         first_key, num_keys, keys, scratch);
     m.clear_sums(dk, dv);
     const Range queries = queries_seeing(s, first_key, first_key + num_keys - 1);
-    const int64_t end = blocks_of(queries.end * group, kBlock);
+    const int64_t begin = queries.begin * group / kBlock, end = blocks_of(queries.end * group, kBlock);
+    bool has_totals = false;
     if (queries.begin < queries.end) {
-      for (int64_t i = queries.begin * group / kBlock; i < end; ++i) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (i % kBlocksOfSums == 0 && i > begin) {
+          m.set_aside(dk, dv, !has_totals);
+          has_totals = true;
+        }
         propagate(i);
-        if ((i + 1) % kBlocksOfSums == 0 || i + 1 == end) m.settle_sums(dk, dv);
       }
+      if (has_totals) m.add_totals(dk, dv);
     }
     int64_t stride = padded_size(p.H);
     const float* result = m.read_dk(dk, num_keys, staging, &stride);

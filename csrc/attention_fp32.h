@@ -119,13 +119,18 @@ struct Fp32Arithmetic {
   }
 
   void clear_sums(void* dk, void* dv) const {
-    clear(floats(dk), 2 * kBlock * padded_h);
-    clear(floats(dv), 2 * kBlock * padded_hv);
+    clear(floats(dk), kBlock * padded_h);
+    clear(floats(dv), kBlock * padded_hv);
   }
 
-  void settle_sums(void* dk, void* dv) const {
-    settle(floats(dk), kBlock * padded_h);
-    settle(floats(dv), kBlock * padded_hv);
+  void set_aside(void* dk, void* dv, bool first) const {
+    set_aside(floats(dk), kBlock * padded_h, first);
+    set_aside(floats(dv), kBlock * padded_hv, first);
+  }
+
+  void add_totals(void* dk, void* dv) const {
+    add_totals(floats(dk), kBlock * padded_h);
+    add_totals(floats(dv), kBlock * padded_hv);
   }
 
   void add_dk_dv(const float* p, const float* ds, const void* row_operands, int64_t count, int64_t num_keys,
@@ -154,18 +159,23 @@ struct Fp32Arithmetic {
   }
   const float* read_dk(const void* dk, int64_t, float*, int64_t* stride) const {
     *stride = padded_h;
-    return floats(dk) + kBlock * padded_h;
+    return floats(dk);
   }
   const float* read_dv(const void* dv, int64_t, float*, int64_t* stride) const {
     *stride = padded_hv;
-    return floats(dv) + kBlock * padded_hv;
+    return floats(dv);
   }
 
-  static void settle(float* sums, int64_t count) {
+  static void set_aside(float* sums, int64_t count, bool first) {
     for (int64_t i = 0; i < count; i += kWidth) {
-      store(sums + count + i, load(sums + count + i) + load(sums + i));
+      const Float x = load(sums + i);
+      store(sums + count + i, first ? x : load(sums + count + i) + x);
       store(sums + i, zero());
     }
+  }
+
+  static void add_totals(float* sums, int64_t count) {
+    for (int64_t i = 0; i < count; i += kWidth) store(sums + i, load(sums + count + i) + load(sums + i));
   }
 
   static void clear(float* x, int64_t count) {

@@ -36,11 +36,11 @@
 //                                           below read; `products` of these rows and `decoded_scores` come
 //                                           before
 //     clear_sums(dk, dv)
-//     settle_sums(dk, dv)         adds the sums to totals that stand beside them, which read_dk and read_dv
-//     give add_dk_dv(p, ds, row operands, count, num_keys, seen, dk, dv, scratch)   dv += p^T dout, dk +=
-//     ds^T q; p and ds
-//                              are [row][kBlock], 0 up to whole vectors of keys; seen: per keys, ranges of
-//                              rows
+//     set_aside(dk, dv, first)   moves the sums to totals that stand beside them (if not first: adds them)
+//     add_totals(dk, dv)         adds these to the sums, which read_dk and read_dv give
+//     add_dk_dv(p, ds, row operands, count, num_keys, seen, dk, dv, scratch)   dv += p^T dout, dk += ds^T q;
+//                              p and ds are [row][kBlock], 0 up to whole vectors of keys; seen: per keys,
+//                              ranges of rows
 //     add_dq(ds, count, key operands, num_keys, seen, first, sum, scratch)     sum (if first: =) ds k; seen:
 //     per rows,
 //                              ranges of keys. sum: kBlock * padded_size(H) floats in a form of its own

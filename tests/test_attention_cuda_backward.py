@@ -80,7 +80,7 @@ def make(
 def given(tensors: dict[str, Tensor], **keywords) -> tuple:
     """(problem, dout, out, lse) with the reference's forward."""
     problem = attention_problem(**{name: x.detach() for name, x in tensors.items()}, **keywords)
-    out, lse = attention_reference.forward(problem, None)
+    out, lse, _ = attention_reference.forward(problem, None)
     return problem, draw(*out.shape, seed=9, dtype=out.dtype), out, lse
 
 

@@ -149,7 +149,7 @@ def check(
     if "bias" in keywords:
         tensors["bias"] = keywords.pop("bias")
     problem = attention_problem(**tensors, **keywords)
-    out, lse = attention_reference.forward(problem, None)
+    out, lse, _ = attention_reference.forward(problem, None)
     dout, dlse = draw(*out.shape, seed=5, dtype=dtype), draw(*lse.shape, seed=6)
     gradients, dbias = run_backward(problem, dout, out, lse, dlse, **options)
     named = dict(zip(("q", "k", "v"), gradients, strict=True))
