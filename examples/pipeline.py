@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import nn
 
 import pypar.comm
-from pypar.pipeline_parallel import PipelineRuntime, catalog
+from pypar.pipeline_parallel import PipelineRuntime, schedules
 
 dist.init_process_group("pypar")
 mesh = pypar.Mesh(pp=2)
@@ -15,15 +15,14 @@ own = nn.Sequential(*(layers[:2] if mesh.pp.rank == 0 else layers[2:]))  # this 
 microbatches = [torch.randn(8, 16) for _ in range(4)]  # the same on every rank
 
 
-def stage(hidden, microbatch):
-    """Stage 0 gets no hidden tensor; the last stage returns the loss, scaled."""
-    x = own(microbatch if hidden is None else hidden)
+def stage(received, microbatch):
+    """The first stage receives None; the last one returns the loss, scaled."""
+    x = own(microbatch if received is None else received)
     return x if mesh.pp.rank == 0 else (x - microbatch).square().mean() / len(microbatches)
 
 
-schedule = catalog.build("one_f_one_b", mesh.pp.size, len(microbatches))
-sizes = {"activation_shape": (8, 16), "activation_dtype": torch.float32, "device": "cpu"}
-runtime = PipelineRuntime(stage, mesh.pp, schedule, **sizes)
+schedule = schedules.build("one_f_one_b", mesh.pp.size, len(microbatches))
+runtime = PipelineRuntime(stage, mesh.pp, schedule)
 optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
 for step in range(10):
     losses = runtime.step(microbatches)  # [] but on the last stage
