@@ -2,8 +2,6 @@
 // there are splits. What it costs is the memory's bandwidth.
 #pragma once
 
-#include <memory>
-
 #include "attention_dots.h"
 #include "attention_finish.h"
 #include "attention_scores.h"
@@ -334,10 +332,13 @@ static void decode_as(const AttentionForward& a, const Sequence& s, const Forwar
   decoder.run(begin, end);
   if (!cleansed && decoder.may_have_leaked()) {
     note_left_out(a.left_out);
-    const std::unique_ptr<Element[]> copy(new Element[(end - begin) * a.problem.G * a.problem.Hv]);
+    // Not a std::unique_ptr, whose code the linker would share with other instruction sets.
+    auto* const copy = new Element[(end - begin) * a.problem.G * a.problem.Hv];
     AttentionForward finite = a;
-    finite.problem.v = copy_finite(a.problem, s, begin, end, copy.get());
-    return decode_as<Element>(finite, s, shape, split, splits, true);
+    finite.problem.v = copy_finite(a.problem, s, begin, end, copy);
+    decode_as<Element>(finite, s, shape, split, splits, true);
+    delete[] copy;
+    return;
   }
   for (int64_t head = 0; head < a.problem.G; ++head) {
     const Parts of_head = splits.of_head(head);

@@ -111,9 +111,10 @@ def test_a_wrong_result_fails(tmp_path, capsys, plant):
     right = BY_NAME["native"].forward
 
     def wrong(problem, carry):
-        out, lse, _ = right(problem, carry)
+        results = right(problem, carry)
+        out = results.out
         out[..., -1] += 1e-4
-        return out, lse
+        return results
 
     plant(forward=wrong)
     code, printed, written = run(tmp_path, capsys, ops=("attention",))
@@ -151,11 +152,12 @@ def test_a_result_that_differs_from_run_to_run_fails(tmp_path, capsys, plant):
     right, calls = BY_NAME["native"].forward, []
 
     def unsteady(problem, carry):
-        out, lse, _ = right(problem, carry)
+        results = right(problem, carry)
+        out = results.out
         calls.append(1)
         if len(calls) == 1:
             out[..., 0] = torch.nextafter(out[..., 0], out[..., 0] + 1)
-        return out, lse
+        return results
 
     plant(forward=unsteady)
     code, printed, _ = run(tmp_path, capsys, ops=("attention",), backends=("native",))
@@ -166,10 +168,11 @@ def test_the_number_of_threads_must_not_matter(tmp_path, capsys, plant, monkeypa
     right = BY_NAME["native"].forward
 
     def threaded(problem, carry):
-        out, lse, _ = right(problem, carry)
+        results = right(problem, carry)
+        out = results.out
         if native.num_threads() == 1:
             out[..., 0] = torch.nextafter(out[..., 0], out[..., 0] + 1)
-        return out, lse
+        return results
 
     plant(forward=threaded)
     before = torch.get_num_threads()
