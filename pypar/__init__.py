@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pypar import mesh as mesh
     from pypar import models as models
     from pypar import ops as ops
+    from pypar import parallel as parallel
     from pypar import pipeline_parallel as pipeline_parallel
     from pypar import tensor_parallel as tensor_parallel
     from pypar import train as train
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pypar.ops.scaled_dot_product_attention import (
         scaled_dot_product_attention as scaled_dot_product_attention,
     )
-    from pypar.tensor_parallel.parallelize import parallelize as parallelize
+    from pypar.parallel.apply import parallelize as parallelize
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _HOME_OF_NAME = {
     "GradientBuckets": "pypar.data_parallel",
     "Mesh": "pypar.mesh",
     "attention": "pypar.ops.attention",
-    "parallelize": "pypar.tensor_parallel.parallelize",
+    "parallelize": "pypar.parallel.apply",
     "register_with_transformers": "pypar.hugging_face.attention",
     "ring_attention": "pypar.context_parallel.attention",
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
@@ -53,6 +54,7 @@ _ROOMS = (
     "mesh",
     "models",
     "ops",
+    "parallel",
     "pipeline_parallel",
     "tensor_parallel",
     "train",

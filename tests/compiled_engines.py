@@ -7,7 +7,7 @@ from compiled_cases import FEATURES, VOCABULARY, WIDTH, case, heads, numbers, of
 from torch import nn
 
 import pypar
-from pypar import context_parallel, tensor_parallel
+from pypar import context_parallel, parallel, tensor_parallel
 from pypar.context_parallel.auto.volume import Sizes
 from pypar.context_parallel.layouts import segments_of
 from pypar.context_parallel.masks import Mask
@@ -76,10 +76,10 @@ def parallel_mlp(axis):
     mesh = Mesh(tp=dist.get_world_size())
     object.__setattr__(mesh.tp, "group", axis.group)
     model = seeded(lambda: nn.Sequential(Mlp()))
-    return pypar.parallelize(model, mesh, tensor_parallel.plan_of(model))
+    return pypar.parallelize(model, mesh, parallel.plan_of(model))
 
 
-@case("pypar.tensor_parallel.parallelize", "pypar.tensor_parallel.plan_of")
+@case("pypar.parallel.parallelize", "pypar.parallel.plan_of")
 def _parallelize(axis):
     model = parallel_mlp(axis)
     return lambda x: model(x) + 1, lambda length: (numbers(2, length, WIDTH),), model

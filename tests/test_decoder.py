@@ -34,7 +34,7 @@ def _llama(tied: bool):
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_and_gradients_equal_hugging_face(tied: bool) -> None:
     theirs = _llama(tied)
-    ours = Decoder(DecoderConfig(**SIZES, tied_embeddings=tied), Mesh())
+    ours = Decoder(DecoderConfig(**SIZES, tied_embeddings=tied))
     state = {name: w for name, w in theirs.state_dict().items() if not (tied and name.startswith("lm_head"))}
     load_llama_weights(ours, state)
     tokens = torch.randint(97, (2, 65))
@@ -45,14 +45,14 @@ def test_logits_and_gradients_equal_hugging_face(tied: bool) -> None:
     torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()
     cross_entropy(our_logits, targets).mean().backward()
     gradients = {global_name(name): w.grad for name, w in theirs.named_parameters()}
-    for name, parameter in ours.global_parameters():
+    for name, parameter in ours.named_parameters():
         scale = gradients[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
 def test_a_cache_gives_the_logits_of_the_whole_sequence() -> None:
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(**SIZES), Mesh()).eval()
+    model = Decoder(DecoderConfig(**SIZES)).eval()
     tokens = torch.randint(97, (1, 20))
     with torch.no_grad():
         whole = model(tokens)
@@ -66,9 +66,9 @@ def test_a_cache_gives_the_logits_of_the_whole_sequence() -> None:
 
 
 def test_initial_weights_depend_on_seed_and_name_only() -> None:
-    first, again, other = (Decoder(DecoderConfig(**SIZES), Mesh(), seed=s) for s in (1, 1, 2))
-    weights = dict(first.global_parameters())
-    for name, parameter in again.global_parameters():
+    first, again, other = (Decoder(DecoderConfig(**SIZES), seed=s) for s in (1, 1, 2))
+    weights = dict(first.named_parameters())
+    for name, parameter in again.named_parameters():
         assert torch.equal(parameter, weights[name])
     assert not torch.equal(other.head.weight, first.head.weight)
     assert not torch.equal(weights["layers.0.attention.q.weight"], weights["layers.1.attention.q.weight"])

@@ -21,7 +21,7 @@ SIZES = DecoderConfig(
 
 
 def test_each_document_has_the_logits_that_it_has_alone() -> None:
-    model = Decoder(SIZES, Mesh(), dtype=torch.float64)
+    model = Decoder(SIZES, dtype=torch.float64)
     tokens = torch.randint(31, (2, 13), generator=torch.Generator().manual_seed(0))
     documents = [[0, 4, 5, 13], [0, 0, 9, 13]]
     ends = tuple(torch.tensor(row, dtype=torch.int32) for row in documents)

@@ -9,7 +9,8 @@ from torch.nn import functional
 import pypar
 from pypar.layout import layout_of, local_part, local_shape, local_tensor
 from pypar.mesh import Mesh
-from pypar.tensor_parallel import USUAL_PLAN, ColumnParallelLinear, RowParallelLinear
+from pypar.parallel import USUAL_PLAN
+from pypar.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 # ---- models and plans of the user's own
 
@@ -177,7 +178,7 @@ def build(what):
 
 
 PLANS = {
-    "style": {"*.up": "colunm"},
+    "role": {"*.up": "colunm"},
     "typing error": {"*.upp": "column"},
     "kind": {"tokens": "column"},
     "empty": {},
@@ -194,7 +195,7 @@ REFUSALS = {
     "gradient hooks": "down has hooks",
     "nothing": "the plan cuts nothing of this Model",
     "max_norm": "tokens uses one of max_norm",
-    "style": "unknown style 'colunm'; did you mean 'column'",
+    "role": "unknown role 'colunm'; did you mean 'column'",
     "typing error": "'*.upp' matches no module; did you mean 'up'?",
     "kind": "tokens is a Embedding, which cannot be 'column'; use one of: vocab",
     "empty": "the plan is empty",

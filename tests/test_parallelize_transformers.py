@@ -180,7 +180,7 @@ def run_plans():
     """Loss and gradients hold for each plan; returns the number of warnings of each and the plan of the model."""
     import warnings
 
-    from pypar.tensor_parallel import USUAL_PLAN, plan_of
+    from pypar.parallel import USUAL_PLAN, plan_of
 
     mesh, expected = Mesh(tp=2), loss_and_gradients(hugging_face_model("Qwen3", False))
     plans = {
@@ -239,7 +239,7 @@ def run_unknown_shipped_style():
 @needs_transformers
 def test_a_shipped_style_that_pypar_lacks_is_refused(ranks):
     for message in ranks(2, run_unknown_shipped_style):
-        assert "gives model.layers.0.mlp the style 'all_reduce', which pypar does not have" in message
+        assert "gives model.layers.0.mlp the style 'all_reduce', for which pypar has no role" in message
 
 
 def run_encoder_decoder(kind):

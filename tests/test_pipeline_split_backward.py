@@ -154,7 +154,7 @@ def test_layers_of_the_decoder():
     )
     gradients = []
     for splits in (False, True):
-        decoder = Decoder(config, Mesh(), seed=3)
+        decoder = Decoder(config, seed=3)
         layers = list(decoder.layers.values())
         x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
         cos, sin = decoder.rope_tables(torch.arange(5))

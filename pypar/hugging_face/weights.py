@@ -3,11 +3,10 @@
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from pypar.layout import layout_of, local_part, local_tensor
 from pypar.models.decoder import Decoder
+from pypar.parallel.materialize import fill
 
 _LAYER_PARTS = {
     "input_layernorm": "attention_norm",
@@ -39,19 +38,20 @@ def global_name(hugging_face_name: str) -> str:
     return f"layers.{layer[1]}.{part}.weight" if layer else f"{part}.weight"
 
 
-@torch.no_grad()
 def load_llama_weights(model: Decoder, state: Mapping[str, Tensor]) -> None:
     """Copy this rank's part of a whole Llama state dict (Hugging Face names, full shapes) into ``model``."""
     whole = {global_name(name): tensor for name, tensor in state.items()}
-    for name, parameter in model.global_parameters():
-        layout = layout_of(parameter)
+
+    def value(name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in whole:
             raise ValueError(
                 f"the state dict has no weight for {name}; it holds {len(whole)} weights of other names"
             )
-        if tuple(whole[name].shape) != layout.global_shape:
+        if tuple(whole[name].shape) != shape:
             raise ValueError(
-                f"{name} is {tuple(whole[name].shape)} in the state dict but the model has "
-                f"{layout.global_shape}; build the Decoder with the checkpoint's sizes"
+                f"{name} is {tuple(whole[name].shape)} in the state dict but the model has {shape}; build the Decoder "
+                "with the checkpoint's sizes"
             )
-        local_tensor(parameter).copy_(local_part(whole[name], layout, model.mesh))
+        return whole[name]
+
+    fill(model, value)

@@ -1,35 +1,32 @@
-"""A Llama-style decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU) spread over a mesh.
+"""A Llama-style decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU) for one device.
 
-Shapes: B batch, T query positions on this rank, N query heads, G key/value heads, H head size, D model width,
+`pypar.parallelize` spreads it over a mesh: `Decoder.parallel_plan` says which module has which role.
+
+Shapes: B batch, T query positions, S key positions, N query heads, G key/value heads, H head size, D model width,
 F feed-forward width, V vocabulary. Sources: Llama (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv
 2305.13245).
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pypar.context_parallel import positions
-from pypar.grid import DATA
+from pypar.blocks import Block
 from pypar.initial_weights import initial_weight
-from pypar.layout import Layout, layout_of, local_part, local_tensor, set_layout
-from pypar.mesh import Mesh
 from pypar.models.cache import KeyValueCache
-from pypar.models.sequences import ContextParallel, Sequences, causal_attention
-from pypar.ops import rms_norm, rope, swiglu
-from pypar.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    column_parallel,
-)
+from pypar.models.layers import CausalAttention, Linear, Positions, RMSNorm
+from pypar.ops import rope, swiglu
+from pypar.sequences import Sequences
 
 INITIAL_STD = (
     0.02  # GPT-2's; the two projections that write into the residual stream are scaled by 1/sqrt(2 layers)
 )
+RESIDUAL = ("attention.out.weight", "feed_forward.down.weight")
 
 
 @dataclass(frozen=True)
@@ -71,68 +68,19 @@ class DecoderConfig:
         return 6 * self.num_matmul_parameters + 6 * self.num_layers * self.num_heads * self.head_size * length
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Makes the parts of a decoder, all for one mesh, one way of splitting and one dtype."""
-
-    mesh: Mesh
-    sequence_parallel: bool
-    context: ContextParallel
-    dtype: torch.dtype
-
-    def column(self, in_features: int, out_features: int) -> ColumnParallelLinear:
-        return ColumnParallelLinear(
-            in_features,
-            out_features,
-            self.mesh.tp,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-        )
-
-    def row(self, in_features: int, out_features: int) -> RowParallelLinear:
-        return RowParallelLinear(
-            in_features,
-            out_features,
-            self.mesh.tp,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-        )
-
-    def norm(self, config: DecoderConfig) -> "RMSNorm":
-        positions = self.mesh.tp.names if self.sequence_parallel else ()
-        return RMSNorm(config.d_model, config.norm_eps, self.dtype, (*DATA, *positions))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467); its weight's gradient is a part to be summed over ``sum_over``."""
-
-    def __init__(
-        self, d_model: int, eps: float, dtype: torch.dtype, sum_over: tuple[str, ...] = DATA
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model, dtype=dtype))
-        set_layout(self.weight, Layout((d_model,), sum_over=sum_over))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return rms_norm(x_BTD, self.weight, self.eps)
-
-
 class Attention(nn.Module):
-    """Causal self-attention: heads split over tp, positions over cp."""
+    """Causal self-attention: x [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, config: DecoderConfig, parts: _Parts) -> None:
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.parts, self.head_size = parts, config.head_size
-        for what, heads in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
-            if heads % parts.mesh.tp.size:
-                raise ValueError(f"{what} ({heads}) must divide by the tp size ({parts.mesh.tp.size})")
-        width = config.num_heads * config.head_size
-        kv_width = config.num_kv_heads * config.head_size
-        self.q = parts.column(config.d_model, width)
-        self.k = parts.column(config.d_model, kv_width)
-        self.v = parts.column(config.d_model, kv_width)
-        self.out = parts.row(width, config.d_model)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_size = config.head_size
+        width, kv_width = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        self.q = Linear(config.d_model, width, dtype)
+        self.k = Linear(config.d_model, kv_width, dtype)
+        self.v = Linear(config.d_model, kv_width, dtype)
+        self.out = Linear(width, config.d_model, dtype)
+        self.core = CausalAttention()
 
     def forward(
         self,
@@ -142,44 +90,38 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
         sequences: Sequences | None = None,
     ) -> Tensor:
-        mesh = self.parts.mesh
-        weights = (self.q.weight, self.k.weight, self.v.weight)
-        qkv = column_parallel(x_BTD, weights, mesh.tp, sequence_parallel=self.parts.sequence_parallel)
-        q_BTNH, k_BTGH, v_BTGH = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
+        q_BTNH, k_BTGH, v_BTGH = (
+            project(x_BTD).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v)
+        )
         q_BTNH, k_BTGH = rope(q_BTNH, cos, sin), rope(k_BTGH, cos, sin)
         if cache is not None:
             k_BTGH, v_BTGH = cache.append(self, k_BTGH, v_BTGH)
-        out_BTNH = causal_attention(q_BTNH, k_BTGH, v_BTGH, mesh.cp, self.parts.context, sequences)
+        out_BTNH = self.core(q_BTNH, k_BTGH, v_BTGH, sequences)
         return self.out(out_BTNH.flatten(2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: DecoderConfig, parts: _Parts) -> None:
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.parts = parts
-        self.gate = parts.column(config.d_model, config.d_ff)
-        self.up = parts.column(config.d_model, config.d_ff)
-        self.down = parts.row(config.d_ff, config.d_model)
+        self.gate = Linear(config.d_model, config.d_ff, dtype)
+        self.up = Linear(config.d_model, config.d_ff, dtype)
+        self.down = Linear(config.d_ff, config.d_model, dtype)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        weights = (self.gate.weight, self.up.weight)
-        gate_BTF, up_BTF = column_parallel(
-            x_BTD, weights, self.parts.mesh.tp, sequence_parallel=self.parts.sequence_parallel
-        )
-        return self.down(swiglu(gate_BTF, up_BTF))
+        return self.down(swiglu(self.gate(x_BTD), self.up(x_BTD)))
 
 
 class Layer(nn.Module):
     """Pre-norm residual layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: DecoderConfig, parts: _Parts) -> None:
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.attention_norm = parts.norm(config)
-        self.attention = Attention(config, parts)
-        self.feed_forward_norm = parts.norm(config)
-        self.feed_forward = FeedForward(config, parts)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.attention = Attention(config, dtype)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.feed_forward = FeedForward(config, dtype)
 
     def forward(self, x_BTD: Tensor, *given: Any) -> Tensor:
         """given: what `Attention.forward` takes."""
@@ -187,80 +129,66 @@ class Layer(nn.Module):
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
 
-def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
-    """Layers of one pipeline stage, as equal as possible.
-
-    The last stage also holds the head, the first the embedding: a remainder goes to the stages in between first.
-    """
-    if num_layers < num_stages:
-        raise ValueError(
-            f"num_layers ({num_layers}) must be at least the pp size ({num_stages}); use pp <= {num_layers}"
-        )
-    base, extra = divmod(num_layers, num_stages)
-    order = sorted(range(num_stages), key=lambda s: (s == num_stages - 1, s == 0, s))
-    sizes = [base + (order.index(s) < extra) for s in range(num_stages)]
-    start = sum(sizes[:stage])
-    return range(start, start + sizes[stage])
-
-
 class Decoder(nn.Module):
-    """This rank's part of the decoder: its pipeline stage's layers, its tp shard of each weight.
+    """The decoder: token ids [B, T] -> logits [B, T, V].
 
-    Initial weights depend on ``seed`` and on each weight's global name and shape only: all layouts start alike.
+    seed: of the initial weights, which depend on it and on each weight's name and shape only; None leaves them without
+    values, as a model on the meta device has them (``with torch.device("meta"): Decoder(config, seed=None)``, then
+    `pypar.parallel.materialize(model, model.initial_weight(seed))`).
     """
+
+    parallel_plan = {
+        "embedding": "vocab",
+        "positions": "positions",
+        "*.attention.q": "column",
+        "*.attention.k": "column",
+        "*.attention.v": "column",
+        "*.attention.core": "attention",
+        "*.attention.out": "row",
+        "*.feed_forward.gate": "column",
+        "*.feed_forward.up": "column",
+        "*.feed_forward.down": "row",
+        "*norm": "norm",
+        "head": "column",  # each rank has its part of the logits, for vocab_parallel_cross_entropy
+    }
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        mesh: Mesh,
-        *,
-        sequence_parallel: bool = False,
-        context: ContextParallel = ContextParallel(),  # noqa: B008 - frozen
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        self, config: DecoderConfig, *, seed: int | None = 0, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        sequence_parallel = sequence_parallel and mesh.tp.size > 1
-        self.config, self.mesh, self.sequence_parallel = config, mesh, sequence_parallel
-        self.context = context
-        self.is_first, self.is_last = mesh.pp.rank == 0, mesh.pp.rank == mesh.pp.size - 1
-        parts = _Parts(mesh, sequence_parallel, context, dtype)
-        if self.is_first:
-            self.embedding = VocabParallelEmbedding(
-                config.vocab_size, config.d_model, mesh.tp, sequence_parallel=sequence_parallel, dtype=dtype
-            )
-        stage = stage_layers(config.num_layers, mesh.pp.size, mesh.pp.rank)
-        self.layers = nn.ModuleDict({str(i): Layer(config, parts) for i in stage})
-        if self.is_last:
-            self.norm = parts.norm(config)
-            self.head = parts.column(config.d_model, config.vocab_size)
-            if config.tied_embeddings and self.is_first:
-                self.head.weight = self.embedding.weight
-        if config.tied_embeddings and self.is_first != self.is_last:
-            (self.embedding if self.is_first else self.head).sum_also_over(*mesh.tied.names)
-        self.reset_parameters(seed)
-
-    def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(global name, local parameter); a tied head goes by the embedding's name, wherever it lives."""
-        for name, parameter in self.named_parameters():
-            tied_head = self.config.tied_embeddings and name == "head.weight"
-            yield ("embedding.weight" if tied_head else name), parameter
+        self.config = config
+        self.positions = Positions()
+        # Its own initial values would be drawn for nothing.
+        no_values = torch.empty(config.vocab_size, config.d_model, dtype=dtype)
+        self.embedding: nn.Embedding | None = nn.Embedding.from_pretrained(no_values, freeze=False)
+        self.layers = nn.ModuleDict({str(i): Layer(config, dtype) for i in range(config.num_layers)})
+        self.norm: RMSNorm | None = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.head: Linear | None = Linear(config.d_model, config.vocab_size, dtype)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        if seed is not None:
+            self.reset_parameters(seed)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.initial_weight(seed)(name, tuple(parameter.shape)))
+
+    def initial_weight(self, seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:
+        """The first value of a weight, whole, by its name and shape."""
         residual_std = INITIAL_STD / (2 * self.config.num_layers) ** 0.5
-        for name, parameter in self.global_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            layout = layout_of(parameter)
-            std = (
-                residual_std
-                if name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-                else INITIAL_STD
-            )
-            whole = initial_weight(name, layout.global_shape, seed, std)
-            local_tensor(parameter).copy_(local_part(whole, layout, self.mesh))
+
+        def value(name: str, shape: tuple[int, ...]) -> Tensor:
+            if len(shape) == 1:  # norms
+                return torch.ones(shape)
+            return initial_weight(name, shape, seed, residual_std if name.endswith(RESIDUAL) else INITIAL_STD)
+
+        return value
+
+    def blocks(self) -> list[Block]:
+        """Embedding, layers, and the head with the norm before it; `forward` runs those that are there."""
+        layers = [Block(f"layers.{i}", (f"layers.{i}",)) for i in self.layers]
+        return [Block("embedding", ("embedding",)), *layers, Block("head", ("norm", "head"))]
 
     def rope_tables(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [T, H/2] in fp32 of the angles position x theta^(-2i/H)."""
@@ -272,28 +200,14 @@ class Decoder(nn.Module):
     def forward(
         self, x: Tensor, *, cache: KeyValueCache | None = None, sequences: Sequences | None = None
     ) -> Tensor:
-        """One stage.
+        """x: token ids [B, T], or the hidden state [B, T, D] where the embedding is another stage's. Returns the
+        logits [B, T, V], or the hidden state where the head is another stage's.
 
-        x: token ids [B, T] (this cp rank's part) on the first stage, else the hidden state [B, T, D] ([B, T/tp, D]
-        with sequence parallel). Returns the hidden state, on the last stage the logits' shard [B, T, V/tp].
-        ``cache`` holds keys and values of earlier positions (generation on one rank's whole sequence).
-        ``sequences`` None: every cp rank has equally many positions, and a sequence is one document.
+        ``cache`` holds keys and values of earlier positions. ``sequences`` None: x has whole sequences, each of which
+        is one document.
         """
-        held = x.shape[1] * (self.mesh.tp.size if self.sequence_parallel and not self.is_first else 1)
-        if sequences is None and self.mesh.cp.size > 1:
-            sequences = Sequences(held * self.mesh.cp.size)
-        if sequences is not None:
-            positions_T = positions(sequences.length, self.mesh.cp, self.context.layout).to(x.device)
-        else:
-            start = 0 if cache is None else cache.length
-            positions_T = torch.arange(start, start + held, device=x.device)
-        cos, sin = self.rope_tables(positions_T)
-        hidden_BTD = self.embedding(x) if self.is_first else x
+        cos, sin = self.rope_tables(self.positions(x, sequences, 0 if cache is None else cache.length))
+        hidden_BTD = x if self.embedding is None else self.embedding(x)
         for layer in self.layers.values():
             hidden_BTD = layer(hidden_BTD, cos, sin, cache, sequences)
-        if not self.is_last:
-            return hidden_BTD
-        (logits_BTV,) = column_parallel(
-            self.norm(hidden_BTD), (self.head.weight,), self.mesh.tp, sequence_parallel=self.sequence_parallel
-        )
-        return logits_BTV
+        return hidden_BTD if self.head is None or self.norm is None else self.head(self.norm(hidden_BTD))

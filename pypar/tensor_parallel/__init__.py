@@ -1,4 +1,4 @@
-"""1D tensor parallelism: linear layers, embedding and loss cut over tp; a ready model swapped onto it.
+"""1D tensor parallelism: linear layers, embedding and loss cut over tp.
 
 torch.compile ends a graph before each of these layers and begins another behind it; with fullgraph=True torch's error
 names the layer. On an axis of one rank they are plain operators, and graphs stay whole.
@@ -9,17 +9,13 @@ Sources: Megatron-LM (arXiv 1909.08053); sequence parallelism (arXiv 2205.05198)
 from pypar.tensor_parallel.column import ColumnParallelLinear, column_parallel
 from pypar.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
-from pypar.tensor_parallel.parallelize import USUAL_PLAN, parallelize, plan_of
 from pypar.tensor_parallel.row import RowParallelLinear, row_parallel
 
 __all__ = [
-    "USUAL_PLAN",
     "ColumnParallelLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "column_parallel",
-    "parallelize",
-    "plan_of",
     "row_parallel",
     "vocab_parallel_cross_entropy",
 ]

@@ -24,6 +24,7 @@ from pypar.mesh import Axis, as_axis
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
 from pypar.ops.uncompiled import between_ranks, uncompiled
 from pypar.tensor_parallel.sharded import ShardedLinear, autocast, check_sequence, part_length, sum_start
+from pypar.tensor_parallel.unit import Unit
 
 
 def column_parallel(
@@ -125,6 +126,8 @@ class ColumnParallelLinear(ShardedLinear):
     must be in the same state on every rank of the axis (`reset_parameters` takes another one).
     """
 
+    unit: Unit | None = None  # with other layers over the same input
+
     def __init__(
         self,
         in_features: int,
@@ -152,12 +155,16 @@ class ColumnParallelLinear(ShardedLinear):
         return layouts
 
     def run(self, x: Tensor) -> Tensor:
-        weight, bias = self.part("weight"), self.part("bias")
-        assert weight is not None
-        (y,) = column_parallel(
-            x, (weight,), self.axis, sequence_parallel=self.sequence_parallel, biases=(bias,)
-        )
+        y = self.unit.output(self, x, _computed) if self.unit is not None else _computed(x, (self,))[0]
         return gather_replicated(y, self.axis, -1) if self.gather_output else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gather_output={self.gather_output}"
+
+
+def _computed(x: Tensor, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
+    """The results of layers that share axis and mode, in one `column_parallel`."""
+    weights: Any = [layer.part("weight") for layer in layers]
+    biases = [layer.part("bias") for layer in layers]
+    first = layers[0]
+    return column_parallel(x, weights, first.axis, sequence_parallel=first.sequence_parallel, biases=biases)

@@ -1,15 +1,14 @@
-"""From a step's global batch to the microbatches of one rank, and from a model stage to its loss."""
+"""From a step's global batch to the microbatches of one rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..context_parallel import shard
-from ..mesh import Mesh
-from ..models import Decoder, Sequences
-from ..tensor_parallel import vocab_parallel_cross_entropy
+from pypar.context_parallel import shard
+from pypar.mesh import Mesh
+from pypar.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,3 @@ def split_batch(
         sequences = Sequences(tokens.shape[1], None if documents is None else tuple(documents[rows]))
         parts.append(Microbatch(pair[0], pair[1], scale, sequences))
     return parts
-
-
-class TrainingStage(nn.Module):
-    """A decoder's stage as the pipeline runs it: hidden state in and out, the last stage gives the scaled loss."""
-
-    def __init__(self, model: Decoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, hidden: Tensor | None, microbatch: Microbatch) -> Tensor:
-        out = self.model(microbatch.tokens if hidden is None else hidden, sequences=microbatch.sequences)
-        if not self.model.is_last:
-            return out
-        losses_BT = vocab_parallel_cross_entropy(out, microbatch.targets, self.model.mesh.tp)
-        return losses_BT.sum() * microbatch.loss_scale

@@ -1,24 +1,14 @@
-"""A training run from start to end: join the job, step through it, write what the user reads."""
+"""A training run from start to end: join the job, train, write what the user reads."""
 
-import contextlib
-import json
-import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from ..comm.backend import BACKENDS
-from ..mesh import Mesh, parse_mesh
-from . import checkpoint
-from .config import RunConfig
-from .generate import generate, printable
-from .launch import joined_world_size
-from .metrics import FLOP_CONVENTION, Metrics, draw_loss_curve, matmul_rate
-from .trainer import PRECISIONS, Trainer
+from pypar.train.config import RunConfig
+from pypar.train.generate import generate, printable
+from pypar.train.metrics import Metrics, draw_loss_curve
+from pypar.train.trainer import Trainer
 
 
 @contextlib.contextmanager
@@ -48,74 +38,11 @@ def run(config: RunConfig) -> None:
         sizes: Any = parse_mesh(config.mesh)
         mesh = Mesh(**sizes, device_type=device.type)
         trainer = Trainer(config, mesh, device)
-        saved = _train(trainer, writes=mesh.world.rank == 0)
+        saved = trainer.fit()
     entropies = trainer.data.validation_entropies() if mesh.world.rank == 0 else {}
     del trainer  # the sample loads the model anew
     if mesh.world.rank == 0:
         _report(config, entropies, saved)
-
-
-def _train(trainer: Trainer, *, writes: bool) -> Path:
-    config = trainer.config
-    directory = config.run_directory
-    resume_from = _agreed(config.resume_path(), trainer.mesh)
-    if resume_from is not None:
-        changes = trainer.load(resume_from)
-    if writes:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    metrics = Metrics(directory if writes else None, config.train.steps, trainer.step)
-    if resume_from is not None:
-        metrics.say(f"resumed from {resume_from} at step {trainer.step}, after {trainer.samples:,} samples")
-        for line in changes:
-            metrics.say(f"resumed with {line}")
-    with contextlib.closing(metrics):
-        _steps(trainer, metrics)
-    saved = trainer.save(config.checkpoint_directory)
-    if writes:
-        checkpoint.keep_newest(config.checkpoint_directory, config.train.keep_checkpoints)
-    return saved
-
-
-def _agreed(path: Path | None, mesh: Mesh) -> Path | None:
-    """Rank 0's path: file systems of several nodes may show a new checkpoint at different times."""
-    if mesh.world.size == 1:
-        return path
-    paths = [path]
-    dist.broadcast_object_list(paths, src=0)
-    return paths[0]
-
-
-def _steps(trainer: Trainer, metrics: Metrics) -> None:
-    train, directory = trainer.config.train, trainer.config.checkpoint_directory
-    trainer.sum_over_world(0.0)  # so that all ranks measure at once: they may share cores
-    (rate,) = trainer.sum_over_world(matmul_rate(PRECISIONS[train.precision], trainer.device))
-    tokens = train.batch_size * train.sequence_length
-    flops = tokens * trainer.model_config.flops_per_token(train.sequence_length)
-    metrics.say(
-        f"MFU: {FLOP_CONVENTION}; peak: {rate / 1e9:.0f} GFLOP/s, a {train.precision} matmul on every rank at once"
-    )
-    while trainer.step < train.steps:
-        for axis in trainer.axes:
-            axis.traffic.reset()
-        start = time.perf_counter()
-        line: dict[str, object] = dict(trainer.train_step())
-        seconds = time.perf_counter() - start
-        line |= {
-            "tokens_per_s": tokens / seconds,
-            "mfu": flops / seconds / rate,
-            "wait_share": sum(axis.traffic.wait_seconds for axis in trainer.axes) / seconds,
-            "bytes_sent": {axis.name: axis.traffic.bytes_sent for axis in trainer.axes if axis.size > 1},
-        }
-        last = trainer.step == train.steps
-        if last:
-            line["val_loss"] = trainer.evaluate(train.final_evaluate_batches)
-        elif train.evaluate_every and trainer.step % train.evaluate_every == 0:
-            line["val_loss"] = trainer.evaluate(train.evaluate_batches)
-        metrics.write(line, show=trainer.step % train.log_every == 0 or trainer.step == 1 or last)
-        if train.checkpoint_every and trainer.step % train.checkpoint_every == 0 and not last:
-            trainer.save(directory)
-            checkpoint.keep_newest(directory, train.keep_checkpoints)
 
 
 def _report(config: RunConfig, entropies: Mapping[str, float], saved: Path) -> None:

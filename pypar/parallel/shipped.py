@@ -1,4 +1,4 @@
-"""The tensor-parallel plan that a model of Hugging Face transformers brings along, in pypar's styles.
+"""The tensor-parallel plan that a model of Hugging Face transformers brings along, in pypar's roles.
 
 transformers keeps it as `config.base_model_tp_plan` and in each model's `_tp_plan`, from its version 4.48 on: names
 of modules and of bare parameters, in which "*" is a layer's number, to names of styles. pypar reads both; nothing
@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from pypar.tensor_parallel.regions import Match
+from pypar.parallel.regions import cuts_layers
+from pypar.role import Match
 
 STYLES = {
     "colwise": "column",
@@ -55,8 +56,8 @@ def shipped_matches(model: nn.Module) -> list[Match] | None:
         if style not in STYLES:
             raise ValueError(
                 f"the plan that transformers ships for this {type(model).__name__} gives {name} the style "
-                f"{style!r}, which pypar does not have; give a plan of your own, which may start from "
-                "pypar.tensor_parallel.USUAL_PLAN"
+                f"{style!r}, for which pypar has no role; give a plan of your own, which may start from "
+                "pypar.parallel.USUAL_PLAN"
             )
         owner, _, last = name.rpartition(".")
         module, ours = modules.get(name), STYLES[style]
@@ -66,8 +67,8 @@ def shipped_matches(model: nn.Module) -> list[Match] | None:
             matches.append(Match(name, module, "vocab"))  # as older versions call it
         else:
             matches.append(Match(name, module, ours))
-    matches = [match for match in matches if match.style != "whole"]
-    return matches if any(m.style in ("column", "row", "row_split") for m in matches) else None
+    matches = [match for match in matches if match.role != "whole"]
+    return matches if any(map(cuts_layers, matches)) else None
 
 
 def _styles_by_name(model: nn.Module) -> dict[str, str]:

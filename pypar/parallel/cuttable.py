@@ -4,38 +4,27 @@ from __future__ import annotations
 
 from torch import nn
 
-from pypar.mesh import Axis
-from pypar.tensor_parallel.regions import Match, listed
+from pypar.axis import Axis
+from pypar.parallel.regions import is_cut_inside, listed
+from pypar.parallel.roles import ROLES
+from pypar.role import Match, Spreading
 from pypar.tensor_parallel.sharded import part_length
 
-STYLES: dict[str, type[nn.Module]] = {
-    "column": nn.Linear,
-    "row": nn.Linear,
-    "column_gather": nn.Linear,
-    "row_split": nn.Linear,
-    "latent_kv": nn.Linear,
-    "vocab": nn.Embedding,
-    "per_head": nn.Module,
-    "whole": nn.Module,
-}
-CUT_DIM = {"column": 0, "column_gather": 0, "vocab": 0, "row": 1, "row_split": 1}
-# Cuts that take the same on every rank and give the same: left out, the model is as right, only larger.
-OPTIONAL = ("vocab", "column_gather", "row_split")
 
-
-def left_whole(model: nn.Module, matches: list[Match], axis: Axis, *, may_be_halves: bool) -> dict[str, str]:
+def left_whole(matches: list[Match], spreading: Spreading, *, may_be_halves: bool) -> dict[str, str]:
     """What pypar cannot cut of a plan that nobody gave for this model, and may leave whole: names, with reasons.
 
     That are embeddings and heads that are more than they seem; layers beside a subclass of nn.Linear; and, but for
     ``may_be_halves``, layers that are not a pair of column and row, or have linear layers beside them whose names
     say nothing.
     """
+    model = spreading.model
     dropped = _not_understood(model, matches, may_be_halves)
     for match in matches:
-        if match.style in OPTIONAL and (reason := obstacle(match, axis)) is not None:
+        if ROLES[match.role].is_optional and (reason := obstacle(match, spreading)) is not None:
             dropped[match.name] = reason
     kept = [match for match in matches if match.name not in dropped]
-    while (untied := half_tied(model, kept)) is not None and untied[1].style in OPTIONAL:
+    while (untied := half_tied(model, kept)) is not None and ROLES[untied[1].role].is_optional:
         name, match = untied
         dropped[match.name] = f"{name} shares its weight and stays whole"
         kept.remove(match)
@@ -46,7 +35,7 @@ def _not_understood(model: nn.Module, matches: list[Match], may_be_halves: bool)
     """Matches whose parent module is not understood as a whole, with the reason."""
     by_parent: dict[str, list[Match]] = {}
     for match in matches:
-        if match.style in ("column", "row"):
+        if is_cut_inside(match):
             by_parent.setdefault(match.name.rpartition(".")[0], []).append(match)
     reasons: dict[str, str] = {}
     for parent, members in by_parent.items():
@@ -58,18 +47,26 @@ def _not_understood(model: nn.Module, matches: list[Match], may_be_halves: bool)
         if reason is None and not may_be_halves:
             if unknown:
                 reason = f"the names of {listed(unknown)} beside it in {listed([parent])} say nothing"
-            elif not {"column", "row"} <= {m.style for m in linears}:
+            elif not _is_pair(linears):
                 reason = f"{listed([parent]) or 'the model'} has no pair of column and row"
         if reason is not None:
             reasons |= dict.fromkeys((m.name for m in members), reason)
     return reasons
 
 
-def obstacle(match: Match, axis: Axis) -> str | None:
-    """Why a module cannot be cut as its style says, as a sentence; None where it can."""
-    name, module, style, _ = match
-    if match.parameter is not None or style == "per_head":
+def _is_pair(matches: list[Match]) -> bool:
+    roles = [ROLES[match.role] for match in matches]
+    return any(role.gives_part for role in roles) and any(role.takes_part for role in roles)
+
+
+def obstacle(match: Match, spreading: Spreading) -> str | None:
+    """Why a module cannot be cut as its role says, as a sentence; None where it can."""
+    name, module, role = match.name, match.module, ROLES[match.role]
+    axis = spreading.axis(role)
+    if match.parameter is not None:
         return _parameter_obstacle(match, axis)
+    if role.kind is nn.Module:
+        return None
     if (reason := _other_type(match)) is not None:
         return reason
     hooks = (
@@ -86,30 +83,30 @@ def obstacle(match: Match, axis: Axis) -> str | None:
         extras = ("max_norm", "scale_grad_by_freq", "sparse")
         if any(getattr(module, extra) for extra in extras):
             return f"{name} uses one of {', '.join(extras)}, which a cut embedding lacks; leave it whole"
-    if style == "latent_kv":
+    if not role.divides:
         return None
-    sides = {"vocab": "num_embeddings", "row": "in_features", "row_split": "in_features"}
-    side = sides.get(style, "out_features")
-    return _division(f"{side} of {name}", getattr(module, side), axis)
+    return _division(f"{role.divides} of {name}", getattr(module, role.divides), axis)
 
 
 def _other_type(match: Match) -> str | None:
-    kind, name, actual = STYLES[match.style], match.name, type(match.module).__name__
+    kind, name, actual = ROLES[match.role].kind, match.name, type(match.module).__name__
     if not isinstance(match.module, kind):
-        others = ", ".join(s for s, k in STYLES.items() if isinstance(match.module, k))
-        return f"{name} is a {actual}, which cannot be {match.style!r}; use one of: {others}"
-    if type(match.module) is not kind:
+        others = ", ".join(name for name, role in ROLES.items() if isinstance(match.module, role.kind))
+        return f"{name} is a {actual}, which cannot be {match.role!r}; use one of: {others}"
+    if type(match.module) is not kind and getattr(match.module, "computes_as", None) is not kind:
         return (
             f"{name} is a {actual}, which may compute more than nn.{kind.__name__}; give it (and what is tied to it) "
-            "the style 'whole'"
+            "the role 'whole'"
         )
     return None
 
 
 def _parameter_obstacle(match: Match, axis: Axis) -> str | None:
-    if match.style not in ("column", "per_head"):
-        return f"{match.name} is a parameter, which cannot be {match.style!r}; use one of: column, per_head, whole"
-    if match.style == "per_head" or match.parameter is None:
+    role = ROLES[match.role]
+    if not role.of_parameters:
+        others = ", ".join(name for name, role in ROLES.items() if role.of_parameters)
+        return f"{match.name} is a parameter, which cannot be {match.role!r}; use one of: {others}"
+    if match.parameter is None or role.cut_dim is None:
         return None
     shape = tuple(getattr(match.module, match.parameter).shape)
     return (
@@ -129,12 +126,12 @@ def _division(what: str, total: int, axis: Axis) -> str | None:
 
 def half_tied(model: nn.Module, matches: list[Match]) -> tuple[str, Match] | None:
     """A module and a match that share one weight, of which only one is cut or each along another dimension."""
-    cut = [m for m in matches if m.style in CUT_DIM and m.parameter is None]
-    dims = {id(m.module): CUT_DIM[m.style] for m in cut}
+    cut = [m for m in matches if ROLES[m.role].cut_dim is not None and m.parameter is None]
+    dims = {id(m.module): ROLES[m.role].cut_dim for m in cut}
     by_weight = {id(m.module.weight): m for m in cut}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             match = by_weight.get(id(parameter))
-            if match is not None and dims.get(id(module)) != CUT_DIM[match.style]:
+            if match is not None and dims.get(id(module)) != ROLES[match.role].cut_dim:
                 return name, match
     return None

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pypar.mesh import Axis
-from pypar.tensor_parallel.regions import head_counts, listed
-from pypar.tensor_parallel.trial.unchanged import unchanged
+from pypar.axis import Axis
+from pypar.parallel.regions import head_counts, is_cut_inside, listed
+from pypar.parallel.roles import ROLES
+from pypar.parallel.trial.unchanged import unchanged
 
 if TYPE_CHECKING:
-    from pypar.tensor_parallel.plan import Reading
+    from pypar.parallel.rules import Reading
 
 
 def check_shapes(model: nn.Module, reading: Reading, axis: Axis, call: Callable[[nn.Module], Any]) -> None:
@@ -27,11 +28,12 @@ def check_shapes(model: nn.Module, reading: Reading, axis: Axis, call: Callable[
     """
     parts = {}
     for match in reading.matches:
-        if match.style in ("column", "row"):
+        if is_cut_inside(match):
+            dim = ROLES[match.role].cut_dim or 0
             for parameter in match.parameters():
                 shape = list(parameter.shape)
-                if match.style == "column" or len(shape) > 1:  # a row-parallel layer's bias is whole
-                    shape[0 if match.style == "column" else 1] //= axis.size
+                if dim < len(shape):  # a row-parallel layer's bias is whole
+                    shape[dim] //= axis.size
                 parts[id(parameter)] = shape
     if _failure(model, call, {}) is not None:
         return
@@ -55,7 +57,7 @@ def remedy(reading: Reading, where: str) -> str:
         return "Give a plan that leaves more of it whole"
     if reading.is_given:
         return f'Leave it whole: put "{block}.*": "whole" in front of the plan'
-    return f'Leave it whole: plan={{"{block}.*": "whole", **pypar.tensor_parallel.plan_of(model)}}'
+    return f'Leave it whole: plan={{"{block}.*": "whole", **pypar.parallel.plan_of(model)}}'
 
 
 def _failure(

@@ -1,5 +1,4 @@
-"""Which modules of a ready model are cut over tp, and how. What can be refused is refused here, before a
-swap."""
+"""What a plan means for one model. What can be refused is refused here, before the model is changed."""
 
 from __future__ import annotations
 
@@ -10,12 +9,15 @@ from typing import NamedTuple
 
 from torch import nn
 
-from pypar.mesh import Axis
-from pypar.tensor_parallel.cuttable import STYLES, half_tied, left_whole, obstacle
+from pypar.mesh import Mesh
+from pypar.parallel.cuttable import half_tied, left_whole, obstacle
+from pypar.parallel.plan import ParallelPlan
+from pypar.parallel.regions import Region, check_heads, cuts_layers, find_regions, listed
+from pypar.parallel.roles import ROLES
+from pypar.parallel.shipped import shipped_matches
+from pypar.role import WHOLE, Match, Spreading
 from pypar.tensor_parallel.latent import num_shared_features
-from pypar.tensor_parallel.regions import Match, Region, check_heads, find_regions, listed
 from pypar.tensor_parallel.sharded import ShardedModule
-from pypar.tensor_parallel.shipped import shipped_matches
 
 USUAL_PLAN = {
     "*.q_proj": "column",
@@ -44,41 +46,48 @@ USUAL_PLAN = {
 class Reading(NamedTuple):
     """What a plan means for one model.
 
-    matches     the modules and parameters to be cut
-    regions     where each rank has its own features
-    is_shipped  the plan comes with the model's configuration and leaves nothing beside the cut layers open
-    is_given    the plan is the user's
-    notes       sentences on what the plan's source would cut and pypar leaves whole
+    matches      the modules and parameters that have a role
+    regions      where each rank has its own features
+    is_complete  the plan comes with the model and leaves nothing beside the cut layers open
+    is_given     the plan is the user's
+    notes        sentences on what the plan's source would cut and pypar leaves whole
     """
 
     matches: list[Match]
     regions: list[Region]
-    is_shipped: bool
+    is_complete: bool
     is_given: bool
     notes: list[str]
 
 
-def read_plan(model: nn.Module, plan: Mapping[str, str] | None, axis: Axis) -> Reading:
-    """The modules that ``plan`` names (None: what transformers ships with the model, else `USUAL_PLAN`).
+def own_plan(model: nn.Module) -> Mapping[str, str] | None:
+    """The roles that the model's class gives to its modules, as pypar's own models do; None where it has none."""
+    plan = getattr(type(model), "parallel_plan", None)
+    return plan if isinstance(plan, Mapping) else None
 
-    ValueError, by a sentence, for a plan that is not clear, finds nothing, or cannot be carried out on this
-    axis.
+
+def read_plan(plan: ParallelPlan, spreading: Spreading) -> Reading:
+    """The modules that a plan names. Without roles: the model's own, what transformers ships with it, `USUAL_PLAN`.
+
+    ValueError, by a sentence, for a plan that is not clear, finds nothing, or cannot be carried out on this mesh.
     """
+    model, roles = spreading.model, plan.roles
     if any(isinstance(module, ShardedModule) for module in model.modules()):
         raise ValueError(
             "the model has tensor-parallel layers already; call parallelize once, on the whole model"
         )
     notes: list[str] = []
-    shipped = shipped_matches(model) if plan is None else None
-    matches = shipped or _find(model, USUAL_PLAN if plan is None else plan)
-    if plan is not None:
-        _check_found(model, matches, plan)
-    else:
-        matches = _understood(model, matches, axis, notes, may_be_halves=shipped is not None)
+    own = own_plan(model) if roles is None else None
+    shipped = shipped_matches(model) if roles is None and own is None else None
+    matches = shipped or _find(model, next(each for each in (roles, own, USUAL_PLAN) if each is not None))
+    if roles is not None:
+        _check_found(model, matches, roles)
+    elif own is None:
+        matches = _understood(matches, spreading, notes, may_be_halves=shipped is not None)
     for match in matches:
-        if (reason := obstacle(match, axis)) is not None:
+        if (reason := obstacle(match, spreading)) is not None:
             raise ValueError(reason)
-        if match.style == "latent_kv":
+        if match.role == "latent_kv":
             num_shared_features(model, match.name)
     untied = half_tied(model, matches)
     if untied is not None:
@@ -87,16 +96,18 @@ def read_plan(model: nn.Module, plan: Mapping[str, str] | None, axis: Axis) -> R
             "each along another dimension; give both, as an embedding 'vocab' and a head "
             "'column_gather', or neither"
         )
+    if plan.sequence_parallel:
+        _check_all_have_roles(model, matches)
     regions = find_regions(model, matches)
     for region in regions:
-        check_heads(region, axis)
+        check_heads(region, spreading.axis(ROLES["column"]))
     is_open = any(inside.certainty != "declared" for region in regions for inside in region.insides)
-    is_complete = shipped is not None and not is_open
-    return Reading(matches, regions, is_complete, plan is not None, notes)
+    is_complete = (shipped is not None or own is not None) and not is_open
+    return Reading(matches, regions, is_complete, roles is not None, notes)
 
 
 def plan_of(model: nn.Module) -> dict[str, str]:
-    """The plan that ``pypar.parallelize(model, mesh)`` would take: patterns of module names to styles.
+    """The roles that ``pypar.parallelize(model, mesh)`` would give: patterns of module names to names of roles.
 
     A start for a plan of one's own, in which the first pattern that fits counts:
 
@@ -104,20 +115,21 @@ def plan_of(model: nn.Module) -> dict[str, str]:
 
     ValueError as `parallelize` for a model without a plan.
     """
-    return {listed([match.name]): match.style for match in read_plan(model, None, Axis.single("tp")).matches}
+    reading = read_plan(ParallelPlan(), Spreading(model, None))
+    return {listed([match.name]): match.role for match in reading.matches}
 
 
 def _find(model: nn.Module, plan: Mapping[str, str]) -> list[Match]:
-    for pattern, style in plan.items():
-        if style not in STYLES:
-            near = difflib.get_close_matches(str(style), STYLES, n=1)
-            hint = f"did you mean {near[0]!r}" if near else f"use one of {', '.join(STYLES)}"
-            raise ValueError(f"the plan gives {pattern!r} the unknown style {style!r}; {hint}")
+    for pattern, role in plan.items():
+        if role not in ROLES:
+            near = difflib.get_close_matches(str(role), ROLES, n=1)
+            hint = f"did you mean {near[0]!r}" if near else f"use one of {', '.join(ROLES)}"
+            raise ValueError(f"the plan gives {pattern!r} the unknown role {role!r}; {hint}")
     matches = []
     for match in _named(model):
-        style = next((style for pattern, style in plan.items() if _fits(match.name, pattern)), "whole")
-        if style != "whole" and _takes(match, style):
-            matches.append(match._replace(style=style))
+        role = next((role for pattern, role in plan.items() if _fits(match.name, pattern)), WHOLE)
+        if role != WHOLE and _takes(match, role):
+            matches.append(match._replace(role=role))
     return matches
 
 
@@ -125,22 +137,22 @@ def _named(model: nn.Module) -> Iterator[Match]:
     """All modules without children, and parameters that stand beside a module's children, such as sinks."""
     for name, module in model.named_modules():
         if name and (not module._modules or isinstance(module, (nn.Linear, nn.Embedding))):
-            yield Match(name, module, "whole")
+            yield Match(name, module, WHOLE)
         elif name:
             yield from (
-                Match(f"{name}.{own}", module, "whole", own)
+                Match(f"{name}.{own}", module, WHOLE, own)
                 for own, p in module._parameters.items()
                 if p is not None
             )
 
 
-def _takes(match: Match, style: str) -> bool:
-    """Whether a style is meant for such a thing at all: names of layers are also names of experts' 3-D weights."""
-    if style in ("whole", "per_head"):
-        return True
+def _takes(match: Match, name: str) -> bool:
+    """Whether a role is meant for such a thing at all: names of layers are also names of experts' 3-D weights."""
+    role = ROLES[name]
     if match.parameter is not None:
-        return style == "column" and getattr(match.module, match.parameter).dim() <= 2
-    return isinstance(match.module, (nn.Linear, nn.Embedding))
+        is_small = getattr(match.module, match.parameter).dim() <= 2
+        return role.of_parameters and (role.cut_dim is None or is_small)
+    return role.kind is nn.Module or isinstance(match.module, (nn.Linear, nn.Embedding))
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -148,14 +160,25 @@ def _fits(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase("." + name, pattern)
 
 
+def _check_all_have_roles(model: nn.Module, matches: list[Match]) -> None:
+    """Under sequence parallelism a parameter that is not cut sees a part of the positions."""
+    said = {id(p) for m in matches for p in m.parameters() if ROLES[m.role].cut_dim is not None or m.role == "norm"}
+    silent = [name for name, p in model.named_parameters() if id(p) not in said]
+    if silent:
+        raise ValueError(
+            f"sequence parallelism needs a role for every parameter, and the plan says nothing of {listed(silent)}: "
+            'give what sees a part of the positions the role "norm", or leave sequence_parallel out'
+        )
+
+
 def _check_found(model: nn.Module, matches: list[Match], plan: Mapping[str, str]) -> None:
     seen = _seen(model)
     if not plan:
         raise ValueError(f"the plan is empty; {seen}. Give None for the usual names")
-    for pattern, style in plan.items():
-        names = [m.name for m in _named(model) if _takes(m, style)]
+    for pattern, role in plan.items():
+        names = [m.name for m in _named(model) if _takes(m, role)]
         # What starts from the usual plan has names of other models too.
-        if USUAL_PLAN.get(pattern) == style or any(_fits(name, pattern) for name in names):
+        if USUAL_PLAN.get(pattern) == role or any(_fits(name, pattern) for name in names):
             continue
         near = difflib.get_close_matches(
             pattern.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1
@@ -175,12 +198,13 @@ def _seen(model: nn.Module) -> str:
 
 
 def _understood(
-    model: nn.Module, matches: list[Match], axis: Axis, notes: list[str], *, may_be_halves: bool
+    matches: list[Match], spreading: Spreading, notes: list[str], *, may_be_halves: bool
 ) -> list[Match]:
     """The matches of a plan that nobody gave, without what is left whole, of which ``notes`` get a sentence each."""
-    dropped = left_whole(model, matches, axis, may_be_halves=may_be_halves)
+    model = spreading.model
+    dropped = left_whole(matches, spreading, may_be_halves=may_be_halves)
     kept = [match for match in matches if match.name not in dropped]
-    if not any(m.style in ("column", "row", "row_split") for m in kept):
+    if not any(map(cuts_layers, kept)):
         first = next((f", and {reason}" for reason in dropped.values()), "")
         raise ValueError(
             f"parallelize knows no nn.Linear of this {type(model).__name__}'s layers by its name{first}; "

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 
 from pypar.comm import all_reduce_start
 from pypar.layout import layout_of, local_part, local_tensor
-from pypar.mesh import Axis, Mesh
-from pypar.tensor_parallel.regions import Inside, Region, listed
-from pypar.tensor_parallel.trial.examples import Verify, results, wave
-from pypar.tensor_parallel.trial.shapes import first_line, innermost, remedy
-from pypar.tensor_parallel.trial.together import PeerFailedError, Together, every_rank, quiet
-from pypar.tensor_parallel.trial.unchanged import noise, seed, unchanged
+from pypar.axis import Axis
+from pypar.mesh import Mesh
+from pypar.parallel.regions import Inside, Region, listed
+from pypar.parallel.trial.examples import Verify, results, wave
+from pypar.parallel.trial.shapes import first_line, innermost, remedy
+from pypar.parallel.trial.together import PeerFailedError, Together, every_rank, quiet
+from pypar.parallel.trial.unchanged import noise, seed, unchanged
 
 if TYPE_CHECKING:
-    from pypar.tensor_parallel.plan import Reading
+    from pypar.parallel.rules import Reading
+    from pypar.role import Spreading
 
 Call: TypeAlias = Callable[[nn.Module], Any]
-Cut: TypeAlias = "Callable[[nn.Module, Reading, Axis], None]"
+Spread: TypeAlias = "Callable[[Spreading, Reading], None]"
 # Relative errors in the 2-norm. A right cut differs by rounding, 1e-6 to 1e-5 in fp32 (in which models keep their
 # norms in fp64 too) and some 1e-2 in bf16; a gradient that lacks a rank's part, or is another head's, differs by
 # about as much as it is large.
@@ -41,23 +43,23 @@ class _Run(NamedTuple):
 
 
 def partial_gradients(
-    model: nn.Module,
+    spreading: Spreading,
     reading: Reading,
-    mesh: Mesh,
     verify: Verify,
     call: Call | None,
-    cut: Cut,
+    spread: Spread,
     notes: list[str],
 ) -> list[nn.Parameter]:
     """The parameters beside cut layers of which each rank gets a part of the gradient; checks all others.
 
     Measured where ``verify`` asks for a check or, at None, where the plan is not known to be complete; else as the
-    plan and the shapes say. ``cut`` puts the cut layers into the model. ValueError where the cut model is wrong, or
+    plan and the shapes say. ``spread`` puts the cut layers into the model. ValueError where the cut model is wrong, or
     where neither measuring nor the plan tells.
     """
+    model, mesh = spreading.model, _mesh(spreading)
     why = "verify is False"
     insides = list({id(i.parameter): i for region in reading.regions for i in region.insides}.values())
-    if not reading.is_shipped if verify is None else verify is not False:
+    if not reading.is_complete if verify is None else verify is not False:
         device = next(model.parameters()).device
         outcome: str | list[nn.Parameter]
         if device.type == "meta":
@@ -70,7 +72,7 @@ def partial_gradients(
             outcome = "the gradients of the whole model do not fit into memory"
         else:
             with unchanged(model), noise(model), torch.enable_grad():
-                outcome = _measured(model, reading, insides, mesh, call, cut)
+                outcome = _measured(spreading, reading, insides, call, spread)
         if not isinstance(outcome, str):
             return outcome
         if verify is not None:
@@ -89,9 +91,10 @@ def partial_gradients(
 
 
 def _measured(
-    model: nn.Module, reading: Reading, insides: Sequence[Inside], mesh: Mesh, call: Call, cut: Cut
+    spreading: Spreading, reading: Reading, insides: Sequence[Inside], call: Call, spread: Spread
 ) -> list[nn.Parameter] | str:
     """The parameters whose gradients the ranks have in parts; a reason where the whole model cannot be run."""
+    model, mesh = spreading.model, _mesh(spreading)
     device = next(model.parameters()).device
     names = [name for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     where_of = {id(p): name for name, p in model.named_parameters()}
@@ -104,7 +107,8 @@ def _measured(
         return "it returns no tensor of floating-point numbers"
     if not all(bool(x.isfinite().all()) for x in whole.outputs):
         return "the outputs of the whole model are not finite"
-    cut(model, reading, replace(mesh.tp, traffic=Together(mesh.tp, device)))
+    trial_axis = replace(mesh.tp, traffic=Together(mesh.tp, device))
+    spread(replace(spreading, instead={mesh.tp.names: trial_axis}), reading)
     weights = dict(model.named_parameters(remove_duplicate=False))
     whole = whole._replace(
         gradients={name: local_part(x, layout_of(weights[name]), mesh) for name, x in whole.gradients.items()}
@@ -120,6 +124,11 @@ def _measured(
     assert actual is not None
     certainty = {where_of[id(i.parameter)]: i for i in insides if i.parameter.requires_grad}
     return _judged(kind, reading, certainty, mesh, whole, actual)
+
+
+def _mesh(spreading: Spreading) -> Mesh:
+    assert spreading.mesh is not None, "what is spread has a mesh"
+    return spreading.mesh
 
 
 def _judged(

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from pypar.mesh import Axis
+from pypar.axis import Axis
+from pypar.parallel.roles import ROLES
+from pypar.role import Match
 
 HEAD_COUNTS = (
     "num_heads",
@@ -22,25 +24,11 @@ HEAD_COUNTS = (
 CONFIG_HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
 
 
-class Match(NamedTuple):
-    """One module to cut, or one parameter that the module has beside its children."""
-
-    name: str
-    module: nn.Module
-    style: str
-    parameter: str | None = None
-
-    def parameters(self) -> list[nn.Parameter]:
-        if self.parameter is not None:
-            return [getattr(self.module, self.parameter)]
-        return list(self.module.parameters())
-
-
 class Inside(NamedTuple):
     """A parameter beside the cut layers of a region, which may see this rank's features or what all ranks have.
 
-    certainty   "declared" by the plan to work on each head, so that its gradient is summed over tp; "guessed" to
-                do so from its shape; "unknown"
+    certainty   "declared" by the plan to work on each head, so that its gradient is summed; "guessed" to do so from its
+                shape; "unknown"
     """
 
     name: str
@@ -49,20 +37,30 @@ class Inside(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A module with column-parallel or row-parallel children."""
+    """A module with children that give or take this rank's features alone."""
 
     name: str
     module: nn.Module
     insides: tuple[Inside, ...]
 
 
+def is_cut_inside(match: Match) -> bool:
+    """Whether a match begins or ends a region."""
+    return ROLES[match.role].gives_part or ROLES[match.role].takes_part
+
+
+def cuts_layers(match: Match) -> bool:
+    """Whether a match makes a layer smaller, and not only the embedding or the head."""
+    return is_cut_inside(match) or ROLES[match.role].cut_dim == 1
+
+
 def find_regions(model: nn.Module, matches: list[Match]) -> list[Region]:
     by_parent: dict[str, list[Match]] = {}
     for match in matches:
-        if match.style in ("column", "row") and match.parameter is None:
+        if is_cut_inside(match) and match.parameter is None:
             by_parent.setdefault(match.name.rpartition(".")[0], []).append(match)
-    declared = {id(p) for m in matches if m.style == "per_head" for p in m.parameters()}
-    settled = {id(p) for m in matches if m.style != "per_head" for p in m.parameters()}
+    declared = {id(p) for m in matches if m.role == "per_head" for p in m.parameters()}
+    settled = {id(p) for m in matches if m.role != "per_head" for p in m.parameters()}
     cut = {id(m.module) for members in by_parent.values() for m in members}
     regions = []
     for name, members in by_parent.items():
@@ -87,7 +85,8 @@ def _width(members: list[Match]) -> int:
     """The number of features that a region's input or output has on every rank."""
     for match in members:
         if isinstance(match.module, nn.Linear):
-            return match.module.in_features if match.style == "column" else match.module.out_features
+            whole = match.module.in_features, match.module.out_features
+            return whole[0] if ROLES[match.role].gives_part else whole[1]
     raise AssertionError("a region is made of linear layers")
 
 
@@ -110,7 +109,7 @@ def head_size_of(module: nn.Module) -> int | None:
 
 
 def check_heads(region: Region, axis: Axis) -> None:
-    """ValueError where tp does not divide an attention module's numbers of heads."""
+    """ValueError where the ranks do not divide an attention module's numbers of heads."""
     counts, module = head_counts(region.module), region.module
     is_attention = head_size_of(module) is not None or "attention" in type(module).__name__.lower()
     if not counts and is_attention:
@@ -121,7 +120,7 @@ def check_heads(region: Region, axis: Axis) -> None:
             divisor = math.gcd(*counts.values())
             divisors = " or ".join(str(d) for d in range(1, divisor + 1) if divisor % d == 0)
             raise ValueError(
-                f"{name} ({count}) of {region.name} must divide by the tp size ({axis.size}); use a tp size "
+                f"{name} ({count}) of {region.name} must divide by the {axis.name} size ({axis.size}); use a {axis.name} size "
                 f"of {divisors}"
             )
 

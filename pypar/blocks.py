@@ -1,0 +1,120 @@
+"""A model as a list of blocks: what pipeline stages, recomputation and offload act on.
+
+A model says what its blocks are by a function `blocks()`, and its forward runs those that it still has, so that a stage
+of a pipeline is the model itself without the blocks of the others. Names of parameters stay those of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pypar.grid import TIED
+from pypar.layout import layout_of, set_layout
+
+_NAMES = "_pypar_names_of_whole_model"
+
+
+class Block(NamedTuple):
+    """One step of a model's forward: its name, and the names of the modules whose parameters belong to it."""
+
+    name: str
+    modules: tuple[str, ...]
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The model's blocks in the order of its forward. ValueError for a model that does not say what they are."""
+    say: Any = getattr(model, "blocks", None)
+    if not callable(say):
+        raise ValueError(
+            f"a {type(model).__name__} does not say what its blocks are; give it a function blocks() that returns a "
+            "list of pypar.blocks.Block, and a forward that runs those whose modules are not None, or use pp=1"
+        )
+    return list(say())
+
+
+def stage_blocks(blocks: Sequence[Block], num_stages: int, stage: int) -> Sequence[Block]:
+    """The blocks of one pipeline stage, all but the first and the last one as evenly as possible.
+
+    The first stage also holds the first block (an embedding), the last one the last (a head): a remainder goes to the
+    stages in between first. ValueError where a stage would be left without one of the blocks between.
+    """
+    inner = len(blocks) - 2
+    if inner < num_stages:
+        raise ValueError(
+            f"a model of {inner} layers has too few for {num_stages} pipeline stages of at least one each; use "
+            f"pp <= {max(inner, 1)}"
+        )
+    base, extra = divmod(inner, num_stages)
+    order = sorted(range(num_stages), key=lambda s: (s == num_stages - 1, s == 0, s))
+    sizes = [base + (order.index(s) < extra) for s in range(num_stages)]
+    start, end = 1 + sum(sizes[:stage]), 1 + sum(sizes[: stage + 1])
+    return blocks[0 if stage == 0 else start : len(blocks) if stage == num_stages - 1 else end]
+
+
+def keep_stage(model: nn.Module, num_stages: int, stage: int) -> None:
+    """Take from the model, in place, all blocks but those of one pipeline stage.
+
+    A parameter that two blocks share stays on both stages: its gradient is summed over them ("tied"), and its name is
+    the first block's. ValueError where stages other than the first and the last one would share it.
+    """
+    blocks = blocks_of(model)
+    kept = stage_blocks(blocks, num_stages, stage)
+    shared = _shared(model, blocks, kept)
+    is_end = stage in (0, num_stages - 1)
+    if shared and not is_end:
+        raise ValueError(
+            f"stage {stage} of {num_stages} shares {', '.join(sorted(shared.values()))} with another one; only the "
+            "first and the last stage can share parameters"
+        )
+    for block in blocks:
+        for name in block.modules if block not in kept else ():
+            _take_out(model, name)
+    for name in shared:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        _sum_over_both(owner, name.rpartition(".")[2])
+    setattr(model, _NAMES, shared)
+
+
+def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's parameters by their names in the whole model, of which this may be one stage."""
+    names: dict[str, str] = getattr(model, _NAMES, {})
+    for name, parameter in model.named_parameters():
+        yield names.get(name, name), parameter
+
+
+def _shared(model: nn.Module, blocks: Sequence[Block], kept: Sequence[Block]) -> dict[str, str]:
+    """Parameters of the kept blocks that others have too: name here -> name in the whole model."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    ours = tuple(f"{module}." for block in kept for module in block.modules)
+    theirs = tuple(f"{module}." for block in blocks if block not in kept for module in block.modules)
+    shared = {}
+    for each in names.values():
+        own = [name for name in each if name.startswith(ours)]
+        if own and any(name.startswith(theirs) for name in each):
+            shared[own[0]] = each[0]
+    return shared
+
+
+def _take_out(model: nn.Module, name: str) -> None:
+    parent_name, _, last = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(parent, (nn.ModuleDict, nn.ModuleList)):
+        del parent._modules[last]
+    else:
+        setattr(parent, last, None)
+
+
+def _sum_over_both(owner: nn.Module, name: str) -> None:
+    sum_also_over: Any = getattr(owner, "sum_also_over", None)
+    if sum_also_over is not None:  # it keeps its layouts itself
+        sum_also_over(TIED)
+        return
+    parameter = getattr(owner, name)
+    layout = layout_of(parameter)
+    set_layout(parameter, replace(layout, sum_over=(*layout.sum_over, TIED)))

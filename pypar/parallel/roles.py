@@ -1,0 +1,12 @@
+"""All roles that a plan can give, by name: a room that offers roles has a line here."""
+
+from pypar.context_parallel import roles as context_parallel
+from pypar.role import ROLES as EVERYWHERE
+from pypar.role import Role
+from pypar.tensor_parallel import roles as tensor_parallel
+
+ROLES: dict[str, Role] = {
+    **EVERYWHERE,
+    **tensor_parallel.ROLES,
+    **context_parallel.ROLES,
+}

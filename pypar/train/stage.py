@@ -1,0 +1,120 @@
+"""The model of a run as its pipeline stage: pypar's decoder or the user's own, spread over the mesh, with its loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pypar.axis import Axis
+from pypar.blocks import keep_stage
+from pypar.context_parallel.roles import ContextParallel
+from pypar.mesh import Mesh
+from pypar.models import Decoder, DecoderConfig
+from pypar.ops import cross_entropy
+from pypar.parallel import ParallelPlan, materialize, parallelize
+from pypar.parallel.roles import ROLES
+from pypar.tensor_parallel import vocab_parallel_cross_entropy
+from pypar.train.batch import Microbatch
+
+# (what the model returned, targets [B, T]) -> the sum of the loss over this rank's positions, a scalar
+Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
+Plan: TypeAlias = "Mapping[str, str] | ParallelPlan | None"
+
+
+class TrainingStage(nn.Module):
+    """A stage as the pipeline runs it: hidden state in and out; the last stage gives the scaled loss."""
+
+    def __init__(self, model: nn.Module, loss: Loss, *, is_last: bool) -> None:
+        super().__init__()
+        self.model, self.loss, self.is_last = model, loss, is_last
+        self.takes_sequences = takes_sequences(model)
+
+    def forward(self, hidden: Any, microbatch: Microbatch) -> Any:
+        given = {"sequences": microbatch.sequences} if self.takes_sequences else {}
+        out = self.model(microbatch.tokens if hidden is None else hidden, **given)
+        return self.loss(out, microbatch.targets) * microbatch.loss_scale if self.is_last else out
+
+
+def takes_sequences(model: nn.Module) -> bool:
+    """Whether a model's forward asks for `pypar.sequences.Sequences`, by the name ``sequences``."""
+    return "sequences" in inspect.signature(model.forward).parameters
+
+
+def decoder_stage(
+    config: DecoderConfig, mesh: Mesh, plan: ParallelPlan, *, seed: int, dtype: torch.dtype, device: torch.device
+) -> TrainingStage:
+    """This rank's part of the decoder: nothing else is ever allocated."""
+    with torch.device("meta"):
+        model = Decoder(config, seed=None, dtype=dtype)
+    _spread(model, mesh, plan)
+    materialize(model, model.initial_weight(seed), device=device)
+    return TrainingStage(model, _vocabulary_loss(mesh.axis(*ROLES["column"].axes)), is_last=_is_last(mesh))
+
+
+def stage_of(
+    model: nn.Module,
+    mesh: Mesh,
+    plan: Plan,
+    loss: Loss | None,
+    *,
+    context: ContextParallel,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> TrainingStage:
+    """The user's model, which every rank has with the same weights, spread as the plan says.
+
+    ValueError, the same on every rank, for what this model cannot do on this mesh.
+    """
+    plan = ParallelPlan.of(plan)
+    if mesh.cp.size > 1 and "attention" not in (plan.roles or getattr(model, "parallel_plan", {})).values():
+        raise ValueError(
+            f"cp={mesh.cp.size} cuts sequences, and no module of this {type(model).__name__} has the role "
+            '"attention", so that each rank would attend to its own positions only; give a plan with "attention" and '
+            '"positions" (pypar.models.CausalAttention, Positions), or use cp=1'
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"this {type(model).__name__} is on the meta device, without values; give it values, the same on every rank"
+        )
+    if plan.context == ContextParallel():
+        plan = ParallelPlan(plan.roles, plan.sequence_parallel, context)
+    model.to(device=device, dtype=dtype)
+    if mesh.world.size > 1:
+        _spread(model, mesh, plan)
+    return TrainingStage(model, loss or next_token_loss, is_last=_is_last(mesh))
+
+
+def next_token_loss(output: Any, targets: Tensor) -> Tensor:
+    """The sum of the cross-entropy over the positions whose target is not -100; output: logits [B, T, V], or what has
+    them as ``logits``."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != targets.shape:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"the model returned {what} where logits [B, T, V] belong to targets {tuple(targets.shape)}; give the "
+            "Trainer a loss=, a function of what the model returns and the targets"
+        )
+    return cross_entropy(logits, targets).sum()
+
+
+def _vocabulary_loss(axis: Axis) -> Loss:
+    """For logits [B, T, V/R] of which each rank of the axis has its part."""
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return vocab_parallel_cross_entropy(logits, targets, axis).sum()
+
+    return loss
+
+
+def _spread(model: nn.Module, mesh: Mesh, plan: ParallelPlan) -> None:
+    parallelize(model, mesh, plan)
+    if mesh.pp.size > 1:
+        keep_stage(model, mesh.pp.size, mesh.pp.rank)
+
+
+def _is_last(mesh: Mesh) -> bool:
+    return mesh.pp.rank == mesh.pp.size - 1
