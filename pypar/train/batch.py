@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..context_parallel import shard
-from ..mesh import Mesh
-from ..models import Decoder, Sequences
-from ..tensor_parallel import vocab_parallel_cross_entropy
+from pypar.context_parallel import shard
+from pypar.mesh import Mesh
+from pypar.models import Decoder, Sequences
+from pypar.tensor_parallel import vocab_parallel_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..layout import layout_of
-from ..mesh import Mesh
-from ..models import Decoder
-from ..models.cache import KeyValueCache
-from . import checkpoint
-from .config import RunConfig
-from .plan import check_whole_model
-from .tokens import check_text, continuation, open_tokenizer
+from pypar.layout import layout_of
+from pypar.mesh import Mesh
+from pypar.models import Decoder
+from pypar.models.cache import KeyValueCache
+from pypar.train import checkpoint
+from pypar.train.config import RunConfig
+from pypar.train.plan import check_whole_model
+from pypar.train.tokens import check_text, continuation, open_tokenizer
 
 
 def load_model(path: Path) -> tuple[Decoder, RunConfig]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm.backend import BACKENDS
-from ..mesh import Mesh, parse_mesh
-from . import checkpoint
-from .config import RunConfig
-from .generate import generate, printable
-from .launch import joined_world_size
-from .metrics import FLOP_CONVENTION, Metrics, draw_loss_curve, matmul_rate
-from .trainer import PRECISIONS, Trainer
+from pypar.comm.backend import BACKENDS
+from pypar.mesh import Mesh, parse_mesh
+from pypar.train import checkpoint
+from pypar.train.config import RunConfig
+from pypar.train.generate import generate, printable
+from pypar.train.launch import joined_world_size
+from pypar.train.metrics import FLOP_CONVENTION, Metrics, draw_loss_curve, matmul_rate
+from pypar.train.trainer import PRECISIONS, Trainer
 
 
 @contextlib.contextmanager

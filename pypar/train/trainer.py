@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 
-from ..comm import all_reduce_start
-from ..comm.identical import first_difference
-from ..mesh import Axis, Mesh
-from ..models import ContextParallel, Decoder
-from ..pipeline_parallel import PipelineRuntime, schedules
-from . import checkpoint
-from .batch import Microbatch, TrainingStage, split_batch
-from .config import RunConfig
-from .data import Batch, TokenData, open_data
-from .gradients import Gradients
-from .optimizer import Optimizer, learning_rate
-from .resume import identity, resumption
+from pypar.comm import all_reduce_start
+from pypar.comm.identical import first_difference
+from pypar.mesh import Axis, Mesh
+from pypar.models import ContextParallel, Decoder
+from pypar.pipeline_parallel import PipelineRuntime, schedules
+from pypar.train import checkpoint
+from pypar.train.batch import Microbatch, TrainingStage, split_batch
+from pypar.train.config import RunConfig
+from pypar.train.data import Batch, TokenData, open_data
+from pypar.train.gradients import Gradients
+from pypar.train.optimizer import Optimizer, learning_rate
+from pypar.train.resume import identity, resumption
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
