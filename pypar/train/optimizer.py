@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from pypar.data_parallel.gradients import Gradients
 from pypar.layout import Layout, answers_for, layout_of, local_tensor
 from pypar.mesh import Mesh
 from pypar.train.config import OptimizerConfig
-from pypar.train.gradients import Gradients
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:

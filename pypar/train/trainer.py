@@ -8,6 +8,7 @@ import torch
 
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
+from pypar.data_parallel.gradients import Gradients
 from pypar.mesh import Axis, Mesh
 from pypar.models import ContextParallel, Decoder
 from pypar.pipeline_parallel import PipelineRuntime, schedules
@@ -15,7 +16,6 @@ from pypar.train import checkpoint
 from pypar.train.batch import Microbatch, TrainingStage, split_batch
 from pypar.train.config import RunConfig
 from pypar.train.data import Batch, TokenData, open_data
-from pypar.train.gradients import Gradients
 from pypar.train.optimizer import Optimizer, learning_rate
 from pypar.train.resume import identity, resumption
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pypar.data_parallel import GradientBuckets
+from pypar.data_parallel.buckets import GradientBuckets
 from pypar.layout import layout_of
 from pypar.mesh import Axis, Mesh
 
