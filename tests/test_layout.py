@@ -30,6 +30,7 @@ LEVELS = {
     "initial_weights": BASE,
     "sharded": BASE,
     "cost": BASE,
+    "optimizers": 3,  # a wing
     "models": 4,
     "hugging_face": 5,
     "train": 5,

@@ -11,12 +11,13 @@ from pypar.comm.identical import first_difference
 from pypar.data_parallel.gradients import Gradients
 from pypar.mesh import Axis, Mesh
 from pypar.models import ContextParallel, Decoder
+from pypar.optimizers.masters import Optimizer
+from pypar.optimizers.schedule import learning_rate
 from pypar.pipeline_parallel import PipelineRuntime, schedules
 from pypar.train import checkpoint
 from pypar.train.batch import Microbatch, TrainingStage, split_batch
 from pypar.train.config import RunConfig
 from pypar.train.data import Batch, TokenData, open_data
-from pypar.train.optimizer import Optimizer, learning_rate
 from pypar.train.resume import identity, resumption
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
@@ -50,7 +51,7 @@ class Trainer:
             gradient_dtype=torch.float32,
             rebuild=False,  # a resumed run has the buckets of one that was not interrupted
         )
-        self.optimizer = Optimizer(named, self.gradients, config.optimizer)
+        self.optimizer = Optimizer(named, self.gradients.gradient, config.optimizer)
         self.runtime = self._pipeline()
         self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
 
