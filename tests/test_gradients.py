@@ -2,9 +2,9 @@
 
 import torch
 
+from pypar.data_parallel.gradients import Gradients
 from pypar.layout import Cut, Layout, set_layout
 from pypar.mesh import Mesh
-from pypar.train.gradients import Gradients
 
 SUMS = {
     "dense": ("dp", "cp"),

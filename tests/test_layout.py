@@ -30,6 +30,7 @@ LEVELS = {
     "initial_weights": BASE,
     "sharded": BASE,
     "cost": BASE,
+    "optimizers": 3,  # a wing
     "models": 4,
     "hugging_face": 5,
     "train": 5,
@@ -92,6 +93,19 @@ def test_imports_go_one_way(path):
         assert level is not None, f"{path} imports pypar.{imported}, which is no room"
         allowed = imported == room or level < _level(room) or level == _level(room) == BASE
         assert allowed, f"{path} is in {room} and must not import pypar.{imported}"
+
+
+@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_are_absolute(path):
+    """kernels/ is a folder of its own that imports its neighbours, and is not among these files."""
+    if path.is_relative_to(PACKAGE / "kernels"):
+        return
+    relative = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative, f"{path.relative_to(ROOT)} says {relative}: write the full name, from pypar on"
 
 
 def test_the_rule_of_imports_sees_what_it_must(tmp_path):

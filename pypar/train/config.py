@@ -19,6 +19,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from pypar.optimizers.config import OptimizerConfig
+
 if TYPE_CHECKING:
     from pypar.models import DecoderConfig
 
@@ -53,20 +55,6 @@ class DataConfig:
     special_tokens: str = "text"
     validation_fraction: float = 0.05  # of the documents; a single document is split by position
     cache_directory: str = ""  # "": $XDG_CACHE_HOME/pypar or ~/.cache/pypar
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and a cosine down to ``min_lr_ratio * lr``."""
-
-    lr: float = 3e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 20
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0  # 0: no clipping
 
 
 @dataclass(frozen=True)

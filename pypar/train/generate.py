@@ -7,22 +7,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..layout import layout_of
-from ..mesh import Mesh
-from ..models import Decoder
-from ..models.cache import KeyValueCache
-from . import checkpoint
-from .config import RunConfig
-from .plan import check_whole_model
-from .tokens import check_text, continuation, open_tokenizer
+from pypar.layout import layout_of
+from pypar.mesh import Mesh
+from pypar.models import Decoder
+from pypar.models.cache import KeyValueCache
+from pypar.train import checkpoint
+from pypar.train.config import RunConfig
+from pypar.train.plan import check_whole_model
+from pypar.train.tokens import check_text, continuation, open_tokenizer
 
 
 def load_model(path: Path) -> tuple[Decoder, RunConfig]:
     """The whole model of a checkpoint, whatever layout wrote it, in fp32, in a process without a process group."""
     config, model_config = check_whole_model(path)
-    model = Decoder(model_config, Mesh(), seed=config.seed)
-    state = {f"model.{name}": (p.detach(), layout_of(p)) for name, p in model.global_parameters()}
-    checkpoint.load(path, state, model.mesh)
+    model = Decoder(model_config, seed=None)
+    state = {f"model.{name}": (p.detach(), layout_of(p)) for name, p in model.named_parameters()}
+    checkpoint.load(path, state, Mesh())
     return model.eval(), config
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..json_file import parse_json
-from ..ops import linear
+from pypar.json_file import parse_json
+from pypar.ops import linear
 
 FLOP_CONVENTION = (
     "model FLOPs a token = 6 x matmul parameters + 6 x layers x heads x head size x T (causal half)"

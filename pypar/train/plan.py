@@ -62,6 +62,7 @@ BOUNDS: dict[str, tuple[float | str, float | str]] = {
     "train.log_every": _AT_LEAST_1,
 }
 CHOICES = {
+    "optimizer.name": ("adamw",),
     "data.special_tokens": SPECIAL_TOKENS,
     "train.precision": ("fp32", "bf16"),
     "train.resume_data": ("same", "restart"),

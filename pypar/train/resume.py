@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pypar.optimizers.config import OptimizerConfig
+from pypar.optimizers.schedule import learning_rate
 from pypar.train.checkpoint import shown_value
-from pypar.train.config import OptimizerConfig, RunConfig, all_keys
+from pypar.train.config import RunConfig, all_keys
 
 if TYPE_CHECKING:
     from pypar.train.data import TokenData
@@ -104,8 +106,6 @@ def _changes(written: Any, config: RunConfig, step: int) -> Iterator[str]:
 
 
 def _rate_change(then: Mapping[str, Any], config: RunConfig, step: int) -> Iterator[str]:
-    from pypar.train.optimizer import learning_rate
-
     rate: dict[str, Any] = {
         key: then.get(f"optimizer.{key}") for key in ("lr", "min_lr_ratio", "warmup_steps")
     }

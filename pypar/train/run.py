@@ -2,34 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
-
+from pypar.mesh import Mesh, parse_mesh
 from pypar.train.config import RunConfig
 from pypar.train.generate import generate, printable
+from pypar.train.job import process_group
 from pypar.train.metrics import Metrics, draw_loss_curve
 from pypar.train.trainer import Trainer
-
-
-@contextlib.contextmanager
-def process_group(threads: int) -> Iterator[torch.device]:
-    """Joins the job that torchrun (or ``pypar train``) started, if any; yields this rank's device."""
-    world_size = joined_world_size() or 1
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    if world_size > 1:
-        dist.init_process_group(BACKENDS[device.type])
-    yield device
-    if (
-        world_size > 1
-    ):  # not after an exception: the agent ends the ranks, and closing a group can wait for them
-        dist.destroy_process_group()
 
 
 def run(config: RunConfig) -> None:

@@ -1,69 +1,133 @@
 """One rank of a training run: the model on the mesh, a step, evaluation, checkpoints."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from ..comm import all_reduce_start
-from ..comm.identical import first_difference
-from ..mesh import Axis, Mesh
-from ..models import ContextParallel, Decoder
-from ..pipeline_parallel import PipelineRuntime, schedules
-from . import checkpoint
-from .batch import Microbatch, TrainingStage, split_batch
-from .config import RunConfig
-from .data import Batch, TokenData, open_data
-from .gradients import Gradients
-from .optimizer import Optimizer, learning_rate
-from .resume import identity, resumption
+from pypar.blocks import global_parameters
+from pypar.comm import all_reduce_start
+from pypar.comm.identical import first_difference
+from pypar.context_parallel.roles import ContextParallel
+from pypar.data_parallel.gradients import Gradients
+from pypar.grid import DATA
+from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
+from pypar.mesh import Axis, Mesh, parse_mesh
+from pypar.optimizers.masters import Optimizer
+from pypar.optimizers.schedule import learning_rate
+from pypar.parallel import ParallelPlan
+from pypar.pipeline_parallel import PipelineRuntime, schedules
+from pypar.train import checkpoint
+from pypar.train.batch import Microbatch, split_batch
+from pypar.train.config import RunConfig
+from pypar.train.data import Batch, TokenData, open_data
+from pypar.train.job import join_job
+from pypar.train.loop import fit
+from pypar.train.resume import identity, resumption
+from pypar.train.stage import Loss, Plan, TrainingStage, decoder_stage, stage_of
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:
-    """One rank's share of a run: a function of (config, step, samples seen), so that any layout resumes any other."""
+    """One rank's share of a run: a function of (config, step, samples seen), so that any layout resumes any other.
 
-    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
-        self.config, self.mesh, self.device = config, mesh, device
+        trainer = Trainer(RunConfig.from_dict({"mesh": "tp=2", "train": {"steps": 100}}))
+        trainer.fit()                                                   # or, one by one:
+        trainer.train_step(); trainer.evaluate(); trainer.save()
+
+    Every rank makes it, under torchrun; without, the run has one rank.
+
+    config  a `RunConfig`, whose data, optimizer, mesh, pipeline and train sections hold for every model
+    mesh    by default made as the configuration says, after the job is joined and the configuration checked as
+            `pypar train` does; the process group stays, as with torch, until destroy_process_group
+    device  by default the rank's GPU, where there is one
+    model   the user's own: token ids [B, T] -> what ``loss`` takes, with the same weights on every rank. The model
+            section is not looked at then. With a function blocks() it can be a pipeline; with a keyword ``sequences`` it
+            can be spread over cp and gets packed documents. None: pypar's decoder, of which a rank only ever allocates
+            its part
+    plan    how the model is spread (`pypar.parallelize`)
+    loss    (what the model returned, targets [B, T]) -> the sum, not the mean, of the loss over positions whose target
+            is not -100, a scalar; by default the cross-entropy of logits [B, T, V]
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh | None = None,
+        device: torch.device | None = None,
+        *,
+        model: nn.Module | None = None,
+        plan: Plan = None,
+        loss: Loss | None = None,
+    ) -> None:
+        if model is None and (plan is not None or loss is not None):
+            raise ValueError("plan= and loss= belong to a model of your own; pass model= as well")
+        if mesh is None:
+            config, mesh, device = _joined(config, has_own_model=model is not None)
+        self.config, self.mesh, self.device = config, mesh, device or torch.device("cpu")
         self.data = open_data(
             config.data, config.train.sequence_length, config.seed, config.train.packed_documents
         )
         _check_same_data(self.data, mesh)
-        dtype = PRECISIONS[config.train.precision]
-        self.model_config = config.decoder_config(self.data.vocab_size)
-        self.model = Decoder(
-            self.model_config,
-            mesh,
-            sequence_parallel=config.train.sequence_parallel,
-            context=ContextParallel(**dataclasses.asdict(config.context)),
-            seed=config.seed,
-            dtype=dtype,
-        ).to(device)
-        named = list(self.model.global_parameters())
+        self.dtype = PRECISIONS[config.train.precision]
+        self.stage = self._own_stage() if model is None else self._stage_of(model, plan, loss)
+        named = list(global_parameters(self.model))
+        trained = [(name, p) for name, p in named if p.requires_grad]
+        self.frozen = [(name, p) for name, p in named if not p.requires_grad]
         self.gradients = Gradients(
-            [p for _, p in named],
+            [p for _, p in trained],
             mesh,
             bucket_bytes=config.train.bucket_bytes,
             gradient_dtype=torch.float32,
             rebuild=False,  # a resumed run has the buckets of one that was not interrupted
         )
-        self.optimizer = Optimizer(named, self.gradients, config.optimizer)
+        self.optimizer = Optimizer(trained, self.gradients.gradient, config.optimizer)
         self.runtime = self._pipeline()
         self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
+
+    def _own_stage(self) -> TrainingStage:
+        config = self.config
+        sizes = config.decoder_config(self.data.vocab_size)
+        self.flops_per_token = sizes.flops_per_token(config.train.sequence_length)
+        plan = ParallelPlan(None, config.train.sequence_parallel, self._context)
+        return decoder_stage(
+            sizes, self.mesh, plan, seed=config.seed, dtype=self.dtype, device=self.device
+        )
+
+    def _stage_of(self, model: nn.Module, plan: Plan, loss: Loss | None) -> TrainingStage:
+        count = sum(p.numel() for p in model.parameters())
+        self.flops_per_token = 6 * count  # 2 a parameter forward, 4 backward (arXiv 2001.08361); attention not counted
+        return stage_of(
+            model, self.mesh, plan, loss, config=self.config, context=self._context, dtype=self.dtype, device=self.device
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """This rank's part of the model."""
+        return self.stage.model
+
+    @property
+    def _context(self) -> ContextParallel:
+        return ContextParallel(**dataclasses.asdict(self.config.context))
 
     def _pipeline(self) -> PipelineRuntime:
         train, pp = self.config.train, self.mesh.pp
         num_microbatches = train.batch_size // self.mesh.dp.size // train.microbatch_size
         schedule = schedules.build(self.config.pipeline.schedule, pp.size, num_microbatches)
-        return PipelineRuntime(TrainingStage(self.model), pp, schedule, device=self.device)
+        return PipelineRuntime(self.stage, pp, schedule, device=self.device)
 
     @property
     def axes(self) -> list[Axis]:
+        """All axes over which this run communicates, each once."""
         mesh = self.mesh
-        axes = [mesh.data, mesh.pp, mesh.cp, mesh.tp, mesh.world, *self.gradients.axes]
+        axes = [mesh.data, *(mesh.axis(name) for name in mesh.sizes), mesh.world, *self.gradients.axes]
         return list(dict.fromkeys(axes))
 
     def _microbatches(self, batch: Batch) -> list[Microbatch]:
@@ -85,8 +149,9 @@ class Trainer:
         return all_reduce_start(packed, self.mesh.world).wait().tolist()
 
     def _own_loss(self, losses: list[torch.Tensor]) -> float:
-        """This rank's part of the loss: the tp ranks of the last stage hold the same value, the first one counts."""
-        return sum(float(loss) for loss in losses) if self.mesh.tp.rank == 0 else 0.0
+        """This rank's part of the loss: of ranks that hold the same value, the first one counts."""
+        parts = Layout((self.mesh.data.size,), (Cut(0, DATA),))
+        return sum(map(float, losses)) if answers_for(parts, self.mesh.grid, self.mesh.rank) else 0.0
 
     def train_step(self) -> dict[str, float]:
         """One update; returns the loss (nats a token) before it and the gradient norm before clipping."""
@@ -108,22 +173,32 @@ class Trainer:
         return {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
 
     @torch.no_grad()
-    def evaluate(self, num_batches: int) -> float:
-        """Mean loss (nats a token) over the first ``num_batches`` validation batches."""
+    def evaluate(self, num_batches: int | None = None) -> float:
+        """Mean loss (nats a token) over the first validation batches: ``num_batches``, or as many as configured."""
+        most = self.config.train.evaluate_batches if num_batches is None else num_batches
         total = count = 0.0
-        for index in range(min(num_batches, self.data.num_validation_batches(self.config.train.batch_size))):
+        self.model.eval()
+        for index in range(min(most, self.data.num_validation_batches(self.config.train.batch_size))):
             batch = self.data.validation_batch(index, self.config.train.batch_size)
             num_targets = float((batch.targets != -100).sum())
             losses = self.runtime.evaluate(self._microbatches(batch))
             total += self._own_loss(losses) * num_targets
             count += num_targets
+        self.model.train()
         if not count:
             raise ValueError("the validation text has nothing to learn; raise data.validation_fraction")
         return self.sum_over_world(total)[0] / count
 
-    def save(self, directory: Path) -> Path:
+    def fit(self) -> Path:
+        """Train to ``train.steps``, with evaluations, checkpoints and metrics as configured, from the checkpoint that
+        ``train.resume`` names, if any. Returns the last checkpoint."""
+        return fit(self)
+
+    def save(self, directory: Path | None = None) -> Path:
+        """Write a checkpoint into ``directory``, by default the run's own; every rank calls it."""
         extra = {"config": self.config.to_dict(), "samples": self.samples, "data": identity(self.data)}
-        return checkpoint.save(directory, self.step, self.optimizer.state(), self.mesh, extra)
+        directory = directory or self.config.checkpoint_directory
+        return checkpoint.save(directory, self.step, self._state(), self.mesh, extra)
 
     def load(self, path: Path) -> tuple[str, ...]:
         """Go on from ``path``; returns what the configuration has changed since, a line each.
@@ -131,10 +206,25 @@ class Trainer:
         ValueError where the checkpoint cannot be read, or is of another model or other data.
         """
         going_on = resumption(path, checkpoint.read_manifest(path), self.config, self.data)
-        self.step = checkpoint.load(path, self.optimizer.state(), self.mesh)["step"]
+        self.step = checkpoint.load(path, self._state(), self.mesh)["step"]
         self.samples = going_on.samples
         self.optimizer.loaded(self.step)
         return going_on.changes
+
+    def _state(self) -> dict[str, tuple[Tensor, Layout]]:
+        """All that a resumed run needs, by name."""
+        frozen = {f"model.{name}": (local_tensor(p).detach(), layout_of(p)) for name, p in self.frozen}
+        return self.optimizer.state() | frozen
+
+
+def _joined(config: RunConfig, *, has_own_model: bool) -> tuple[RunConfig, Mesh, torch.device]:
+    """The configuration, checked and filled in, and this rank's mesh and device, after joining the job."""
+    from pypar.train.plan import check
+
+    ready = check(config, joined_world_size() or 1, has_own_model=has_own_model).config
+    device = join_job(ready.train.threads)
+    sizes: Any = parse_mesh(ready.mesh)
+    return ready, Mesh(**sizes, device_type=device.type), device
 
 
 def _check_same_data(data: TokenData, mesh: Mesh) -> None:

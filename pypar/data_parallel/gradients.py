@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pypar.data_parallel import GradientBuckets
+from pypar.data_parallel.buckets import GradientBuckets
 from pypar.layout import layout_of
 from pypar.mesh import Axis, Mesh
+from pypar.sharded.partial import leave_to_layout
 
 
 class Gradients:
@@ -23,6 +24,7 @@ class Gradients:
     def __init__(self, parameters: Iterable[nn.Parameter], mesh: Mesh, **options: Any) -> None:
         by_axes: dict[tuple[str, ...], list[nn.Parameter]] = {}
         for parameter in parameters:
+            leave_to_layout(parameter)
             by_axes.setdefault(mesh.grid.in_order(layout_of(parameter).sum_over), []).append(parameter)
         mesh.declare(*by_axes)
         # Sets of axes that are the same ranks on this mesh share their buckets. All ranks make theirs in one order.
