@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 from plain_llama import PlainLlama
 from torch import Tensor
 
+from pypar.blocks import global_parameters
 from pypar.mesh import Mesh, parse_mesh
 from pypar.models import DecoderConfig
 from pypar.ops import linear
@@ -78,7 +79,7 @@ def pypar_steps(mesh: str, **options: bool) -> Iterator[float]:
 def save_initial_weights(path: Path) -> None:
     """pypar's initial weights, so that every contender starts alike and the losses can be compared."""
     trainer = Trainer(run_config(""), Mesh(), torch.device("cpu"))
-    torch.save({name: p.detach() for name, p in trainer.model.global_parameters()}, path)
+    torch.save({name: p.detach() for name, p in global_parameters(trainer.model)}, path)
 
 
 def plain_model(weights: Path) -> PlainLlama:

@@ -205,7 +205,7 @@ SIZES = {"vocab_size": 16, "d_model": 8, "num_heads": 2, "num_kv_heads": 1, "hea
 def test_a_model_is_compared_before_it_is_made(tmp_path: Path, tied: bool) -> None:
     sizes = DecoderConfig(**SIZES, num_layers=2, tied_embeddings=tied)
     mesh = Mesh()
-    state = {f"model.{n}": (p.detach(), layout_of(p)) for n, p in Decoder(sizes, mesh).global_parameters()}
+    state = {f"model.{n}": (p.detach(), layout_of(p)) for n, p in Decoder(sizes).named_parameters()}
     written = dataclasses.asdict(sizes) | {"vocab_size": 0}  # 0: the tokenizer's
     path = checkpoint.save(tmp_path, 5, state, mesh, {"config": {"model": written}})
     checkpoint.check_readable(path, sizes)

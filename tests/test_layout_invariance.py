@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pypar.blocks import global_parameters
 from pypar.mesh import Mesh
 from pypar.sharded import Sharded
 from pypar.train.config import RunConfig
@@ -137,7 +138,7 @@ def train(
     trainer = Trainer(run, mesh, torch.device("cpu"))
     lines = [trainer.train_step() for _ in range(num_steps)]
     weights = {}
-    for name, parameter in trainer.model.global_parameters():
+    for name, parameter in global_parameters(trainer.model):
         whole = parameter.full_tensor() if isinstance(parameter, Sharded) else parameter
         weights[name] = whole.detach()
     losses = [m["loss"] for m in lines] + [trainer.evaluate(2)]

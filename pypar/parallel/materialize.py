@@ -12,7 +12,9 @@ from pypar.layout import layout_of, local_tensor, set_layout
 from pypar.sharded import Sharded, shard
 from pypar.sharded.partial import sum_in_backward, summed_in_backward
 
-Values = Callable[[str, tuple[int, ...]], Tensor]  # (name in the whole model, whole shape) -> the whole tensor
+Values = Callable[
+    [str, tuple[int, ...]], Tensor
+]  # (name in the whole model, whole shape) -> the whole tensor
 
 
 @torch.no_grad()

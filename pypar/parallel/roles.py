@@ -10,3 +10,4 @@ ROLES: dict[str, Role] = {
     **tensor_parallel.ROLES,
     **context_parallel.ROLES,
 }
+AXES = tuple(dict.fromkeys(name for role in ROLES.values() for name in role.axes))  # that some role is about

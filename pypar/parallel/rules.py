@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from pypar.mesh import Mesh
 from pypar.parallel.cuttable import half_tied, left_whole, obstacle
 from pypar.parallel.plan import ParallelPlan
 from pypar.parallel.regions import Region, check_heads, cuts_layers, find_regions, listed
@@ -162,7 +161,12 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _check_all_have_roles(model: nn.Module, matches: list[Match]) -> None:
     """Under sequence parallelism a parameter that is not cut sees a part of the positions."""
-    said = {id(p) for m in matches for p in m.parameters() if ROLES[m.role].cut_dim is not None or m.role == "norm"}
+    said = {
+        id(p)
+        for m in matches
+        for p in m.parameters()
+        if ROLES[m.role].cut_dim is not None or m.role == "norm"
+    }
     silent = [name for name, p in model.named_parameters() if id(p) not in said]
     if silent:
         raise ValueError(

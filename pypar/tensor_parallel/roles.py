@@ -96,7 +96,9 @@ def _per_head(match: Match, spreading: Spreading) -> nn.Module:
 
 
 ROLES = {
-    "column": Role(nn.Linear, AXES, _column, 0, "out_features", gives_part=True, of_parameters=True, join=join),
+    "column": Role(
+        nn.Linear, AXES, _column, 0, "out_features", gives_part=True, of_parameters=True, join=join
+    ),
     "row": Role(nn.Linear, AXES, _row, 1, "in_features", takes_part=True),
     "vocab": Role(nn.Embedding, AXES, _vocab, 0, "num_embeddings", is_optional=True),
     "column_gather": Role(nn.Linear, AXES, _column_gather, 0, "out_features", is_optional=True),

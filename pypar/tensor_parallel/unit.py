@@ -32,8 +32,8 @@ class Unit:
 
     The first call computes all of them, so that their inputs' gradients are summed in one collective and, with sequence
     parallelism, the input is gathered once; the others take what is there. Layers that get another input than the first
-    one (cross-attention), or are not called, show it in their first forwards: the unit then dissolves, and each computes
-    for itself. That is the same on every rank, as every rank runs the same forward.
+    one (cross-attention), or are not called, show it in their first forwards: the unit then dissolves, and each of them
+    computes for itself. That is the same on every rank, as every rank runs the same forward.
     """
 
     def __init__(self, layers: Sequence[ColumnParallelLinear]) -> None:

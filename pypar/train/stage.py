@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from pypar.axis import Axis
 from pypar.blocks import keep_stage
+from pypar.comm.identical import first_difference
 from pypar.context_parallel.roles import ContextParallel
 from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig
 from pypar.ops import cross_entropy
 from pypar.parallel import ParallelPlan, materialize, parallelize
-from pypar.parallel.roles import ROLES
+from pypar.parallel.roles import AXES, ROLES
 from pypar.tensor_parallel import vocab_parallel_cross_entropy
 from pypar.train.batch import Microbatch
 
@@ -45,7 +46,13 @@ def takes_sequences(model: nn.Module) -> bool:
 
 
 def decoder_stage(
-    config: DecoderConfig, mesh: Mesh, plan: ParallelPlan, *, seed: int, dtype: torch.dtype, device: torch.device
+    config: DecoderConfig,
+    mesh: Mesh,
+    plan: ParallelPlan,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> TrainingStage:
     """This rank's part of the decoder: nothing else is ever allocated."""
     with torch.device("meta"):
@@ -83,8 +90,13 @@ def stage_of(
     if plan.context == ContextParallel():
         plan = ParallelPlan(plan.roles, plan.sequence_parallel, context)
     model.to(device=device, dtype=dtype)
-    if mesh.world.size > 1:
-        _spread(model, mesh, plan)
+    difference = first_difference(list(model.named_parameters()), mesh.world)
+    if difference is not None:
+        raise ValueError(
+            f"the ranks have different models: {difference} differs; build the model from one seed (torch.manual_seed) "
+            "or load one checkpoint on every rank"
+        )
+    _spread(model, mesh, plan)
     return TrainingStage(model, loss or next_token_loss, is_last=_is_last(mesh))
 
 
@@ -111,7 +123,8 @@ def _vocabulary_loss(axis: Axis) -> Loss:
 
 
 def _spread(model: nn.Module, mesh: Mesh, plan: ParallelPlan) -> None:
-    parallelize(model, mesh, plan)
+    if any(mesh.axis(name).size > 1 for name in AXES):
+        parallelize(model, mesh, plan)
     if mesh.pp.size > 1:
         keep_stage(model, mesh.pp.size, mesh.pp.rank)
 

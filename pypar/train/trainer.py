@@ -27,6 +27,7 @@ from pypar.train.batch import Microbatch, split_batch
 from pypar.train.config import RunConfig
 from pypar.train.data import Batch, TokenData, open_data
 from pypar.train.job import join_job
+from pypar.train.launch import joined_world_size
 from pypar.train.loop import fit
 from pypar.train.resume import identity, resumption
 from pypar.train.stage import Loss, Plan, TrainingStage, decoder_stage, stage_of
@@ -49,9 +50,9 @@ class Trainer:
             `pypar train` does; the process group stays, as with torch, until destroy_process_group
     device  by default the rank's GPU, where there is one
     model   the user's own: token ids [B, T] -> what ``loss`` takes, with the same weights on every rank. The model
-            section is not looked at then. With a function blocks() it can be a pipeline; with a keyword ``sequences`` it
-            can be spread over cp and gets packed documents. None: pypar's decoder, of which a rank only ever allocates
-            its part
+            section is not looked at then. With a function blocks() it can be a pipeline; with a keyword ``sequences``
+            it can be spread over cp and gets packed documents. None: pypar's decoder, of which a rank only ever
+            allocates its part
     plan    how the model is spread (`pypar.parallelize`)
     loss    (what the model returned, targets [B, T]) -> the sum, not the mean, of the loss over positions whose target
             is not -100, a scalar; by default the cross-entropy of logits [B, T, V]
@@ -97,15 +98,15 @@ class Trainer:
         sizes = config.decoder_config(self.data.vocab_size)
         self.flops_per_token = sizes.flops_per_token(config.train.sequence_length)
         plan = ParallelPlan(None, config.train.sequence_parallel, self._context)
-        return decoder_stage(
-            sizes, self.mesh, plan, seed=config.seed, dtype=self.dtype, device=self.device
-        )
+        return decoder_stage(sizes, self.mesh, plan, seed=config.seed, dtype=self.dtype, device=self.device)
 
     def _stage_of(self, model: nn.Module, plan: Plan, loss: Loss | None) -> TrainingStage:
         count = sum(p.numel() for p in model.parameters())
-        self.flops_per_token = 6 * count  # 2 a parameter forward, 4 backward (arXiv 2001.08361); attention not counted
+        self.flops_per_token = (
+            6 * count
+        )  # 2 a parameter forward, 4 backward (arXiv 2001.08361); attention not counted
         return stage_of(
-            model, self.mesh, plan, loss, config=self.config, context=self._context, dtype=self.dtype, device=self.device
+            model, self.mesh, plan, loss, context=self._context, dtype=self.dtype, device=self.device
         )
 
     @property

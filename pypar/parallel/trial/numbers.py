@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pypar.axis import Axis
 from pypar.comm import all_reduce_start
 from pypar.layout import layout_of, local_part, local_tensor
-from pypar.axis import Axis
 from pypar.mesh import Mesh
 from pypar.parallel.regions import Inside, Region, listed
 from pypar.parallel.trial.examples import Verify, results, wave
