@@ -36,7 +36,7 @@ test-all: .venv/.set-up-dev
 lint: .venv/.set-up-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*.cu tests/simt/*.h tests/simt/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/*.,h cpp cuh cu) $(addprefix tests/harness/simt/*.,h cpp))
 	$(BIN)/mypy
 
 bench: .venv/.set-up-dev

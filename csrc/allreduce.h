@@ -30,7 +30,7 @@
 // its area: its later calls write nothing. A peer that comes late thus still finds the input of that very
 // call; the call after it ends in its own time-out.
 //
-// tests/test_allreduce_protocol.py enumerates the interleavings of this protocol.
+// tests/comm/allreduce/test_protocol.py enumerates the interleavings of this protocol.
 #pragma once
 
 #include <cstddef>

@@ -2,8 +2,8 @@
 // assembly.
 //
 // Under PYPAR_SIMT a kernel runs on the CPU, thread by thread, and each function calls its namesake of the
-// host runtime (tests/simt/simt.h). bfloat16 and float16 are 16 bits without arithmetic here: they are
-// loaded, multiplied by the tensor cores, and made from float by the pack functions.
+// host runtime (tests/harness/simt/simt.h). bfloat16 and float16 are 16 bits without arithmetic here: they
+// are loaded, multiplied by the tensor cores, and made from float by the pack functions.
 #pragma once
 
 #include <cstdint>

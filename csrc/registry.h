@@ -37,7 +37,7 @@
 // An instruction set may lack a kernel (its code under #ifdef __AVX512BF16__, say): the next poorer one is
 // taken. Code compiled for an instruction set must not reach another one's callers: everything stands in
 // namespace pypar::PYPAR_ISA or is static, no std:: templates (std::min, std::vector), no static
-// initialisers. tests/test_native.py looks for such leaks.
+// initialisers. tests/native/test_instruction_sets.py looks for such leaks.
 #pragma once
 
 #include <cstddef>

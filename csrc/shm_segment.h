@@ -7,7 +7,8 @@
 // (release); another rank reads that buffer after it has seen the flag at s or beyond (acquire). A flag at s
 // also says that the rank has read all it wanted of steps before s. So a rank may write in step s once all
 // flags are at s - 1 or beyond: nobody can still be reading buffer s % 2, last written in step s - 2. No step
-// ends with a barrier. tests/test_shm_protocol.py enumerates the interleavings of this protocol.
+// ends with a barrier. tests/comm/process_group/test_shm_protocol.py enumerates the interleavings of this
+// protocol.
 #pragma once
 
 #include <fcntl.h>

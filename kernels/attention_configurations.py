@@ -13,9 +13,9 @@ class Tile(NamedTuple):
 
 
 # By class of device, then by padded head size. Of the tiles tried that spill no register when compiled for the class
-# (tests/test_attention_triton_aot.py), mostly the largest; no timing on a device went into this. At head size 256 the
-# two accumulators of dkdv leave room only for tiles too small for tcgen05 on sm_100. Three stages keep two tiles of a
-# loop in shared memory. "other" has 99 KiB of it for a block, sm_80 163, sm_90 and sm_100 227. "fp32" multiplies
+# (tests/gpu/attention/test_triton_aot.py), mostly the largest; no timing on a device went into this. At head size 256
+# the two accumulators of dkdv leave room only for tiles too small for tcgen05 on sm_100. Three stages keep two tiles
+# of a loop in shared memory. "other" has 99 KiB of it for a block, sm_80 163, sm_90 and sm_100 227. "fp32" multiplies
 # without tensor cores, and each thread holds its share of both operands: small tiles.
 FORWARD = {
     "sm_80": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},

@@ -1,16 +1,12 @@
 """Fixtures of the whole suite."""
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves this folder out
-
-from ranks import RankPools
+from tests.harness.ranks import RankPools
 
 
 def pytest_configure() -> None:

@@ -1,0 +1,55 @@
+"""all-reduce's Triton kernels in Triton's interpreter: ranks are processes, flags are exchanged for real. bfloat16 runs
+in test_ptx_triton.py: the interpreter computes with it as with integers."""
+
+import sys
+
+import pytest
+import torch
+
+if sys.platform != "linux":
+    pytest.skip(
+        "Triton has wheels for Linux only", allow_module_level=True
+    )  # elsewhere a missing one is an error
+
+from pypar.comm.allreduce import residual_norm_reference
+from pypar.kernels.allreduce_launches import describe
+from tests.gpu.allreduce.definition import drawn, total
+from tests.gpu.allreduce.interpreted_ranks import Call, run
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float16), (3, torch.float32)])
+def test_every_rank_gets_the_sum_in_rank_order(ranks, dtype):
+    """Calls of different sizes and kinds, one after another with pauses: slots and flags of one are not another's."""
+    kinds = ("one-shot", "two-shot", "two-shot", "one-shot", "one-shot", "two-shot")
+    sizes = (1, 5000, 2049, 63, 9000, 7)
+    inputs = [drawn(ranks, (n,), dtype, seed) for seed, n in enumerate(sizes)]
+    calls = [Call(kind, [(x,) for x in parts]) for kind, parts in zip(kinds, inputs, strict=True)]
+    for results, error in run(ranks, calls):
+        assert error == 0
+        for (y,), parts in zip(results, inputs, strict=True):
+            assert torch.equal(y, total(parts).to(dtype))
+
+
+def test_residual_norm():
+    ranks, calls, expected = 3, [], []
+    for seed, (rows, D) in enumerate([(5, 100), (40, 64), (1, 1)]):
+        parts = drawn(ranks, (rows, D), torch.float16, seed)
+        residual, weight = drawn(2, (rows, D), torch.float16, seed + 10)
+        calls.append(Call("residual norm", [(x, residual, weight[0].float()) for x in parts]))
+        expected.append(residual_norm_reference(parts, residual, weight[0].float(), 1e-5))
+    by_rank = run(ranks, calls)
+    for i, (out, kept) in enumerate(expected):
+        for results, error in by_rank:
+            assert error == 0
+            torch.testing.assert_close(
+                results[i][0], out, rtol=2**-10, atol=0
+            )  # another order of the mean's sum
+            assert torch.equal(results[i][1], kept)
+            assert torch.equal(results[i][0], by_rank[0][0][i][0])
+
+
+def test_a_rank_that_does_not_come_is_named():
+    there = [(x,) for x in drawn(3, (10,), torch.float32)]
+    calls = [Call("one-shot", there), Call("two-shot", [there[0], None, there[2]])]
+    results = run(3, calls, limit=3000)
+    assert [describe(error) for _, error in results] == [(1, 2, "the data"), None, (1, 2, "the data")]

@@ -1,0 +1,149 @@
+"""How a backend's attention is judged: out, lse and every gradient against plain attention's, by the error rule."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pypar.ops.attention import attention
+from pypar.ops.attention import reference as attention_reference
+from pypar.ops.attention.arguments import attention_problem
+from pypar.ops.backend import Backend
+from tests.harness.accuracy import Expected, assert_accurate, expect, run_with_gradients
+from tests.ops.attention.cases import Case, operands
+from tests.ops.attention.plain import plain_attention
+
+
+def run(backend: str | Backend, case: Case, device: str = "cpu") -> None:
+    """Compares out, lse and every gradient with plain attention's.
+
+    backend: a name of pypar.attention's; or a Backend, of which forward and backward are called (a native module
+    that a test has built, kernels in an interpreter).
+    """
+    compare(backend, *_of_case(case), device)
+
+
+@functools.lru_cache(maxsize=2)  # tests of one case by several backends stand one behind the other
+def _of_case(case: Case) -> tuple[dict[str, Tensor], dict, Asked]:
+    tensors, keywords = operands(case)
+    return tensors, keywords, ask(tensors, keywords)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The gradients of out and lse for which plain attention was asked, and what it answered."""
+
+    dout: Tensor
+    dlse: Tensor
+    expected: Expected
+
+
+def ask(tensors: dict[str, Tensor], keywords: dict) -> Asked:
+    *batch, T, N, _ = tensors["q"].shape
+    generator = torch.Generator().manual_seed(7)
+    dout = torch.randn(*batch, T, N, tensors["v"].shape[-1], generator=generator).to(tensors["q"].dtype)
+    dlse = torch.randn(*batch, N, T, generator=generator)
+    plain = functools.partial(plain_attention, **keywords)
+    return Asked(dout, dlse, expect(plain, tensors, [dout, dlse], beside=("sinks",)))
+
+
+def compare(
+    backend: str | Backend,
+    tensors: dict[str, Tensor],
+    keywords: dict,
+    asked: Asked | None = None,
+    device: str = "cpu",
+    sinks_by_the_rule: bool = False,
+) -> None:
+    """The rule of `run` for any operands."""
+    asked = asked or ask(tensors, keywords)
+    dout, dlse, expected = asked.dout, asked.dlse, asked.expected
+    outputs, gradients = _results(backend, tensors, keywords, [dout, dlse], device)
+    for i, name in enumerate(("out", "lse")):
+        assert_accurate(
+            name,
+            outputs[i],
+            [plain[f"output {i}"] for plain in expected.plains],
+            expected.exact[f"output {i}"],
+        )
+    assert gradients.keys() == {name for name, x in tensors.items() if x.requires_grad}
+    exact = expected.exact
+    if given_out := _differences(tensors):
+        lost = (dout.double() * (exact["output 0"] - outputs[0])).sum(-1).mT
+        plain = functools.partial(plain_attention, **keywords)
+        corrected = run_with_gradients(plain, tensors, [dout, dlse + lost], double=True)[1]
+        exact = exact | {name: corrected[name] for name in given_out}
+    for name, gradient in gradients.items():
+        if name == "sinks" and not sinks_by_the_rule:
+            check_sinks(gradient, tensors["sinks"], dout, dlse, *outputs)
+        else:
+            plains = [plain[name] for plain in expected.plains]
+            # Plain attention is judged by the out that it returned itself.
+            assert_accurate(
+                f"d{name}", gradient, plains, exact[name], gradient=True, plain_exact=expected.exact[name]
+            )
+
+
+def _differences(tensors: dict[str, Tensor]) -> set[str]:
+    """Whose gradients are small differences of large terms, of which one is sum(dout * out).
+
+    The out that is saved is rounded, so that not even exact arithmetic would keep the rule there (the reference does
+    not). They are compared with the exact gradients for the out that was returned. So it is with up to three keys, and
+    with a bias that all of a row's keys share, whose gradient is the sum of a softmax's gradient.
+    """
+    chosen = {"q", "k", "bias"} if tensors["k"].shape[-3] <= 3 else set()
+    if "bias" in tensors and tensors["bias"].shape[-1] == 1:
+        chosen.add("bias")
+    return chosen & tensors.keys()
+
+
+def check_sinks(dsinks: Tensor, sinks: Tensor, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Against fp64 for the out and lse that were returned, which are judged by the rule.
+
+    The error of plain attention's few numbers, sums over all rows, is too much a matter of luck to be a measure;
+    test_sinks_of_many_heads measures by it.
+    """
+    weights = (sinks.detach().double()[:, None] - lse).exp()
+    terms = weights * (dlse - (dout.double() * out).sum(-1).mT)
+    exact, size = (x.sum(-1) if x.dim() == 2 else x.sum((0, 2)) for x in (terms, terms.abs()))
+    assert ((dsinks - exact).abs() <= 2**-20 * (size + weights.sum())).all(), "dsinks"
+
+
+def _results(
+    backend: str | Backend, tensors: dict[str, Tensor], keywords: dict, douts: list[Tensor], device: str
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def there(x: object) -> object:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    moved = {name: there(x.detach()).requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    keywords = {name: there(x) for name, x in keywords.items()}
+    if isinstance(backend, str):
+        outputs, gradients = run_with_gradients(
+            lambda **x: attention(**x, **keywords, return_lse=True, backend=backend),
+            moved,
+            [there(x) for x in douts],
+        )
+    else:
+        outputs, gradients = _by_hand(backend, moved, keywords, [there(x) for x in douts])
+    return [x.cpu() for x in outputs], {name: x.cpu() for name, x in gradients.items()}
+
+
+@torch.no_grad()
+def _by_hand(
+    backend: Backend, tensors: dict[str, Tensor], keywords: dict, douts: list[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What the operator does around a backend."""
+    problem = attention_problem(**tensors, **keywords)
+    out, lse, *rest = backend.forward(problem, None)
+    dbias = None if problem.bias is None else out.new_zeros(problem.scores_shape, dtype=lse.dtype)
+    assert backend.backward is not None
+    gradients = backend.backward(problem, douts[0], out, lse, douts[1], None, dbias, *rest)
+    named = dict(zip(("q", "k", "v"), gradients, strict=True))
+    if problem.sinks is not None:
+        named["sinks"] = attention_reference.sinks_gradient(problem.sinks, douts[0], out, lse, douts[1])
+    if problem.bias is not None and dbias is not None:
+        named["bias"] = dbias.sum_to_size(problem.bias.shape).to(problem.bias.dtype)
+    return [out, lse], named

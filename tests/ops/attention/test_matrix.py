@@ -1,0 +1,130 @@
+"""Attention against the error rule: FlashAttention's matrix and what it lacks, on every backend of this machine.
+
+`make test` runs samples in which every head size, every value of the other axes and every pair of features occurs, with
+few lengths. The long tests add the lengths: one sample with all of them, up to 2048, and 4356 cases, every head size
+with every length, mask and dtype, the other features by turns.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from pypar.ops import native
+from pypar.ops.attention import BACKENDS
+from pypar.ops.attention.arguments import attention_problem
+from tests.harness.accuracy import instruction_set
+from tests.ops.attention.cases import AXES, DTYPES, MIDDLE_LENGTHS, SHORT_LENGTHS, operands, sample, whole
+from tests.ops.attention.judge import compare, run
+
+MIDDLE_AXES = {**AXES, "lengths": tuple(MIDDLE_LENGTHS)}
+SHORT_AXES = {**AXES, "lengths": tuple(SHORT_LENGTHS), "H": (64, 40, 59)}
+LONG, MIDDLE, SHORT = sample(), sample(MIDDLE_AXES), sample(SHORT_AXES, seed=1)
+BOTH_LARGE = [case for case in LONG if min(case.lengths) > 1000]
+BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+# Backends that calculate slowly take the short cases, as instruction sets do that are not the one that is taken.
+# What a case is compared with is calculated once for all of them, which stand one behind the other.
+SAMPLED = [("native", case) for case in MIDDLE]
+SAMPLED += [(name, case) for case in SHORT for name in BY_NAME if name != "native"]
+# One of thousands of queries and keys for each dtype.
+LARGE = [
+    min((case for case in BOTH_LARGE if case.dtype == dtype), key=lambda case: (case.lengths, case.H))
+    for dtype in DTYPES
+]
+ISAS = [(isa, case) for case in SHORT for isa in native.module().supported_isas()[1:]]
+
+
+@functools.cache
+def device_of(name: str) -> str | None:
+    """Where a backend runs on this machine, or None."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        q = torch.zeros(1, 8, 1, 64, device=device)
+        if BY_NAME[name].unsupported(attention_problem(q, q, q)) is None:
+            return device
+    return None
+
+
+def check(name, case):
+    device = device_of(name)
+    if device is None:
+        pytest.skip(f"{name} runs on no device of this machine")
+    if name != "native":
+        tensors, keywords = operands(case)
+        there = {
+            n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in {**tensors, **keywords}.items()
+        }
+        if reason := BY_NAME[name].unsupported(attention_problem(**there)):
+            pytest.skip(f"{name} refuses: {reason}")
+    run(name, case, device)
+
+
+@pytest.mark.parametrize(("name", "case"), SAMPLED, ids=str)
+def test_sample(name, case):
+    check(name, case)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_lengths(case):
+    check("native", case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_sample_of_every_length(case):
+    check("native", case)
+
+
+@pytest.mark.parametrize(("isa", "case"), ISAS, ids=str)
+def test_sample_on_poorer_instruction_sets(isa, case):
+    with instruction_set(isa):
+        run("native", case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H", AXES["H"])
+def test_whole_matrix(name, dtype, H):
+    failures = []
+    for case in (case for case in whole() if case.H == H and case.dtype == dtype):
+        try:
+            check(name, case)
+        except AssertionError as error:
+            failures.append(f"{case}: {error}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("lengths", [(1, 239), (128, 217), (217, 128)], ids=str)
+def test_sinks_of_many_heads(name, dtype, lengths):
+    """Enough numbers for the largest error of dsinks to be no matter of luck."""
+    if device_of(name) is None:
+        pytest.skip(f"{name} runs on no device of this machine")
+    generator = torch.Generator().manual_seed(11)
+    (T, S), N, H = lengths, 64, 32
+    shapes = {"q": (1, T, N, H), "k": (1, S, 2, H), "v": (1, S, 2, H), "sinks": (N,)}
+    tensors = {n: torch.randn(shape, generator=generator).bfloat16() for n, shape in shapes.items()}
+    tensors = {
+        n: x.to(torch.float32 if n == "sinks" else DTYPES[dtype]).requires_grad_() for n, x in tensors.items()
+    }
+    compare(name, tensors, {"causal": True}, device=device_of(name), sinks_by_the_rule=True)
+
+
+def test_the_sample_holds_every_value_and_every_pair_of_features():
+    for cases, axes in (
+        (LONG, AXES),
+        (MIDDLE, MIDDLE_AXES),
+        (SHORT, SHORT_AXES),
+    ):
+        for axis, values in axes.items():
+            assert {getattr(case, axis) for case in cases} == set(values)
+        for a, b in itertools.combinations([axis for axis in axes if axis not in ("lengths", "H")], 2):
+            found = {(getattr(case, a), getattr(case, b)) for case in cases}
+            missing = set(itertools.product(axes[a], axes[b])) - found
+            assert all(
+                {a, b} == {"bias", "varlen"} and True in pair and "none" not in pair for pair in missing
+            )
+    assert sum(1 for _ in whole()) == 4356

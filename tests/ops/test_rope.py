@@ -1,0 +1,106 @@
+"""rope on every backend."""
+
+import pytest
+import torch
+
+from pypar.ops import native
+from pypar.ops.rope import BACKENDS, rope
+from tests.harness.accuracy import assert_same_for_any_threads, check_operator, instruction_set
+
+NAMES = [backend.name for backend in BACKENDS]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(shape, dtype, strides="contiguous"):
+    generator = torch.Generator().manual_seed(1)
+    batch, length, heads, size = shape
+    if strides == "transposed":
+        x = torch.randn((batch, heads, length, size), generator=generator).to(dtype).transpose(1, 2)
+    elif strides == "slice":
+        x = torch.randn((batch, length, heads + 3, size), generator=generator).to(dtype)[:, :, 1 : heads + 1]
+    elif strides == "every second":
+        x = torch.randn((batch, length, heads, 2 * size), generator=generator).to(dtype)[..., ::2]
+    else:
+        x = torch.randn(shape, generator=generator).to(dtype)
+    angle = torch.rand((length, size // 2), generator=generator) * 100
+    return {"x": x.requires_grad_(), "cos": angle.cos(), "sin": angle.sin()}
+
+
+def plain(x, cos, sin):
+    """As Hugging Face's Llama computes it: everything in x's dtype."""
+    cos, sin = (torch.cat((t, t), -1).unsqueeze(1).to(x.dtype) for t in (cos, sin))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 63, 1, 2), (2, 63, 3, 64), (1, 111, 5, 46), (1, 1023, 1, 30)])
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "slice", "every second"])
+def test_accuracy(name, dtype, shape, strides):
+    inputs = make(shape, dtype, strides)
+    check_operator(lambda x, cos, sin: rope(x, cos, sin, backend=name), plain, inputs)
+
+
+@pytest.mark.parametrize("isa", native.module().supported_isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, dtype):
+    with instruction_set(isa):
+        inputs = make((2, 7, 3, 46), dtype)
+        check_operator(lambda x, cos, sin: rope(x, cos, sin, backend="native"), plain, inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_turning_back_restores(name):
+    inputs = make((2, 63, 3, 64), torch.float32)
+    turned = rope(**inputs, backend=name)
+    back = rope(turned, inputs["cos"], -inputs["sin"], backend=name)
+    assert torch.allclose(back, inputs["x"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(0, 3, 2, 8), (2, 0, 2, 8), (2, 3, 0, 8), (2, 3, 2, 0)])
+def test_empty(name, shape):
+    inputs = make(shape, torch.float32)
+    rope(**inputs, backend=name).sum().backward()
+    assert inputs["x"].grad.shape == shape
+
+
+def test_same_bits_for_any_number_of_threads():
+    inputs = make((2, 111, 8, 64), torch.float32)
+    assert_same_for_any_threads(lambda x, cos, sin: rope(x, cos, sin, backend="native"), inputs)
+
+
+def test_gradient_of_the_reference():
+    inputs = make((2, 3, 2, 6), torch.float64)
+    torch.autograd.gradcheck(rope, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    inputs = make((2, 3, 2, 8), torch.float32, "transposed")
+    torch.library.opcheck(torch.ops.pypar.rope_forward, (*inputs.values(), name))
+    inputs["x"] = inputs["x"].detach()
+    torch.library.opcheck(torch.ops.pypar.rope_backward, (*inputs.values(), name))
+
+
+def test_compiles_as_one_graph():
+    inputs = make((2, 7, 3, 16), torch.float32)
+    compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**inputs), rope(**inputs))
+    compiled(**inputs).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("x", "cos", "sin", "sentence"),
+    [
+        (torch.zeros(3, 2, 8), torch.zeros(3, 4), torch.zeros(3, 4), "x .* must be .B, T, N, H."),
+        (torch.zeros(1, 3, 2, 7), torch.zeros(3, 3), torch.zeros(3, 3), "x .* even H"),
+        (torch.zeros(1, 3, 2, 8), torch.zeros(3, 8), torch.zeros(3, 4), "cos .* must be .T, H/2."),
+        (torch.zeros(1, 3, 2, 8), torch.zeros(3, 4), torch.zeros(4, 4), "sin .* must be .T, H/2."),
+        (torch.zeros(1, 3, 2, 8), torch.zeros(3, 4), torch.zeros(3, 4).half(), "sin is .* must be float32"),
+    ],
+)
+def test_bad_input_is_named(x, cos, sin, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        rope(x, cos, sin)

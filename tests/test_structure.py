@@ -1,0 +1,285 @@
+"""The structure of the project: which room imports which, lengths of files, what is packaged, names."""
+
+import ast
+import re
+import runpy
+import sys
+
+import pytest
+import setuptools
+
+from tests import ROOT
+
+PACKAGE = ROOT / "pypar"
+
+# A room imports itself and rooms of lower levels. Rooms of one level import each other only at BASE.
+BASE = 2
+LEVELS = {
+    "kernels": 0,
+    "_native": 0,
+    "paths": 0,
+    "json_file": 0,
+    "grid": 0,
+    "spans": 0,
+    "tensor_file": 1,
+    "ops": 1,
+    "comm": BASE,
+    "mesh": BASE,
+    "axis": BASE,
+    "layout": BASE,
+    "initial_weights": BASE,
+    "sharded": BASE,
+    "cost": BASE,
+    "optimizers": 3,  # a wing
+    "models": 4,
+    "hugging_face": 5,
+    "train": 5,
+    "bench": 5,
+    "doctor": 5,
+    "selftest": 5,
+    "cli": 6,
+}
+PARALLEL_LEVEL = 3
+
+MAX_LINES = {".py": 300, ".cpp": 500, ".h": 500, ".cu": 500, ".cuh": 500}
+SOURCE_FOLDERS = ("pypar", "kernels", "csrc", "tests", "bench", "examples")
+BANNED_WORDS = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "v2"}
+
+
+def _level(room):
+    return PARALLEL_LEVEL if room.endswith("_parallel") else LEVELS.get(room)
+
+
+def _sources(*suffixes):
+    files = [path for folder in SOURCE_FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
+    return [path for path in [ROOT / "setup.py", *files] if path.suffix in suffixes]
+
+
+def _imported_modules(path):
+    """Full names of what a file imports; `from pypar import x` gives pypar.x."""
+    package = ("pypar", *path.relative_to(PACKAGE).parts[:-1]) if PACKAGE in path.parents else ()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _room(module):
+    """The room of a module's full name; None outside pypar and for names that pypar itself defines."""
+    parts = module.split(".")
+    if parts[0] != "pypar" or len(parts) == 1 or parts[1] in ("__version__",):
+        return None
+    return parts[1]
+
+
+def _room_of_file(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+ROOM_FILES = [
+    path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.stem != "__init__"
+]
+
+
+@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    room = _room_of_file(path)
+    assert _level(room) is not None, f"the room {room!r} has no level; the design says where it belongs"
+    for imported in filter(None, map(_room, _imported_modules(path))):
+        level = _level(imported)
+        assert level is not None, f"{path} imports pypar.{imported}, which is no room"
+        allowed = imported == room or level < _level(room) or level == _level(room) == BASE
+        assert allowed, f"{path} is in {room} and must not import pypar.{imported}"
+
+
+@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_are_absolute(path):
+    """kernels/ is a folder of its own that imports its neighbours, and is not among these files."""
+    if path.is_relative_to(PACKAGE / "kernels"):
+        return
+    relative = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative, f"{path.relative_to(ROOT)} says {relative}: write the full name, from pypar on"
+
+
+def test_the_rule_of_imports_sees_what_it_must(tmp_path):
+    source = tmp_path / "x.py"
+    source.write_text(
+        "from pypar import train\ndef f():\n    import pypar.cli.main\nfrom pypar.ops.linear import linear"
+    )
+    assert [_room(module) for module in _imported_modules(source)] == ["train", "ops", "cli"]
+    assert _level("tensor_parallel") == _level("data_parallel") == PARALLEL_LEVEL
+
+
+def test_triton_kernels_are_flat_and_import_torch_and_triton_only():
+    assert not list((ROOT / "kernels").glob("*/*.py"))
+    own = {path.stem for path in (ROOT / "kernels").glob("*.py")}  # imported as `from .x import y`
+    allowed = {"torch", "triton", *own, *sys.stdlib_module_names}
+    for path in (ROOT / "kernels").glob("*.py"):
+        for module in _imported_modules(path):
+            assert module.split(".")[0] in allowed, f"{path} imports {module}"
+
+
+def test_nobody_imports_the_kernels_folder_by_its_own_name():
+    for path in _sources(".py"):
+        assert "kernels" not in {module.split(".")[0] for module in _imported_modules(path)}, path
+
+
+def test_native_sources_include_no_torch_header():
+    for path in _sources(".cpp", ".h", ".cu", ".cuh"):
+        assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+def test_native_code_gets_addresses_from_one_place():
+    """native.run and native.address refuse tensors without memory; the others compare two addresses."""
+    found = {
+        str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if "data_ptr(" in path.read_text()
+    }
+    assert found == {"ops/native.py", "comm/between_hosts.py", "data_parallel/arrivals.py"}
+
+
+def test_files_stay_short():
+    lengths = {path: len(path.read_text().splitlines()) for path in _sources(*MAX_LINES)}
+    too_long = [
+        f"{path.relative_to(ROOT)} has {n} lines" for path, n in lengths.items() if n > MAX_LINES[path.suffix]
+    ]
+    assert not too_long, f"{'; '.join(too_long)}; at most {MAX_LINES}"
+
+
+def test_packages_match_the_folders(monkeypatch):
+    arguments = {}
+    monkeypatch.setattr(setuptools, "setup", arguments.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py", run_name="__main__")
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"pypar.kernels"}
+    assert set(arguments["packages"]) == expected
+    assert all((folder / "__init__.py").exists() for folder in (*folders, ROOT / "kernels"))
+
+
+# What turns the content of a file into code that runs, or may: by the module that has it, or as a builtin.
+UNPICKLING = {
+    "pickle": {"load", "loads", "Unpickler"},
+    "dill": {"load", "loads"},
+    "cloudpickle": {"load", "loads"},
+    "joblib": {"load"},
+    "marshal": {"load", "loads"},
+    "shelve": {"open"},
+    "yaml": {"load", "load_all", "unsafe_load", "full_load"},
+    "builtins": {"eval", "exec", "compile"},
+    "dcp": {"FileSystemReader", "FileSystemWriter", "async_save"},
+    "checkpoint": {"FileSystemReader", "FileSystemWriter", "async_save"},
+}
+RUNNING_MODULES = {
+    "pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "yaml",
+    "cPickle",
+    "_pickle",
+}
+
+
+def _code_from_files(tree):
+    """The calls and imports of a file that could run what another file holds."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            )
+            yield from (f"import {name}" for name in modules if name.split(".")[0] in RUNNING_MODULES)
+        if not isinstance(node, ast.Call):
+            continue
+        given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        module, _, name = ast.unparse(node.func).rpartition(".")
+        last = module.rpartition(".")[2] or "builtins"
+        if name in UNPICKLING.get(last, ()):
+            yield ast.unparse(node.func)
+        if (last, name) == ("torch", "load") and given.get("weights_only") is not True:
+            yield "torch.load without weights_only=True"
+        if name == "load" and last in ("np", "numpy") and given.get("allow_pickle") is not False:
+            yield "np.load without allow_pickle=False"  # its default, but said where it is relied on
+        if given.get("allow_pickle") is True or given.get("trust_remote_code") is True:
+            yield f"{name} that trusts a file"
+
+
+@pytest.mark.parametrize("folder", ["pypar", "kernels", "bench", "examples"])
+def test_nothing_that_is_read_can_run_code(folder):
+    found = [
+        f"{path.relative_to(ROOT)}: {what}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for what in _code_from_files(ast.parse(path.read_text()))
+    ]
+    assert not found, found
+
+
+def test_the_rule_of_code_from_files_sees_what_it_must():
+    bad = (
+        "import pickle",
+        "from _pickle import loads",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f)",
+        "numpy.load(f, allow_pickle=True)",
+        "eval(text)",
+        "exec(f.read())",
+        "dcp.FileSystemReader(path)",
+        "torch.distributed.checkpoint.FileSystemReader(p)",
+        "from_pretrained(x, trust_remote_code=True)",
+    )
+    for source in bad:
+        assert list(_code_from_files(ast.parse(source))), source
+    for source in ("torch.load(f, weights_only=True)", "model.eval()", "json.load(f)", "re.compile(x)"):
+        assert not list(_code_from_files(ast.parse(source))), source
+
+
+def _names(tree):
+    """Every name that a file gives: of functions, classes, arguments, variables, attributes that it sets."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def _words(name):
+    """The words of snake_case and CamelCase, in lower case."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
+
+
+def test_banned_names():
+    found = []
+    for path in _sources(".py"):
+        names = {path.stem, path.parent.name, *_names(ast.parse(path.read_text()))}
+        found += [
+            f"{path.relative_to(ROOT)}: {name}" for name in sorted(names) if _words(name) & BANNED_WORDS
+        ]
+    for path in _sources(".cpp", ".h", ".cu", ".cuh"):
+        found += [str(path.relative_to(ROOT))] if _words(path.stem) & BANNED_WORDS else []
+    for path in [*(ROOT / "docs").rglob("*"), *(ROOT / "examples").iterdir()]:
+        found += [str(path.relative_to(ROOT))] if _words(path.stem) & BANNED_WORDS else []
+    assert not found, f"banned words in {found}: say what it is"
+
+
+def test_words_of_a_name():
+    assert _words("MeshManagerV2_for_utils") == {"mesh", "manager", "v2", "for", "utils"}
+
+
+def test_a_room_does_not_repeat_its_name():
+    for path in ROOM_FILES:
+        room = _room_of_file(path)
+        repeated = path.parent != PACKAGE and f"_{room}_" in f"_{path.stem}_"
+        assert not repeated, f"{path.relative_to(ROOT)} repeats the name of its room"
