@@ -45,7 +45,7 @@ class ContextParallelAttention(nn.Module):
             return self._over_ranks(q, k, v, sequences.length, None)
         # Each sequence has documents of its own.
         rows = zip(q, k, v, sequences.documents, strict=True)
-        return torch.stack([self._over_ranks(*row, sequences.length, documents) for *row, documents in rows])
+        return torch.stack([self._over_ranks(a, b, c, sequences.length, ends) for a, b, c, ends in rows])
 
     def _over_ranks(self, q: Tensor, k: Tensor, v: Tensor, length: int, documents: Tensor | None) -> Tensor:
         return ring_attention(

@@ -59,10 +59,11 @@ def parallelize(
         "whole"           stays as it is
 
     None takes what the model's class says (``parallel_plan``), as pypar's own models do, or the plan that Hugging Face
-    transformers ships with the model, where there is one; experts stay whole then. For other models it takes `USUAL_PLAN`, the names of OPT, GPT-NeoX, BART and their like. `plan_of`
-    gives either, for a plan of one's own that starts from it. "column" cuts rows in one piece for each rank:
-    right for a projection ordered by heads (also a fused one that is ordered by head first, as in GPT-NeoX),
-    wrong for [all queries; all keys; all values] in one weight.
+    transformers ships with the model, where there is one; experts stay whole then. For other models it takes
+    `USUAL_PLAN`, the names of OPT, GPT-NeoX, BART and their like. `plan_of` gives what is taken, for a plan of one's
+    own that starts from it. "column" cuts rows in one piece for each rank: right for a projection ordered by heads
+    (also a fused one that is ordered by head first, as in GPT-NeoX), wrong for [all queries; all keys; all values] in
+    one weight.
 
     Numbers of heads that an attention module keeps as attributes (num_heads, num_key_value_heads, ...) become
     this rank's. A weight shared between modules stays shared. Column layers beside each other that are given the same

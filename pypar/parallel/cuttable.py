@@ -7,7 +7,7 @@ from torch import nn
 from pypar.axis import Axis
 from pypar.parallel.regions import is_cut_inside, listed
 from pypar.parallel.roles import ROLES
-from pypar.role import Match, Spreading
+from pypar.role import WHOLE, Match, Spreading
 from pypar.tensor_parallel.sharded import part_length
 
 
@@ -91,7 +91,12 @@ def obstacle(match: Match, spreading: Spreading) -> str | None:
 def _other_type(match: Match) -> str | None:
     kind, name, actual = ROLES[match.role].kind, match.name, type(match.module).__name__
     if not isinstance(match.module, kind):
-        others = ", ".join(name for name, role in ROLES.items() if isinstance(match.module, role.kind))
+        fitting = (
+            r
+            for r, role in ROLES.items()
+            if role.kind is not nn.Module and isinstance(match.module, role.kind)
+        )
+        others = ", ".join((*fitting, WHOLE))
         return f"{name} is a {actual}, which cannot be {match.role!r}; use one of: {others}"
     if type(match.module) is not kind and getattr(match.module, "computes_as", None) is not kind:
         return (

@@ -42,9 +42,9 @@ def materialize(model: nn.Module, values: Values, *, device: torch.device | str 
             )
         made[id(parameter)] = _filled(parameter, whole, torch.device(device))
     for module in model.modules():
-        for own, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                setattr(module, own, made[id(parameter)])
+        for own, old in list(module._parameters.items()):
+            if old is not None:
+                setattr(module, own, made[id(old)])
     return model
 
 

@@ -120,8 +120,8 @@ def check_heads(region: Region, axis: Axis) -> None:
             divisor = math.gcd(*counts.values())
             divisors = " or ".join(str(d) for d in range(1, divisor + 1) if divisor % d == 0)
             raise ValueError(
-                f"{name} ({count}) of {region.name} must divide by the {axis.name} size ({axis.size}); use a {axis.name} size "
-                f"of {divisors}"
+                f"{name} ({count}) of {region.name} must divide by the {axis.name} size ({axis.size}); use a "
+                f"{axis.name} size of {divisors}"
             )
 
 

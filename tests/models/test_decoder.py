@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pypar.hugging_face.weights import global_name, load_llama_weights
-from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig
 from pypar.models.cache import KeyValueCache
 from pypar.ops import cross_entropy

@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig
 from pypar.pipeline_parallel.split_backward import SplitBackward
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig, Sequences
 from pypar.train.config import DataConfig, load_config
 from pypar.train.data import IGNORED, TokenData, open_data
