@@ -15,7 +15,7 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _RULE = "pypar.rule"
@@ -27,6 +27,7 @@ class Rule:
 
     choices: the values that there are, or a function that gives them, which is called only for a value that is not
     the default, as a registry may be slow to import. refuse(key, value) raises ValueError for what it does not take.
+    resumed: what a change means for a run that goes on from a checkpoint; None where it changes nothing in the run.
     """
 
     help: str
@@ -36,6 +37,7 @@ class Rule:
     below: float | None = None
     choices: Iterable[str] | Callable[[], Iterable[str]] | None = None
     refuse: Callable[[str, Any], None] | None = None
+    resumed: str | None = ""
 
     def bounds(self) -> str:
         """The bounds in words; "" where there are none."""
@@ -89,7 +91,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Section:
-    """The keys of one room. Bounds and choices are checked from the fields; `check` is for rules between keys."""
+    """The keys of one room. Bounds and choices are checked from the fields; `check` is for rules between keys.
+
+    resumed: as in `Rule`, for the keys of the section that do not say it themselves.
+    """
+
+    resumed: ClassVar[str] = ""
 
     def check(self, run: Run) -> Sequence[str]:
         """Notes on what runs, but not well. ValueError, before a rank is started, for what could not run."""
@@ -98,12 +105,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a configuration: its dotted name, the type of its values, its default and its rule."""
+    """One key of a configuration: its dotted name, the type of its values, its default, its rule.
+
+    resumed: as in `Rule`, its own or its section's.
+    """
 
     name: str
     kind: type
     default: Any
     rule: Rule
+    resumed: str | None
 
     def check(self, value: Any) -> None:
         """ValueError where ``value`` is not of the key's type or breaks its rule."""
@@ -136,7 +147,10 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
         if dataclasses.is_dataclass(kind):
             yield from keys_of(typing.cast(type, kind), f"{prefix}{field.name}.")
         else:
-            yield Key(prefix + field.name, kind, field.default, field.metadata[_RULE])
+            rule = field.metadata[_RULE]
+            of_section = getattr(cls, "resumed", "")
+            resumed = of_section if rule.resumed == "" else rule.resumed
+            yield Key(prefix + field.name, kind, field.default, rule, resumed)
 
 
 def sections_of(config: Any) -> Iterator[Section]:

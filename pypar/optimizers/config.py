@@ -16,6 +16,8 @@ def _names() -> Iterable[str]:
 class OptimizerConfig(Section):
     """The optimizer, with linear warm-up and a cosine down to ``min_lr_ratio * lr``."""
 
+    resumed = "from this step on; the moments are kept"
+
     name: str = setting("adamw", choices=_names, help="the rule of the update")
     lr: float = setting(3e-3, above=0, help="learning rate after the warm-up")
     min_lr_ratio: float = setting(0.1, at_least=0, at_most=1, help="of lr, at the last step")

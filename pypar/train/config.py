@@ -37,8 +37,10 @@ def _refuse_blank(key: str, value: str) -> None:
 class RunConfig:
     """One run: a section for each room that can be configured."""
 
-    name: str = setting("stdlib", refuse=_refuse_blank, help="the run is written to directory/name")
-    directory: str = setting("runs", help="the folder that holds runs")
+    name: str = setting(
+        "stdlib", refuse=_refuse_blank, help="the run is written to directory/name", resumed=None
+    )
+    directory: str = setting("runs", help="the folder that holds runs", resumed=None)
     seed: int = setting(0, help="of initial weights, of the order of the data and of the sample")
     mesh: str = setting("", help='sizes of the axes, like "tp=2,pp=2"; "": every rank is on the dp axis')
     model: ModelConfig = section_of(ModelConfig)

@@ -53,10 +53,14 @@ class DataConfig(Section):
     """Where the text comes from and how it becomes tokens."""
 
     path: str = setting(
-        "python-stdlib", help="a folder, a glob, a text file, a .jsonl file, or Python's own library"
+        "python-stdlib",
+        help="a folder, a glob, a text file, a .jsonl file, or Python's own library",
+        resumed="the same tokens",
     )
     pattern: str = setting("*", help="which files of a folder, at any depth; hidden ones never")
-    tokenizer: str = setting("bytes", help="bytes, or the path of a Hugging Face tokenizer.json")
+    tokenizer: str = setting(
+        "bytes", help="bytes, or the path of a Hugging Face tokenizer.json", resumed="the same tokens"
+    )
     # Documents end where records and files do, whatever tokens they hold.
     special_tokens: str = setting(
         "text",
@@ -85,8 +89,18 @@ def _precisions() -> Sequence[str]:
 class TrainConfig(Section):
     """How long, how much at a time, and what to write on the way."""
 
-    steps: int = setting(500, at_least=1, help="updates of the whole run")
-    batch_size: int = setting(8, at_least=1, help="sequences a step, over all ranks")
+    steps: int = setting(
+        500,
+        at_least=1,
+        help="updates of the whole run",
+        resumed="the learning rate now falls until the new last step",
+    )
+    batch_size: int = setting(
+        8,
+        at_least=1,
+        help="sequences a step, over all ranks",
+        resumed="the samples go on in their order",
+    )
     microbatch_size: int = setting(2, at_least=1, help="sequences of one forward pass of one rank")
     sequence_length: int = setting(256, at_least=1, help="tokens")
     packed_documents: bool = setting(
@@ -105,11 +119,13 @@ class TrainConfig(Section):
     resume: str = setting(
         "",
         help='"": start anew; "auto" (or true): from the newest checkpoint of this run; or the path of a checkpoint',
+        resumed=None,
     )
     resume_data: str = setting(
         "same",
         choices=("same", "restart"),
         help='"restart": of data, sequence length or seed that are not the checkpoint\'s',
+        resumed=None,
     )
     sequence_parallel: bool = setting(False, help="activations between layers are cut over tp by position")
     threads: int = setting(0, at_least=0, help="of one rank; 0: the machine's cores divided by its ranks")
