@@ -47,7 +47,7 @@ class Rule:
             "less than": self.below,
             "at most": self.at_most,
         }
-        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+        return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
 
     def choices_from(self, default: Any) -> list[str]:
         """The choices, the default first; [] where every value will do."""
