@@ -170,7 +170,7 @@ def check_values(config: Any) -> None:
 
 def of_kind(key: str, value: Any, kind: type) -> Any:
     """``value`` as a key of this type takes it: a whole number is a number. ValueError for another type."""
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:  # a larger one may be no float
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"configuration key {key!r} must be {TYPE_NAMES[kind]}, not {value!r}")

@@ -32,4 +32,5 @@ __getattr__ = loader(
         "shard": "pypar.context_parallel.layouts",
         "unshard": "pypar.context_parallel.layouts",
     },
+    __all__,
 )

@@ -19,4 +19,5 @@ __all__ = ["DataParallel", "GradientBuckets"]
 __getattr__ = loader(
     __name__,
     {"DataParallel": "pypar.data_parallel.module", "GradientBuckets": "pypar.data_parallel.buckets"},
+    __all__,
 )

@@ -20,4 +20,4 @@ if TYPE_CHECKING:
 __all__ = ["Action", "PipelineRuntime", "Schedule", "StageCost", "schedules", "simulate", "validate"]
 
 # Schedules are looked at, and configurations checked, without torch; the runtime needs it.
-__getattr__ = loader(__name__, {"PipelineRuntime": "pypar.pipeline_parallel.runtime"})
+__getattr__ = loader(__name__, {"PipelineRuntime": "pypar.pipeline_parallel.runtime"}, __all__)

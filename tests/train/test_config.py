@@ -152,6 +152,8 @@ def test_values_from_python_are_checked_as_those_of_a_file() -> None:
 
 def test_a_whole_number_that_no_float_holds() -> None:
     check_values(load_config(None, [f"train.steps={10**400}"]))
+    with pytest.raises(ValueError, match="'optimizer.lr' must be a number, not 1000"):
+        load_config(None, [f"optimizer.lr={10**400}"])
 
 
 def test_the_page_of_keys_is_that_of_the_code() -> None:
