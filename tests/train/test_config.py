@@ -12,6 +12,7 @@ from pypar.settings import check_values, keys_of
 from pypar.train.config import RunConfig, all_keys, load_config
 from pypar.train.keys import page
 from pypar.train.sections import TrainConfig, filled_model
+from tests import ROOT
 
 
 def test_file_then_overrides_then_flags(tmp_path: Path) -> None:
@@ -157,9 +158,7 @@ def test_a_whole_number_that_no_float_holds() -> None:
 
 
 def test_the_page_of_keys_is_that_of_the_code() -> None:
-    written = (Path(__file__).resolve().parent.parent / "docs" / "configuration.md").read_text(
-        encoding="utf-8"
-    )
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == page(), "run `pypar train --keys > docs/configuration.md`"
 
 
