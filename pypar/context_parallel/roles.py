@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from pypar.axis import Axis
 from pypar.context_parallel.attention import ring_attention
+from pypar.context_parallel.config import ContextConfig
 from pypar.context_parallel.layouts import positions
 from pypar.role import Match, Role, Spreading
 from pypar.sequences import Sequences
-
-
-@dataclass(frozen=True)
-class ContextParallel:
-    """layout, method: as in `pypar.ring_attention`. ulysses_size: of the method "hybrid"; 0 leaves it the choice."""
-
-    layout: str = "zigzag"
-    method: str = "ring"
-    ulysses_size: int = 0
-
-    @property
-    def method_options(self) -> dict[str, int]:
-        return {"ulysses_size": self.ulysses_size} if self.method == "hybrid" and self.ulysses_size else {}
 
 
 class ContextParallelAttention(nn.Module):
@@ -34,7 +20,7 @@ class ContextParallelAttention(nn.Module):
     positions, and a sequence is one document.
     """
 
-    def __init__(self, axis: Axis, context: ContextParallel) -> None:
+    def __init__(self, axis: Axis, context: ContextConfig) -> None:
         super().__init__()
         self.axis, self.context = axis, context
 
@@ -85,8 +71,8 @@ class RankPositions(nn.Module):
         return positions(length, self.axis, self.layout).to(x.device)
 
 
-def _context(spreading: Spreading) -> ContextParallel:
-    return spreading.context or ContextParallel()
+def _context(spreading: Spreading) -> ContextConfig:
+    return spreading.context or ContextConfig()
 
 
 def _attention(match: Match, spreading: Spreading) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pypar.context_parallel.roles import ContextParallel
+from pypar.context_parallel.config import ContextConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ParallelPlan:
 
     roles: Mapping[str, str] | None = None
     sequence_parallel: bool = False
-    context: ContextParallel = field(default_factory=ContextParallel)
+    context: ContextConfig = field(default_factory=ContextConfig)
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | ParallelPlan | None) -> ParallelPlan:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pypar.axis import Axis
 from pypar.blocks import keep_stage
 from pypar.comm.identical import first_difference
-from pypar.context_parallel.roles import ContextParallel
+from pypar.context_parallel.config import ContextConfig
 from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig
 from pypar.ops import cross_entropy
@@ -68,7 +68,7 @@ def stage_of(
     plan: Plan,
     loss: Loss | None,
     *,
-    context: ContextParallel,
+    context: ContextConfig,
     dtype: torch.dtype,
     device: torch.device,
 ) -> TrainingStage:
@@ -87,7 +87,7 @@ def stage_of(
         raise ValueError(
             f"this {type(model).__name__} is on the meta device, without values; give it values, the same on every rank"
         )
-    if plan.context == ContextParallel():
+    if plan.context == ContextConfig():
         plan = ParallelPlan(plan.roles, plan.sequence_parallel, context)
     model.to(device=device, dtype=dtype)
     difference = first_difference(list(model.named_parameters()), mesh.world)

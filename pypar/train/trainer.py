@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from pypar.blocks import global_parameters
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
-from pypar.context_parallel.roles import ContextParallel
 from pypar.data_parallel.gradients import Gradients
 from pypar.grid import DATA
 from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
@@ -29,11 +27,11 @@ from pypar.train.data import Batch, TokenData, open_data
 from pypar.train.job import join_job
 from pypar.train.launch import joined_world_size
 from pypar.train.loop import fit
+from pypar.train.precision import PRECISIONS
 from pypar.train.resume import identity, resumption
 from pypar.train.stage import Loss, Plan, TrainingStage, decoder_stage, stage_of
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:
@@ -97,7 +95,7 @@ class Trainer:
         config = self.config
         sizes = config.decoder_config(self.data.vocab_size)
         self.flops_per_token = sizes.flops_per_token(config.train.sequence_length)
-        plan = ParallelPlan(None, config.train.sequence_parallel, self._context)
+        plan = ParallelPlan(None, config.train.sequence_parallel, self.config.context)
         return decoder_stage(sizes, self.mesh, plan, seed=config.seed, dtype=self.dtype, device=self.device)
 
     def _stage_of(self, model: nn.Module, plan: Plan, loss: Loss | None) -> TrainingStage:
@@ -106,17 +104,13 @@ class Trainer:
             6 * count
         )  # 2 a parameter forward, 4 backward (arXiv 2001.08361); attention not counted
         return stage_of(
-            model, self.mesh, plan, loss, context=self._context, dtype=self.dtype, device=self.device
+            model, self.mesh, plan, loss, context=self.config.context, dtype=self.dtype, device=self.device
         )
 
     @property
     def model(self) -> nn.Module:
         """This rank's part of the model."""
         return self.stage.model
-
-    @property
-    def _context(self) -> ContextParallel:
-        return ContextParallel(**dataclasses.asdict(self.config.context))
 
     def _pipeline(self) -> PipelineRuntime:
         train, pp = self.config.train, self.mesh.pp
@@ -220,7 +214,7 @@ class Trainer:
 
 def _joined(config: RunConfig, *, has_own_model: bool) -> tuple[RunConfig, Mesh, torch.device]:
     """The configuration, checked and filled in, and this rank's mesh and device, after joining the job."""
-    from pypar.train.plan import check
+    from pypar.train.preflight import check
 
     ready = check(config, joined_world_size() or 1, has_own_model=has_own_model).config
     device = join_job(ready.train.threads)
