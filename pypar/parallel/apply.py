@@ -106,7 +106,6 @@ def parallelize(
     if axis.size > 1:
         if call is not None:
             check_shapes(model, reading, axis, call)
-        _check_verifiable(spreading, reading, verify)
         partial = partial_gradients(spreading, reading, verify, call, _spread, notes)
     _spread(spreading, reading)
     if axis.size > 1:
@@ -131,19 +130,6 @@ def _check_same_model(model: nn.Module, axes: Iterable[Axis]) -> None:
                 f"{difference} differs; build it from one seed (torch.manual_seed) or load one checkpoint on "
                 "every rank"
             )
-
-
-def _check_verifiable(spreading: Spreading, reading: Reading, verify: Verify) -> None:
-    """The check compares a cut model with the whole one on whole sequences."""
-    if verify is False or (verify is None and reading.is_complete):
-        return
-    cut_axes = ROLES["column"].axes
-    others = [ROLES[match.role] for match in reading.matches if ROLES[match.role].axes != cut_axes]
-    if spreading.sequence_parallel or any(spreading.axis(role).size > 1 for role in others):
-        raise ValueError(
-            "parallelize compares a model that is cut over tp with the whole one, and here positions are cut as well; "
-            "verify the plan without sequence_parallel on a mesh without cp, and then pass verify=False"
-        )
 
 
 def _spread(spreading: Spreading, reading: Reading) -> None:

@@ -87,8 +87,8 @@ def _check_sections(config: RunConfig, model: "DecoderConfig | None", axes: Mapp
     train = config.train
     run = Run(
         axes=axes,
-        num_layers=model and model.num_layers,
-        num_heads=model and model.num_heads,
+        num_layers=None if model is None else model.num_layers,
+        num_heads=None if model is None else model.num_heads,
         sequence_length=train.sequence_length,
         num_microbatches=train.num_microbatches(axes["dp"]),
     )

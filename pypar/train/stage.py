@@ -69,6 +69,7 @@ def stage_of(
     loss: Loss | None,
     *,
     context: ContextConfig,
+    packed_documents: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> TrainingStage:
@@ -86,6 +87,12 @@ def stage_of(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"this {type(model).__name__} is on the meta device, without values; give it values, the same on every rank"
+        )
+    if packed_documents and not takes_sequences(model):
+        raise ValueError(
+            f"train.packed_documents tells documents apart, and this {type(model).__name__}'s forward has no keyword "
+            '"sequences" (pypar.sequences.Sequences) by which it would learn of them; give it one, or leave '
+            "packed_documents out"
         )
     if plan.context == ContextConfig():
         plan = ParallelPlan(plan.roles, plan.sequence_parallel, context)

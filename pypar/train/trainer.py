@@ -99,12 +99,17 @@ class Trainer:
         return decoder_stage(sizes, self.mesh, plan, seed=config.seed, dtype=self.dtype, device=self.device)
 
     def _stage_of(self, model: nn.Module, plan: Plan, loss: Loss | None) -> TrainingStage:
-        count = sum(p.numel() for p in model.parameters())
-        self.flops_per_token = (
-            6 * count
-        )  # 2 a parameter forward, 4 backward (arXiv 2001.08361); attention not counted
+        # 2 a parameter forward, 4 backward (arXiv 2001.08361); attention is not counted.
+        self.flops_per_token = 6 * sum(p.numel() for p in model.parameters())
         return stage_of(
-            model, self.mesh, plan, loss, context=self.config.context, dtype=self.dtype, device=self.device
+            model,
+            self.mesh,
+            plan,
+            loss,
+            context=self.config.context,
+            packed_documents=self.config.train.packed_documents,
+            dtype=self.dtype,
+            device=self.device,
         )
 
     @property

@@ -118,8 +118,10 @@ def run_refused():
     with pytest.raises(ValueError, match="says nothing of norm.weight, norm.bias: give what sees"):
         pypar.parallelize(model, mesh, plan)
     named = ParallelPlan({**plan.roles, "norm": "norm"}, sequence_parallel=True)
-    with pytest.raises(ValueError, match="here positions are cut as well"):
-        pypar.parallelize(model, mesh, named)
+    with pytest.raises(
+        ValueError, match="cannot check this Sequential as verify asks: positions are cut as well"
+    ):
+        pypar.parallelize(model, mesh, named, verify=True)
     assert type(model.up) is nn.Linear
     pypar.parallelize(model, mesh, named, verify=False)
 

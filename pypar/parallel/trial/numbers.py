@@ -17,6 +17,7 @@ from pypar.comm import all_reduce_start
 from pypar.layout import layout_of, local_part, local_tensor
 from pypar.mesh import Mesh
 from pypar.parallel.regions import Inside, Region, listed
+from pypar.parallel.roles import ROLES
 from pypar.parallel.trial.examples import Verify, results, wave
 from pypar.parallel.trial.shapes import first_line, innermost, remedy
 from pypar.parallel.trial.together import PeerFailedError, Together, every_rank, quiet
@@ -64,6 +65,11 @@ def partial_gradients(
         outcome: str | list[nn.Parameter]
         if device.type == "meta":
             outcome = "it is on the meta device"
+        elif _cuts_positions(spreading, reading):
+            outcome = (
+                "positions are cut as well; verify the plan without sequence_parallel on a mesh without cp, and then "
+                "pass verify=False"
+            )
         elif call is None:
             outcome = (
                 "its inputs are not known; pass verify=(x,), verify={name: x} or verify=function of the model"
@@ -124,6 +130,14 @@ def _measured(
     assert actual is not None
     certainty = {where_of[id(i.parameter)]: i for i in insides if i.parameter.requires_grad}
     return _judged(kind, reading, certainty, mesh, whole, actual)
+
+
+def _cuts_positions(spreading: Spreading, reading: Reading) -> bool:
+    """Whether ranks will have parts of the sequences, which the whole model has whole."""
+    others = (
+        ROLES[match.role] for match in reading.matches if ROLES[match.role].axes != ROLES["column"].axes
+    )
+    return spreading.sequence_parallel or any(spreading.axis(role).size > 1 for role in others)
 
 
 def _mesh(spreading: Spreading) -> Mesh:
