@@ -41,7 +41,7 @@ def _structure(name: str, fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": members})
 
 
-# As in csrc/attention.h and csrc/attention_forward.cuh.
+# As in csrc/attention/arguments.h and csrc/attention/cuda/forward_work.cuh.
 CTensor = _structure("CTensor", "p data, l batch_stride position_stride head_stride element_stride, i dtype")
 CBias = _structure("CBias", "p data, l batch_stride head_stride query_stride key_stride, i dtype")
 CProblem = _structure(
@@ -134,7 +134,7 @@ class Shape:
 
 
 def forward_shape(problem: AttentionProblem) -> Shape:
-    """Which instance csrc/attention.cu takes, and the sizes that attention_forward.cuh gives it."""
+    """Which instance csrc/attention/cuda/forward.cu takes, and the sizes that forward_work.cuh gives it."""
     T, N, H = problem.q.shape[-3:]
     G, Hv = problem.v.shape[-2:]
     head = next(size for size in (64, 128, 256) if max(H, Hv) <= size)
@@ -171,7 +171,7 @@ def run_forward(
     **options,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the compiled kernel; options go to ptxrun's launch."""
-    module = ptx_module("attention.cu", folder)
+    module = ptx_module("attention/cuda/forward.cu", folder)
     if carry is None:
         out = torch.full(problem.out_shape, torch.nan, dtype=problem.q.dtype)
         lse = torch.full(problem.lse_shape, torch.nan)
