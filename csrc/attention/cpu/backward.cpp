@@ -25,7 +25,7 @@ namespace pypar::PYPAR_ISA {
 namespace {
 
 // The parts of a call, and where they are in the caller's memory.
-struct Plan {
+struct TileScheduler {
   const AttentionBackward& a;
   const AttentionProblem& p;
   int64_t num_sequences;
@@ -33,7 +33,7 @@ struct Plan {
   float* values;                     // per block of rows row_block_floats
   int32_t* progress;  // per block of rows: how many blocks of keys its dq contains; < 0: failed
 
-  explicit Plan(const AttentionBackward& arguments) : a(arguments), p(arguments.problem) {
+  explicit TileScheduler(const AttentionBackward& arguments) : a(arguments), p(arguments.problem) {
     num_sequences = count_sequences(p);
     key_blocks = static_cast<int64_t*>(a.memory);
     row_blocks = key_blocks + num_sequences + 1;
@@ -59,13 +59,13 @@ struct RowSpan {
   int64_t first, count;
 };
 
-RowSpan rows_of_block(const Plan& plan, const Sequence& s, int64_t row_block) {
+RowSpan rows_of_block(const TileScheduler& scheduler, const Sequence& s, int64_t row_block) {
   const int64_t first = row_block * kBlock;
-  return {first, smaller(kBlock, s.T * (plan.p.N / plan.p.G) - first)};
+  return {first, smaller(kBlock, s.T * (scheduler.p.N / scheduler.p.G) - first)};
 }
 
-Range keys_of_rows(const Plan& plan, const Sequence& s, const RowSpan& rows) {
-  const int64_t group = plan.p.N / plan.p.G;
+Range keys_of_rows(const TileScheduler& scheduler, const Sequence& s, const RowSpan& rows) {
+  const int64_t group = scheduler.p.N / scheduler.p.G;
   return keys_seen(s, rows.first / group, (rows.first + rows.count - 1) / group);
 }
 
@@ -115,16 +115,17 @@ PYPAR_INLINE Float probability_of(Float score, const RowExponent& e) {
 
 // delta = dout . out - dlse: its products are summed in the order of dp's, so a row that sees one key gets
 // exactly 0.
-void prepare_row_block(const Plan& plan, const Sequence& s, int64_t head, int64_t row_block, float* values) {
-  const AttentionProblem& p = plan.p;
+void prepare_row_block(const TileScheduler& scheduler, const Sequence& s, int64_t head, int64_t row_block,
+                       float* values) {
+  const AttentionProblem& p = scheduler.p;
   const int64_t group = p.N / p.G, padded = round_up(p.Hv, kWidth);
-  const RowSpan rows = rows_of_block(plan, s, row_block);
+  const RowSpan rows = rows_of_block(scheduler, s, row_block);
   float* const packed = static_cast<float*>(thread_scratch(3 * kBlock * padded * sizeof(float)));
   float *const dout = packed + kBlock * padded, *const out = dout + kBlock * padded;
-  pack(rows_of(plan.a.dout, s.batch, s.q_begin, head, group), rows.first, rows.count, p.Hv, 1.0f, packed,
+  pack(rows_of(scheduler.a.dout, s.batch, s.q_begin, head, group), rows.first, rows.count, p.Hv, 1.0f, packed,
        padded);
   transpose(packed, padded, rows.count, padded, dout, kBlock);
-  pack(rows_of(plan.a.out, s.batch, s.q_begin, head, group), rows.first, rows.count, p.Hv, 1.0f, packed,
+  pack(rows_of(scheduler.a.out, s.batch, s.q_begin, head, group), rows.first, rows.count, p.Hv, 1.0f, packed,
        padded);
   transpose(packed, padded, rows.count, padded, out, kBlock);
   const RowValues row = row_values(values);
@@ -146,27 +147,27 @@ void prepare_row_block(const Plan& plan, const Sequence& s, int64_t head, int64_
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t index = lse_index(p, s, head, rows.first + i);
-    double lse = plan.a.lse[index];
-    if (plan.a.lse_rest) lse += plan.a.lse_rest[index];
+    double lse = scheduler.a.lse[index];
+    if (scheduler.a.lse_rest) lse += scheduler.a.lse_rest[index];
     // A row that saw no key: p becomes 2^-huge = 0.
     const double base = lse == kNothing ? 1e6 : lse * factor;
     row.base[i] = static_cast<float>(base);
     row.whole[i] = __builtin_rintf(row.base[i]);
     row.rest[i] = static_cast<float>(base - row.whole[i]);
-    if (plan.a.dlse) row.delta[i] -= plan.a.dlse[index];
+    if (scheduler.a.dlse) row.delta[i] -= scheduler.a.dlse[index];
   }
 }
 
 // dq = 0 for a block of rows that sees no key, and so is part of no task.
-void clear_unseen(const Plan& plan, const Sequence& s, int64_t head, int64_t row_block) {
-  const AttentionProblem& p = plan.p;
-  const RowSpan rows = rows_of_block(plan, s, row_block);
-  const Range keys = keys_of_rows(plan, s, rows);
-  if (keys.begin < keys.end || plan.a.accumulate) return;
+void clear_unseen(const TileScheduler& scheduler, const Sequence& s, int64_t head, int64_t row_block) {
+  const AttentionProblem& p = scheduler.p;
+  const RowSpan rows = rows_of_block(scheduler, s, row_block);
+  const Range keys = keys_of_rows(scheduler, s, rows);
+  if (keys.begin < keys.end || scheduler.a.accumulate) return;
   const int64_t padded = round_up(p.H, kWidth);
   auto* zeros = static_cast<float*>(thread_scratch(padded * sizeof(float)));
   for (int64_t i = 0; i < padded; i += kWidth) store(zeros + i, zero());
-  unpack(zeros, 0, rows.count, p.H, 1.0f, rows_of(plan.a.dq, s.batch, s.q_begin, head, p.N / p.G),
+  unpack(zeros, 0, rows.count, p.H, 1.0f, rows_of(scheduler.a.dq, s.batch, s.q_begin, head, p.N / p.G),
          rows.first);
 }
 
@@ -194,8 +195,9 @@ struct Trim {
   Range rows[kGroups];                 // per group of keys, in rows
   bool masked;
 
-  Trim(const Plan& plan, const Sequence& s, const RowSpan& span, int64_t first_key, int64_t num_keys) {
-    const int64_t group = plan.p.N / plan.p.G;
+  Trim(const TileScheduler& scheduler, const Sequence& s, const RowSpan& span, int64_t first_key,
+       int64_t num_keys) {
+    const int64_t group = scheduler.p.N / scheduler.p.G;
     for (int64_t i = 0; i < span.count; ++i) {
       const int64_t t = (span.first + i) / group;
       const Range seen = keys_seen(s, t, t);
@@ -222,7 +224,7 @@ struct Trim {
 // One block of keys of one key/value head.
 template <class Arithmetic>
 struct Task {
-  const Plan& plan;
+  const TileScheduler& scheduler;
   const AttentionBackward& a;
   const AttentionProblem& p;
   const int64_t sequence;
@@ -237,8 +239,8 @@ struct Task {
   float *bias, *slope, *keep;             // [kBlock], of one row
   float* staging;                         // [kBlock][padded H or Hv]
 
-  Task(const Plan& of, int64_t index, int64_t key_head, int64_t block)
-      : plan(of),
+  Task(const TileScheduler& of, int64_t index, int64_t key_head, int64_t block)
+      : scheduler(of),
         a(of.a),
         p(of.p),
         sequence(index),
@@ -351,10 +353,10 @@ struct Task {
   }
 
   void add_dq(int64_t row_block, const RowSpan& span, const Trim& trim) const {
-    const int64_t index = plan.row_block_index(sequence, head, row_block);
-    float* sum = plan.values + index * row_block_floats(p) + kRowValues;
-    int32_t* progress = plan.progress + index;
-    const Range seen = keys_of_rows(plan, s, span);
+    const int64_t index = scheduler.row_block_index(sequence, head, row_block);
+    float* sum = scheduler.values + index * row_block_floats(p) + kRowValues;
+    int32_t* progress = scheduler.progress + index;
+    const Range seen = keys_of_rows(scheduler, s, span);
     const auto turn = static_cast<int32_t>(key_block - seen.begin / kBlock);
     if (!await_turn(progress, turn)) return;
     m.add_dq(dp_ds, span.count, keys, num_keys, trim.masked ? trim.keys : nullptr, turn == 0, sum, scratch);
@@ -371,10 +373,10 @@ struct Task {
 
   // One block of rows against the task's keys.
   void propagate(int64_t row_block) const {
-    const RowSpan span = rows_of_block(plan, s, row_block);
-    const Trim trim(plan, s, span, first_key, num_keys);
-    const RowValues values =
-        row_values(plan.values + plan.row_block_index(sequence, head, row_block) * row_block_floats(p));
+    const RowSpan span = rows_of_block(scheduler, s, row_block);
+    const Trim trim(scheduler, s, span, first_key, num_keys);
+    const RowValues values = row_values(
+        scheduler.values + scheduler.row_block_index(sequence, head, row_block) * row_block_floats(p));
     m.pack_row_operands(q, dout, span.first, span.count, terms.sign, rows, scratch);
     m.products(rows, span.count, keys, num_keys, trim.masked ? trim.vectors : nullptr, s_p, dp_ds);
     // lse is the logarithm of a sum over these very scores.
@@ -420,46 +422,46 @@ struct Task {
   }
 };
 
-void prepare(const Plan& plan, int64_t index) {
-  const AttentionProblem& p = plan.p;
-  const int64_t sequence = find_entry(plan.row_blocks, plan.num_sequences, index / p.G);
-  const int64_t blocks = plan.row_blocks[sequence + 1] - plan.row_blocks[sequence];
-  const int64_t in_sequence = index - plan.row_blocks[sequence] * p.G;
+void prepare(const TileScheduler& scheduler, int64_t index) {
+  const AttentionProblem& p = scheduler.p;
+  const int64_t sequence = find_entry(scheduler.row_blocks, scheduler.num_sequences, index / p.G);
+  const int64_t blocks = scheduler.row_blocks[sequence + 1] - scheduler.row_blocks[sequence];
+  const int64_t in_sequence = index - scheduler.row_blocks[sequence] * p.G;
   const int64_t head = in_sequence / blocks, row_block = in_sequence % blocks;
   const Sequence s = sequence_of(p, sequence);
-  plan.progress[index] = 0;
-  clear_unseen(plan, s, head, row_block);
-  prepare_row_block(plan, s, head, row_block, plan.values + index * row_block_floats(p));
+  scheduler.progress[index] = 0;
+  clear_unseen(scheduler, s, head, row_block);
+  prepare_row_block(scheduler, s, head, row_block, scheduler.values + index * row_block_floats(p));
 }
 
 template <class Arithmetic>
-void run_task(const Plan& plan, int64_t index) {
-  const AttentionProblem& p = plan.p;
+void run_task(const TileScheduler& scheduler, int64_t index) {
+  const AttentionProblem& p = scheduler.p;
   // Key blocks in order, and for each of them all heads, so that threads rarely meet in one head's dq.
   const int64_t heads = (p.cu_seqlens_k ? 1 : p.B) * p.G;
   const int64_t head = index % heads, block = index / heads;
   const int64_t sequence =
-      p.cu_seqlens_k ? find_entry(plan.key_blocks, plan.num_sequences, block) : head / p.G;
-  const int64_t in_sequence = p.cu_seqlens_k ? block - plan.key_blocks[sequence] : block;
-  const Task<Arithmetic> task(plan, sequence, head % p.G, in_sequence);
+      p.cu_seqlens_k ? find_entry(scheduler.key_blocks, scheduler.num_sequences, block) : head / p.G;
+  const int64_t in_sequence = p.cu_seqlens_k ? block - scheduler.key_blocks[sequence] : block;
+  const Task<Arithmetic> task(scheduler, sequence, head % p.G, in_sequence);
   task.run();
 }
 
 template <class Arithmetic>
 void run_backward(const AttentionBackward& a) {
-  const Plan plan(a);
+  const TileScheduler scheduler(a);
   const int num_threads = a.problem.num_threads;
-  parallel_for(plan.num_row_blocks(), 1, num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) prepare(plan, i);
+  parallel_for(scheduler.num_row_blocks(), 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) prepare(scheduler, i);
   });
-  parallel_for(plan.num_key_blocks(), 1, num_threads, [&](int64_t begin, int64_t end) {
+  parallel_for(scheduler.num_key_blocks(), 1, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       try {
-        run_task<Arithmetic>(plan, i);
+        run_task<Arithmetic>(scheduler, i);
       } catch (...) {
         // No memory. The other threads must not wait for this one.
-        for (int64_t j = 0; j < plan.num_row_blocks(); ++j) {
-          __atomic_store_n(plan.progress + j, -1, __ATOMIC_RELEASE);
+        for (int64_t j = 0; j < scheduler.num_row_blocks(); ++j) {
+          __atomic_store_n(scheduler.progress + j, -1, __ATOMIC_RELEASE);
         }
         throw;
       }

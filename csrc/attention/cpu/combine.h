@@ -1,5 +1,5 @@
-// From sums over keys to attention's output: the splits of the keys, the sink and what is carried are joined
-// in a fixed order, normalised and rounded once.
+// From sums over keys to attention's output: the splits of the keys, the sink and what is carried are
+// combined in a fixed order, normalised and rounded once.
 #pragma once
 
 #include "attention/cpu/block_products.h"
@@ -55,8 +55,8 @@ constexpr double kNothing = -__builtin_inf();
 
 // Adds what was summed over later keys to a row of `sums`. A row that saw none of them stays as it is. The
 // weights are in two parts: an error of one is one that the whole row has.
-static inline void join_row(const Parts& sums, int64_t row, double reference, double sum, const float* out,
-                            int64_t width) {
+static inline void combine_row(const Parts& sums, int64_t row, double reference, double sum, const float* out,
+                               int64_t width) {
   double& old_reference = reinterpret_cast<double*>(sums.references)[row];
   double& old_sum = reinterpret_cast<double*>(sums.sums)[row];
   float* const to = reinterpret_cast<float*>(sums.out) + row * sums.stride;
@@ -80,8 +80,8 @@ static inline void join_row(const Parts& sums, int64_t row, double reference, do
 
 // Rows [first, first + count) of a key/value head; their parts are counted from `first`. `scratch`:
 // padded_size(Hv) floats.
-static inline void finish_rows(const AttentionForward& a, const Sequence& s, int64_t key_head, int64_t first,
-                               int64_t count, const Parts& parts, float* scratch) {
+static inline void combine_parts(const AttentionForward& a, const Sequence& s, int64_t key_head,
+                                 int64_t first, int64_t count, const Parts& parts, float* scratch) {
   const AttentionProblem& p = a.problem;
   const int64_t group = p.N / p.G, width = round_up(p.Hv, kWidth);
   const Rows out = rows_of(a.out, s.batch, s.q_begin, key_head, group);

@@ -71,8 +71,8 @@ static void decode_all_values(const float* p, int64_t p_stride, const Element* v
 
 // scores[row][key] of one row and block -> probabilities; `reference` and `sum` as in forward. Returns by how
 // much the row's output must be multiplied.
-static float soften_row(const ScoreTerms& terms, int64_t begin, int64_t end, float* scores, float* reference,
-                        float* sum) {
+static float online_softmax_row(const ScoreTerms& terms, int64_t begin, int64_t end, float* scores,
+                                float* reference, float* sum) {
   const float factor = terms.factor;
   const float least = factor > 1e-30f ? -200.0f / factor : -200.0f * 1e30f;
   const Float lowest = broadcast(-__builtin_inff());
@@ -182,7 +182,7 @@ struct Decoder {
         multiply_keys(head, first, at(p.k, head, key + first), num_keys);
       });
       for (int64_t head = 0; head < p.G; ++head) {
-        for (int64_t row = 0; row < rows; ++row) soften_one(head, row, key, count);
+        for (int64_t row = 0; row < rows; ++row) online_softmax_step(head, row, key, count);
       }
       in_turns(p.v, kTurnValues, count, [&](int64_t head, int64_t first, int64_t num_keys) {
         const int64_t next = key + kDecodeBlock + first;
@@ -257,7 +257,7 @@ struct Decoder {
     }
   }
 
-  void soften_one(int64_t index, int64_t row, int64_t first_key, int64_t num_keys) {
+  void online_softmax_step(int64_t index, int64_t row, int64_t first_key, int64_t num_keys) {
     DecodeHead& head = heads[index];
     float* const x = scores_of(index, row);
     const int64_t begin = smaller(num_keys, larger(0, seen[row].begin - first_key));
@@ -266,7 +266,7 @@ struct Decoder {
       if (p.bias.data) pack_row(bias_rows(p, s.batch, index, first_key), row, num_keys, bias);
       final_row(p, head.row[row], first_key, begin, end, p.bias.data ? bias : nullptr, x, nullptr);
     }
-    const float shrink = soften_row(terms, begin, end, x, head.reference + row, head.sum + row);
+    const float shrink = online_softmax_row(terms, begin, end, x, head.reference + row, head.sum + row);
     for (int64_t j = round_up(end, kWidth); j < num_keys; ++j) x[j] = 0.0f;
     if (terms.dropout) {
       kept_row(p, terms, s, head.row[row], first_key, begin, end, keep);
@@ -280,7 +280,7 @@ struct Decoder {
   }
 
   // `splits`: where the sums of one split of this head go; null if it is the only one.
-  void finish(int64_t index, const Parts* splits, int64_t split) const {
+  void store_result(int64_t index, const Parts* splits, int64_t split) const {
     const DecodeHead& head = heads[index];
     for (int64_t row = 0; row < rows; ++row) join_pairs<Element>(head.out + row * padded_hv, p.Hv);
     double references[kDecodeRows], sums[kDecodeRows];
@@ -295,7 +295,7 @@ struct Decoder {
                         padded_hv,
                         1,
                         0};
-      finish_rows(a, s, index, 0, rows, parts, row_scratch);
+      combine_parts(a, s, index, 0, rows, parts, row_scratch);
       return;
     }
     const Parts target = splits->rows_from(0, split);
@@ -342,7 +342,7 @@ static void decode_as(const AttentionForward& a, const Sequence& s, const Forwar
   }
   for (int64_t head = 0; head < a.problem.G; ++head) {
     const Parts of_head = splits.of_head(head);
-    decoder.finish(head, shape.num_splits > 1 ? &of_head : nullptr, split);
+    decoder.store_result(head, shape.num_splits > 1 ? &of_head : nullptr, split);
   }
 }
 

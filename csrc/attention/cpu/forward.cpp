@@ -118,8 +118,8 @@ struct Task {
   char* const memory;
   int64_t num_blocks;
   RowBlock blocks[kBlocksPerTask];
-  Parts joins[kBlocksPerTask];   // per block, the sums of earlier splits; count 0: none
-  float* spare[kBlocksPerTask];  // room for one more out
+  Parts earlier[kBlocksPerTask];  // per block, the sums of earlier splits; count 0: none
+  float* spare[kBlocksPerTask];   // room for one more out
 
   Task(const AttentionForward& arguments, const Sequence& sequence, const ForwardShape& of, int64_t key_head)
       : a(arguments),
@@ -152,8 +152,8 @@ struct Task {
     block.position = reinterpret_cast<uint32_t*>(block.slope + kBlock);
     block.stream = block.position + kBlock;
     block.apart = reinterpret_cast<int64_t*>(block.stream + kBlock);
-    char* const joined = reinterpret_cast<char*>(block.apart + kBlock);
-    joins[num_blocks] = {joined, joined + kBlock * 8, nullptr, 0, 0, 0};
+    char* const memory_of_sums = reinterpret_cast<char*>(block.apart + kBlock);
+    earlier[num_blocks] = {memory_of_sums, memory_of_sums + kBlock * 8, nullptr, 0, 0, 0};
     ++num_blocks;
     block.first = first;
     block.count = smaller(kBlock, shape.rows - first);
@@ -185,9 +185,9 @@ struct Task {
 
   // What is summed so far goes to the sums of earlier splits. Many rows are not split among tasks, but their
   // sums are: the bits of a row do not depend on how many there are.
-  void join(int64_t index) {
+  void combine_block(int64_t index) {
     RowBlock& block = blocks[index];
-    Parts& sums = joins[index];
+    Parts& sums = earlier[index];
     int64_t stride = padded_size(p.Hv);
     if (sums.count == 0) {
       float* out = const_cast<float*>(m.read_out(block.out, block.count, spare[index], &stride));
@@ -200,7 +200,7 @@ struct Task {
     find_sums(block, reference, sum);
     const float* out = m.read_out(block.out, block.count, floats(layout.staging), &stride);
     for (int64_t row = 0; row < block.count; ++row)
-      join_row(sums, row, reference[row], sum[row], out + row * stride, round_up(p.Hv, kWidth));
+      combine_row(sums, row, reference[row], sum[row], out + row * stride, round_up(p.Hv, kWidth));
   }
 
   void find_sums(const RowBlock& block, double* reference, double* sum) const {
@@ -229,7 +229,7 @@ struct Task {
       const float* bias = p.bias.data ? transposed_bias(block, first_key, num_keys) : nullptr;
       final_scores(p, block, scores, bias, first_key, num_keys);
     }
-    const bool any_rescale = soften(block, terms, scores, first_key, num_keys, rescale);
+    const bool any_rescale = online_softmax(block, terms, scores, first_key, num_keys, rescale);
     if (terms.dropout) drop(p, s, terms, block, scores, first_key, num_keys);
     if ((masked || terms.hides) && m.cleanse_values(memory + layout.values, num_keys))
       note_left_out(a.left_out);
@@ -251,7 +251,7 @@ struct Task {
         const int64_t num_seen = smaller(num_keys, blocks[i].keys.end - first_key);
         if (num_seen <= 0 || blocks[i].keys.begin >= first_key + num_keys) continue;
         if (first_key % kKeysPerSplit == 0 && first_key > larger(split_begin, blocks[i].keys.begin)) {
-          join(i);
+          combine_block(i);
           clear_block(blocks[i]);
         }
         attend(blocks[i], first_key, num_seen);
@@ -260,12 +260,12 @@ struct Task {
   }
 
   // To out and lse, or, as one of several splits, to `splits`.
-  void finish(const Parts* splits, int64_t split) {
+  void store_result(const Parts* splits, int64_t split) {
     for (int64_t i = 0; i < num_blocks; ++i) {
       const RowBlock& block = blocks[i];
-      if (joins[i].count > 0) {
-        join(i);
-        finish_rows(a, s, head, block.first, block.count, joins[i], floats(layout.row));
+      if (earlier[i].count > 0) {
+        combine_block(i);
+        combine_parts(a, s, head, block.first, block.count, earlier[i], floats(layout.row));
         continue;
       }
       double reference[kBlock], sum[kBlock];
@@ -279,7 +279,7 @@ struct Task {
                           stride,
                           1,
                           0};
-        finish_rows(a, s, head, block.first, block.count, parts, floats(layout.row));
+        combine_parts(a, s, head, block.first, block.count, parts, floats(layout.row));
         continue;
       }
       const Parts target = splits->rows_from(block.first, split);
@@ -294,12 +294,12 @@ struct Task {
 
 // ---- the parts of a call
 
-struct Plan {
+struct TileScheduler {
   const AttentionForward& a;
   int64_t num_sequences, blocks_per_task;
   int64_t *tasks, *splits;  // per sequence, and once more: where its tasks begin, and its splits in memory
 
-  explicit Plan(const AttentionForward& arguments) : a(arguments) {
+  explicit TileScheduler(const AttentionForward& arguments) : a(arguments) {
     const AttentionProblem& p = a.problem;
     num_sequences = count_sequences(p);
     tasks = static_cast<int64_t*>(a.memory);
@@ -333,59 +333,60 @@ struct Plan {
 };
 
 template <class Arithmetic>
-void run_task(const Plan& plan, int64_t index) {
-  const AttentionProblem& p = plan.a.problem;
-  const int64_t sequence = find_entry(plan.tasks, plan.num_sequences, index);
+void run_task(const TileScheduler& scheduler, int64_t index) {
+  const AttentionProblem& p = scheduler.a.problem;
+  const int64_t sequence = find_entry(scheduler.tasks, scheduler.num_sequences, index);
   const Sequence s = sequence_of(p, sequence);
   const ForwardShape shape = forward_shape(p, s);
-  const int64_t per_split = plan.tasks_per_split(shape), per_head = per_split * shape.num_splits;
-  const int64_t in_sequence = index - plan.tasks[sequence];
+  const int64_t per_split = scheduler.tasks_per_split(shape), per_head = per_split * shape.num_splits;
+  const int64_t in_sequence = index - scheduler.tasks[sequence];
   const int64_t head = in_sequence / per_head, split = in_sequence % per_head / per_split;
-  const Parts parts = plan.parts_of(sequence, shape, head);
+  const Parts parts = scheduler.parts_of(sequence, shape, head);
   const Parts* splits = shape.num_splits > 1 ? &parts : nullptr;
   if (shape.decode) {
-    decode(plan.a, s, shape, split, plan.parts_of(sequence, shape, 0));
+    decode(scheduler.a, s, shape, split, scheduler.parts_of(sequence, shape, 0));
     return;
   }
-  Task<Arithmetic> task(plan.a, s, shape, head);
+  Task<Arithmetic> task(scheduler.a, s, shape, head);
   // The last rows see the most keys: they come first, so that no thread ends with a long task alone.
-  const int64_t first = (per_split - 1 - in_sequence % per_split) * plan.blocks_per_task;
-  task.run(first, smaller(plan.blocks_per_task, shape.row_blocks - first), split);
-  task.finish(splits, split);
+  const int64_t first = (per_split - 1 - in_sequence % per_split) * scheduler.blocks_per_task;
+  task.run(first, smaller(scheduler.blocks_per_task, shape.row_blocks - first), split);
+  task.store_result(splits, split);
 }
 
-void merge_splits(const Plan& plan, int64_t sequence, int64_t head) {
-  const AttentionProblem& p = plan.a.problem;
-  if (plan.splits[sequence] == plan.splits[sequence + 1]) return;
+void combine_splits(const TileScheduler& scheduler, int64_t sequence, int64_t head) {
+  const AttentionProblem& p = scheduler.a.problem;
+  if (scheduler.splits[sequence] == scheduler.splits[sequence + 1]) return;
   const Sequence s = sequence_of(p, sequence);
   const ForwardShape shape = forward_shape(p, s);
   auto* scratch = static_cast<float*>(thread_scratch(padded_size(p.Hv) * 4));
-  const Parts parts = plan.parts_of(sequence, shape, head);
+  const Parts parts = scheduler.parts_of(sequence, shape, head);
   if (shape.decode) {
-    finish_rows(plan.a, s, head, 0, shape.rows, parts, scratch);
+    combine_parts(scheduler.a, s, head, 0, shape.rows, parts, scratch);
     return;
   }
   // One after the other, as a task does that has them all.
   const Parts sums = parts.rows_from(0, 0);
   for (int64_t split = 1; split < parts.count; ++split) {
     for (int64_t row = 0; row < shape.rows; ++row) {
-      join_row(sums, row, parts.reference(split, row), parts.sum(split, row), parts.row(split, row),
-               round_up(p.Hv, kWidth));
+      combine_row(sums, row, parts.reference(split, row), parts.sum(split, row), parts.row(split, row),
+                  round_up(p.Hv, kWidth));
     }
   }
-  finish_rows(plan.a, s, head, 0, shape.rows, sums, scratch);
+  combine_parts(scheduler.a, s, head, 0, shape.rows, sums, scratch);
 }
 
 template <class Arithmetic>
 void run_forward(const AttentionForward& a) {
-  const Plan plan(a);
-  const int64_t heads = plan.num_sequences * a.problem.G;
-  parallel_for(plan.tasks[plan.num_sequences], 1, a.problem.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run_task<Arithmetic>(plan, i);
-  });
-  if (plan.splits[0] == plan.splits[plan.num_sequences]) return;
+  const TileScheduler scheduler(a);
+  const int64_t heads = scheduler.num_sequences * a.problem.G;
+  parallel_for(scheduler.tasks[scheduler.num_sequences], 1, a.problem.num_threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) run_task<Arithmetic>(scheduler, i);
+               });
+  if (scheduler.splits[0] == scheduler.splits[scheduler.num_sequences]) return;
   parallel_for(heads, 1, a.problem.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) merge_splits(plan, i / a.problem.G, i % a.problem.G);
+    for (int64_t i = begin; i < end; ++i) combine_splits(scheduler, i / a.problem.G, i % a.problem.G);
   });
 }
 

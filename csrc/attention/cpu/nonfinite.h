@@ -16,11 +16,11 @@
 
 namespace pypar {
 
-enum class Unfinite : uint8_t { kNone, kPositive, kNegative, kNaN };
+enum class NonFinite : uint8_t { kNone, kPositive, kNegative, kNaN };
 
-static inline Unfinite join(Unfinite a, Unfinite b) {
-  if (a == Unfinite::kNone || a == b) return b;
-  return b == Unfinite::kNone ? a : Unfinite::kNaN;
+static inline NonFinite join(NonFinite a, NonFinite b) {
+  if (a == NonFinite::kNone || a == b) return b;
+  return b == NonFinite::kNone ? a : NonFinite::kNaN;
 }
 
 // The bits of a type's infinity, without sign; NaN has more.
@@ -28,19 +28,19 @@ static inline uint32_t infinity_bits(int dtype) {
   return dtype == kFloat32 ? 0x7f800000u : dtype == kBFloat16 ? 0x7f80u : 0x7c00u;
 }
 
-static inline Unfinite read_unfinite(const void* at, int dtype) {
+static inline NonFinite read_nonfinite(const void* at, int dtype) {
   uint32_t bits = 0;
   __builtin_memcpy(&bits, at, dtype == kFloat32 ? 4 : 2);
   const uint32_t sign = dtype == kFloat32 ? 0x80000000u : 0x8000u, infinity = infinity_bits(dtype);
-  if ((bits & ~sign) < infinity) return Unfinite::kNone;
-  if ((bits & ~sign) > infinity) return Unfinite::kNaN;
-  return bits & sign ? Unfinite::kNegative : Unfinite::kPositive;
+  if ((bits & ~sign) < infinity) return NonFinite::kNone;
+  if ((bits & ~sign) > infinity) return NonFinite::kNaN;
+  return bits & sign ? NonFinite::kNegative : NonFinite::kPositive;
 }
 
-static inline void write_unfinite(void* at, int dtype, Unfinite x) {
+static inline void write_nonfinite(void* at, int dtype, NonFinite x) {
   const uint32_t sign = dtype == kFloat32 ? 0x80000000u : 0x8000u, infinity = infinity_bits(dtype);
   const uint32_t quiet = dtype == kFloat32 ? 0x400000u : dtype == kBFloat16 ? 0x40u : 0x200u;
-  const uint32_t bits = infinity | (x == Unfinite::kNaN ? quiet : x == Unfinite::kNegative ? sign : 0u);
+  const uint32_t bits = infinity | (x == NonFinite::kNaN ? quiet : x == NonFinite::kNegative ? sign : 0u);
   __builtin_memcpy(at, &bits, dtype == kFloat32 ? 4 : 2);
 }
 
@@ -77,7 +77,7 @@ static inline bool bias_hides(const AttentionProblem& p, const Sequence& s, int6
   const int64_t offset = s.batch * b.batch_stride + (head * group + row % group) * b.head_stride +
                          row / group * b.query_stride + key * b.key_stride;
   const char* at = static_cast<const char*>(b.data) + offset * (b.dtype == kFloat32 ? 4 : 2);
-  return read_unfinite(at, b.dtype) == Unfinite::kNegative;
+  return read_nonfinite(at, b.dtype) == NonFinite::kNegative;
 }
 
 // What is not finite in the vectors of one operand: of vector i of `indices` the elements [ends[i - 1],
@@ -85,7 +85,7 @@ static inline bool bias_hides(const AttentionProblem& p, const Sequence& s, int6
 struct Leftovers {
   struct Element {
     int64_t column;
-    Unfinite value;
+    NonFinite value;
   };
   std::vector<int64_t> indices, ends;
   std::vector<Element> elements;
@@ -96,9 +96,9 @@ struct Leftovers {
     for (int64_t i = 0; i < from.count; ++i) {
       const auto before = elements.size();
       for (int64_t j = 0; j < from.size; ++j) {
-        const Unfinite x = read_unfinite(from.at(i, j), from.x.dtype);
-        if (x == Unfinite::kNone) continue;
-        elements.push_back({j, as_nan ? Unfinite::kNaN : x});
+        const NonFinite x = read_nonfinite(from.at(i, j), from.x.dtype);
+        if (x == NonFinite::kNone) continue;
+        elements.push_back({j, as_nan ? NonFinite::kNaN : x});
         num_columns += columns[j] ? 0 : 1;
         columns[j] = true;
       }
@@ -114,7 +114,7 @@ static inline void add_head(const AttentionProblem& p, const Sequence& s, int64_
                             const Vectors& to, bool as_nan) {
   const Leftovers left(from, as_nan);
   const auto count = static_cast<int64_t>(left.indices.size());
-  std::vector<Unfinite> sums(to.size);
+  std::vector<NonFinite> sums(to.size);
   for (int64_t target = 0; target < to.count && count > 0; ++target) {
     const int64_t position = target / to.group;
     const Range seen = to.of_keys ? queries_seeing(s, position, position) : keys_seen(s, position, position);
@@ -122,23 +122,23 @@ static inline void add_head(const AttentionProblem& p, const Sequence& s, int64_
     if (begin == end) continue;
     int64_t num_nan = 0,
             i = std::lower_bound(left.indices.begin(), left.indices.end(), begin) - left.indices.begin();
-    sums.assign(to.size, Unfinite::kNone);
+    sums.assign(to.size, NonFinite::kNone);
     // Once every column that can become NaN is, nothing changes any more.
     for (; i < count && left.indices[i] < end && num_nan < left.num_columns; ++i) {
       const int64_t source = left.indices[i];
       const int64_t row = to.of_keys ? source : target, key = to.of_keys ? target : source;
       if (bias_hides(p, s, head, row, key)) continue;
       for (int64_t j = i == 0 ? 0 : left.ends[i - 1]; j < left.ends[i]; ++j) {
-        Unfinite& sum = sums[left.elements[j].column];
-        const Unfinite now = join(sum, left.elements[j].value);
-        num_nan += now == Unfinite::kNaN && sum != now ? 1 : 0;
+        NonFinite& sum = sums[left.elements[j].column];
+        const NonFinite now = join(sum, left.elements[j].value);
+        num_nan += now == NonFinite::kNaN && sum != now ? 1 : 0;
         sum = now;
       }
     }
     for (int64_t j = 0; j < to.size; ++j) {
       char* const at = to.at(target, j);
-      if (sums[j] != Unfinite::kNone)
-        write_unfinite(at, to.x.dtype, join(read_unfinite(at, to.x.dtype), sums[j]));
+      if (sums[j] != NonFinite::kNone)
+        write_nonfinite(at, to.x.dtype, join(read_nonfinite(at, to.x.dtype), sums[j]));
     }
   }
 }

@@ -112,8 +112,8 @@ PYPAR_INLINE void store_zeros(float* column, int64_t begin, int64_t end) {
 // scores[key][row] -> 2^((score - reference) * factor), for keys [0, num_keys) of one block, and the rows'
 // new references and sums. Unseen scores become 0. `rescale` [kBlock] receives by how much the rows' output
 // must be multiplied; false if by nothing.
-static bool soften(const RowBlock& block, const ScoreTerms& terms, float* scores, int64_t first_key,
-                   int64_t num_keys, float* rescale) {
+static bool online_softmax(const RowBlock& block, const ScoreTerms& terms, float* scores, int64_t first_key,
+                           int64_t num_keys, float* rescale) {
   bool any_rescale = false;
   const float factor = terms.factor;
   const float slack = factor > 1e-30f ? kSlack / factor : kSlack * 1e30f;

@@ -13,7 +13,7 @@ constexpr int64_t kBlock = 96;
 constexpr int64_t kDecodeRows = 16;
 constexpr int64_t kDecodeKeys = 2 * kBlock;
 // Few rows split the keys they see, so that all threads have work: at multiples of so many keys. The sums of
-// many rows are joined there too, which costs the less the farther apart that is.
+// many rows are combined there too, which costs the less the farther apart that is.
 constexpr int64_t kFewBlocks = 4;
 constexpr int64_t kKeysPerSplit = 16 * kBlock;
 constexpr int64_t kDecodeKeysPerSplit = 2 * kBlock;

@@ -24,7 +24,7 @@ namespace pypar::cuda {
 namespace {
 
 constexpr int64_t kMostSplits = 128;
-constexpr int64_t kLeastBlocksPerSplit = 4;  // of keys: less work would not pay for joining the parts
+constexpr int64_t kLeastBlocksPerSplit = 4;  // of keys: less work would not pay for combining the parts
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 
 [[noreturn]] void refuse(const std::string& what) {
@@ -116,17 +116,17 @@ int64_t choose_splits(const AttentionProblem& p, int64_t blocks, int64_t block_k
 
 // What the kernel is launched with, but for its memory.
 template <class Shape>
-ForwardPlan make_plan(const AttentionProblem& p, int64_t& blocks) {
+ForwardSchedule make_schedule(const AttentionProblem& p, int64_t& blocks) {
   const bool varlen = p.cu_seqlens_q != nullptr;
   const int64_t group = p.N / p.G;
-  ForwardPlan plan{};
-  plan.blocks_per_head = static_cast<int>(blocks_per_head(varlen, p.B, p.T, group, Shape::kRows));
+  ForwardSchedule schedule{};
+  schedule.blocks_per_head = static_cast<int>(blocks_per_head(varlen, p.B, p.T, group, Shape::kRows));
   blocks = num_blocks(varlen, p.B, p.G, p.T, group, Shape::kRows);
-  plan.num_splits = static_cast<int>(choose_splits(p, blocks, Shape::kKeys));
-  plan.num_rows = (varlen ? 1 : p.B) * p.N * p.T;
-  blocks *= plan.num_splits;
+  schedule.num_splits = static_cast<int>(choose_splits(p, blocks, Shape::kKeys));
+  schedule.num_rows = (varlen ? 1 : p.B) * p.N * p.T;
+  blocks *= schedule.num_splits;
   if (blocks >= int64_t{1} << 31) refuse(std::to_string(blocks) + " thread blocks are too many");
-  return plan;
+  return schedule;
 }
 
 template <class Type, int kHead, bool kFew, bool kModified>
@@ -145,9 +145,9 @@ int64_t attention_forward_memory(const AttentionProblem& p) {
   int64_t bytes = 0;
   with_shape(p, [&](auto shape) {
     int64_t blocks = 0;
-    const ForwardPlan plan = make_plan<decltype(shape)>(p, blocks);
-    if (plan.num_splits > 1)
-      bytes = plan.num_splits * plan.num_rows * (p.Hv + 1) * static_cast<int64_t>(sizeof(float));
+    const ForwardSchedule schedule = make_schedule<decltype(shape)>(p, blocks);
+    if (schedule.num_splits > 1)
+      bytes = schedule.num_splits * schedule.num_rows * (p.Hv + 1) * static_cast<int64_t>(sizeof(float));
   });
   return bytes;
 }
@@ -163,20 +163,20 @@ void attention_forward(const AttentionForward& a) {
   with_shape(p, [&](auto shape) {
     using Shape = decltype(shape);
     int64_t blocks = 0;
-    ForwardPlan plan = make_plan<Shape>(p, blocks);
-    plan.partial_out = static_cast<float*>(a.memory);
-    plan.partial_lse = plan.partial_out + plan.num_splits * plan.num_rows * p.Hv;
+    ForwardSchedule schedule = make_schedule<Shape>(p, blocks);
+    schedule.partial_out = static_cast<float*>(a.memory);
+    schedule.partial_lse = schedule.partial_out + schedule.num_splits * schedule.num_rows * p.Hv;
     launch(kernel_of(shape), dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads), Shape::kSharedBytes,
-           p.stream, a, plan);
-    if (plan.num_splits == 1) return;
-    const int64_t join_blocks = (plan.num_rows * kWarp + kJoinThreads - 1) / kJoinThreads;
-    launch(&attention_join_kernel, dim3(static_cast<unsigned>(join_blocks)), dim3(kJoinThreads), 0, p.stream,
-           a, plan);
+           p.stream, a, schedule);
+    if (schedule.num_splits == 1) return;
+    const int64_t combine_blocks = (schedule.num_rows * kWarp + kCombineThreads - 1) / kCombineThreads;
+    launch(&attention_combine_kernel, dim3(static_cast<unsigned>(combine_blocks)), dim3(kCombineThreads), 0,
+           p.stream, a, schedule);
   });
 }
 
 std::vector<std::tuple<std::string, int, int>> attention_forward_kernels() {
-  std::vector<std::tuple<std::string, int, int>> kernels{{"attention_join_kernel", kJoinThreads, 0}};
+  std::vector<std::tuple<std::string, int, int>> kernels{{"attention_combine_kernel", kCombineThreads, 0}};
   const auto add = [&](auto shape) {
     using Shape = decltype(shape);
     const std::string name = typeid(Shape).name();  // pypar::cuda::...

@@ -1,4 +1,4 @@
-// Attention forward in fp32 by multiply-add, and the kernel that joins the parts of split keys.
+// Attention forward in fp32 by multiply-add, and the kernel that combines the parts of split keys.
 #pragma once
 
 #include "attention/cuda/forward_kernel.cuh"
@@ -102,10 +102,11 @@ __device__ __forceinline__ float sum_of_sixteen(float x) {
 // Scores to probabilities in `probabilities` [row][key], less those that are dropped; references, sums and
 // the output so far follow.
 template <class Shape>
-__device__ __forceinline__ void soften_floats(float (&scores)[4][Shape::kKeys / 16],
-                                              const AttentionProblem& p, const ForwardWork& work,
-                                              RunningSoftmax<4>& state, float (&sums)[4][Shape::kHead / 16],
-                                              float* probabilities, int first_row, int first_key) {
+__device__ __forceinline__ void online_softmax_fp32(float (&scores)[4][Shape::kKeys / 16],
+                                                    const AttentionProblem& p, const ForwardWork& work,
+                                                    RunningSoftmax<4>& state,
+                                                    float (&sums)[4][Shape::kHead / 16], float* probabilities,
+                                                    int first_row, int first_key) {
   const int column = static_cast<int>(threadIdx.x) % 16;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -139,16 +140,16 @@ __device__ __forceinline__ void soften_floats(float (&scores)[4][Shape::kKeys / 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     attention_forward_fp32_kernel(const __grid_constant__ AttentionForward a,
-                                  const __grid_constant__ ForwardPlan plan) {
+                                  const __grid_constant__ ForwardSchedule schedule) {
   PYPAR_DYNAMIC_SHARED(memory);
   float* const queries = reinterpret_cast<float*>(memory);
   float* const tile = reinterpret_cast<float*>(memory + Shape::kQueryBytes);
   float* const probabilities = reinterpret_cast<float*>(memory + Shape::kQueryBytes + Shape::kTileBytes);
   ForwardWork& work = *reinterpret_cast<ForwardWork*>(memory + Shape::kSharedBytes - Shape::kTableBytes);
   const AttentionProblem& p = a.problem;
-  const bool carry = a.carry && plan.num_splits == 1;
+  const bool carry = a.carry && schedule.num_splits == 1;
   int block, end_block;
-  if (!begin_work<Shape>(a, plan, work, block, end_block)) return;
+  if (!begin_work<Shape>(a, schedule, work, block, end_block)) return;
 
   const int column = static_cast<int>(threadIdx.x) % 16, first_row = static_cast<int>(threadIdx.x) / 16 * 4;
   copy_floats<Shape, Shape::kRows>(queries, static_cast<int>(p.H), [&](int row) -> const float* {
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     score_floats<Shape>(scores, p, work, queries, tile, first_row, block * Shape::kKeys);
     __syncthreads();
     copy_block(p.v, p.Hv);
-    soften_floats<Shape>(scores, p, work, state, sums, probabilities, first_row, block * Shape::kKeys);
+    online_softmax_fp32<Shape>(scores, p, work, state, sums, probabilities, first_row, block * Shape::kKeys);
     ptx::copy_async_wait<0>();
     __syncthreads();
 #pragma unroll 4
@@ -228,11 +229,12 @@ __global__ void __launch_bounds__(Shape::kThreads)
     int t, n;
     find_row(work, row, t, n);
     const RowEnd end =
-        finish_row<true>(p, n, state.reference[i], sum_of_sixteen(state.sum[i]), plan.num_splits == 1);
+        finalize_row<true>(p, n, state.reference[i], sum_of_sixteen(state.sum[i]), schedule.num_splits == 1);
     if (work.first_row + row >= work.num_rows) continue;
-    if (column == 0) store_lse(a, plan, work, row, end.lse);
-    const int64_t index = work.split * plan.num_rows + row_index(p, work.sequence, work.b, n, t);
-    float* to = plan.num_splits > 1 ? plan.partial_out + index * p.Hv : query_row<float>(a.out, work, t, n);
+    if (column == 0) store_lse(a, schedule, work, row, end.lse);
+    const int64_t index = work.split * schedule.num_rows + row_index(p, work.sequence, work.b, n, t);
+    float* to =
+        schedule.num_splits > 1 ? schedule.partial_out + index * p.Hv : query_row<float>(a.out, work, t, n);
 #pragma unroll
     for (int c = 0; c < Shape::kHead / 16; ++c) {
       const int at = c / 4 * 64 + column * 4 + c % 4;
@@ -241,34 +243,37 @@ __global__ void __launch_bounds__(Shape::kThreads)
   }
 }
 
-// Joins the parts of split keys in their order, with the carry and the sink: a warp a row.
-constexpr int kJoinThreads = 128;
+// Combines the parts of split keys in their order, with the carry and the sink: a warp a row.
+constexpr int kCombineThreads = 128;
 
-static __global__ void __launch_bounds__(kJoinThreads)
-    attention_join_kernel(const __grid_constant__ AttentionForward a,
-                          const __grid_constant__ ForwardPlan plan) {
+static __global__ void __launch_bounds__(kCombineThreads)
+    attention_combine_kernel(const __grid_constant__ AttentionForward a,
+                             const __grid_constant__ ForwardSchedule schedule) {
   const AttentionProblem& p = a.problem;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t row = (blockIdx.x * static_cast<int64_t>(kJoinThreads) + threadIdx.x) / kWarp;  // row_index's
-  if (row >= plan.num_rows) return;
+  const int64_t row =
+      (blockIdx.x * static_cast<int64_t>(kCombineThreads) + threadIdx.x) / kWarp;  // row_index's
+  if (row >= schedule.num_rows) return;
   const int64_t head = row / p.T, t = row - head * p.T, b = head / p.N, n = head - b * p.N;
   const int64_t at = b * a.out.batch_stride + t * a.out.position_stride + n * a.out.head_stride;
   const float carried = a.carry ? a.lse[row] : minus_infinity();
   const float sink = p.sinks != nullptr ? p.sinks[n] : minus_infinity();
   float top = fmaxf(carried, sink);
-  for (int i = 0; i < plan.num_splits; ++i) top = fmaxf(top, plan.partial_lse[i * plan.num_rows + row]);
+  for (int i = 0; i < schedule.num_splits; ++i)
+    top = fmaxf(top, schedule.partial_lse[i * schedule.num_rows + row]);
   const float base = top == minus_infinity() ? 0.0f : top;
   const auto weight = [&](float lse) { return ptx::exp2_approx((lse - base) * kLog2E); };
   float sum = weight(carried) + weight(sink);
-  for (int i = 0; i < plan.num_splits; ++i) sum += weight(plan.partial_lse[i * plan.num_rows + row]);
+  for (int i = 0; i < schedule.num_splits; ++i)
+    sum += weight(schedule.partial_lse[i * schedule.num_rows + row]);
   const float share = sum == 0.0f ? 0.0f : 1.0f / sum;
   for (int column = lane; column < p.Hv; column += kWarp) {
     float x = 0.0f;
     if (a.carry && carried != minus_infinity())
       x = weight(carried) * static_cast<const float*>(a.out.data)[at + column];
-    for (int i = 0; i < plan.num_splits; ++i) {
-      const int64_t part = i * plan.num_rows + row;
-      x += weight(plan.partial_lse[part]) * plan.partial_out[part * p.Hv + column];
+    for (int i = 0; i < schedule.num_splits; ++i) {
+      const int64_t part = i * schedule.num_rows + row;
+      x += weight(schedule.partial_lse[part]) * schedule.partial_out[part * p.Hv + column];
     }
     x *= share;
     if (a.out.dtype == kFloat32) {

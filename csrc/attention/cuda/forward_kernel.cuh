@@ -15,8 +15,8 @@ struct RowEnd {
 // From a row's reference and sum of 2^(score - reference), over all columns; the scores are in base 2, or
 // natural. The sink belongs to the last of several parts.
 template <bool kNatural>
-__device__ __forceinline__ RowEnd finish_row(const AttentionProblem& p, int n, float reference, float sum,
-                                             bool last) {
+__device__ __forceinline__ RowEnd finalize_row(const AttentionProblem& p, int n, float reference, float sum,
+                                               bool last) {
   constexpr float kUnit = kNatural ? kLog2E : 1.0f;  // powers of two
   float shrink = 1.0f;
   if (last && p.sinks != nullptr) {
@@ -36,14 +36,14 @@ __device__ __forceinline__ RowEnd finish_row(const AttentionProblem& p, int n, f
 
 // Eight columns of an output row.
 template <class Type>
-__device__ __forceinline__ void store_chunk(const AttentionForward& a, const ForwardPlan& plan,
+__device__ __forceinline__ void store_chunk(const AttentionForward& a, const ForwardSchedule& schedule,
                                             const ForwardWork& work, int row, int chunk,
                                             const float (&x)[8]) {
   int t, n;
   find_row(work, row, t, n);
-  if (plan.num_splits > 1) {
-    const int64_t index = work.split * plan.num_rows + row_index(a.problem, work.sequence, work.b, n, t);
-    float* to = plan.partial_out + index * a.problem.Hv + chunk * 8;
+  if (schedule.num_splits > 1) {
+    const int64_t index = work.split * schedule.num_rows + row_index(a.problem, work.sequence, work.b, n, t);
+    float* to = schedule.partial_out + index * a.problem.Hv + chunk * 8;
 #pragma unroll
     for (int e = 0; e < 8; ++e) to[e] = x[e];
   } else if (a.out.dtype == kFloat32) {
@@ -60,13 +60,13 @@ __device__ __forceinline__ void store_chunk(const AttentionForward& a, const For
   }
 }
 
-__device__ __forceinline__ void store_lse(const AttentionForward& a, const ForwardPlan& plan,
+__device__ __forceinline__ void store_lse(const AttentionForward& a, const ForwardSchedule& schedule,
                                           const ForwardWork& work, int row, float lse) {
   int t, n;
   find_row(work, row, t, n);
   const int64_t index = row_index(a.problem, work.sequence, work.b, n, t);
-  if (plan.num_splits > 1) {
-    plan.partial_lse[work.split * plan.num_rows + index] = lse;
+  if (schedule.num_splits > 1) {
+    schedule.partial_lse[work.split * schedule.num_rows + index] = lse;
   } else {
     a.lse[index] = lse;
   }
@@ -74,14 +74,14 @@ __device__ __forceinline__ void store_lse(const AttentionForward& a, const Forwa
 
 // A warp's own rows; its lanes' fragments become rows in `tile`, which only this warp touches.
 template <class Shape>
-__device__ __forceinline__ void store_rows(const AttentionForward& a, const ForwardPlan& plan,
+__device__ __forceinline__ void store_rows(const AttentionForward& a, const ForwardSchedule& schedule,
                                            const ForwardWork& work, RunningSoftmax<Shape::kTilesM * 2>& state,
                                            float (&sums)[Shape::kTilesM][Shape::kHead / 8][4], float factor,
                                            unsigned char* tile) {
   using Rows = typename Shape::Rows;
   const int thread = ptx::thread_index(), lane = thread % kWarp;
   const int warp_row = __shfl_sync(kAllLanes, thread / kWarp, 0) * Shape::kTilesM * 16;
-  const bool as_floats = plan.num_splits > 1 || a.out.dtype == kFloat32;
+  const bool as_floats = schedule.num_splits > 1 || a.out.dtype == kFloat32;
 #pragma unroll
   for (int ih = 0; ih < Shape::kTilesM * 2; ++ih) {
     const int i = ih / 2, h = ih % 2;
@@ -89,9 +89,9 @@ __device__ __forceinline__ void store_rows(const AttentionForward& a, const Forw
     const bool exists = work.first_row + row < work.num_rows;
     int t, n;
     find_row(work, row, t, n);
-    const RowEnd end = finish_row<false>(a.problem, n, state.reference[ih] * factor, quad_sum(state.sum[ih]),
-                                         plan.num_splits == 1);
-    if (lane % 4 == 0 && exists) store_lse(a, plan, work, row, end.lse);
+    const RowEnd end = finalize_row<false>(a.problem, n, state.reference[ih] * factor,
+                                           quad_sum(state.sum[ih]), schedule.num_splits == 1);
+    if (lane % 4 == 0 && exists) store_lse(a, schedule, work, row, end.lse);
     if (!as_floats) {
 #pragma unroll
       for (int j = 0; j < Shape::kHead / 8; ++j) {
@@ -100,9 +100,10 @@ __device__ __forceinline__ void store_rows(const AttentionForward& a, const Forw
                       typename Shape::Type{});
       }
     } else if (exists) {
-      const int64_t index = work.split * plan.num_rows + row_index(a.problem, work.sequence, work.b, n, t);
-      float* to =
-          plan.num_splits > 1 ? plan.partial_out + index * a.problem.Hv : query_row<float>(a.out, work, t, n);
+      const int64_t index =
+          work.split * schedule.num_rows + row_index(a.problem, work.sequence, work.b, n, t);
+      float* to = schedule.num_splits > 1 ? schedule.partial_out + index * a.problem.Hv
+                                          : query_row<float>(a.out, work, t, n);
 #pragma unroll
       for (int j = 0; j < Shape::kHead / 8; ++j) {
         const int column = j * 8 + lane % 4 * 2;
@@ -128,13 +129,13 @@ __device__ __forceinline__ void store_rows(const AttentionForward& a, const Forw
 
 // kFewRows: the four warps' sums of the same rows, added in the order of the warps.
 template <class Shape>
-__device__ __forceinline__ void store_merged(const AttentionForward& a, const ForwardPlan& plan,
-                                             const ForwardWork& work,
-                                             RunningSoftmax<Shape::kTilesM * 2>& state,
-                                             float (&sums)[Shape::kTilesM][Shape::kHead / 8][4], float factor,
-                                             float* memory) {
+__device__ __forceinline__ void store_combined(const AttentionForward& a, const ForwardSchedule& schedule,
+                                               const ForwardWork& work,
+                                               RunningSoftmax<Shape::kTilesM * 2>& state,
+                                               float (&sums)[Shape::kTilesM][Shape::kHead / 8][4],
+                                               float factor, float* memory) {
   const int thread = ptx::thread_index(), lane = thread % kWarp, warp = thread / kWarp;
-  float* const references = memory + Shape::kWarps * 16 * Shape::kMergePitch;  // [warp][row]
+  float* const references = memory + Shape::kWarps * 16 * Shape::kCombinePitch;  // [warp][row]
   float* const row_sums = references + Shape::kWarps * 16;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -146,7 +147,7 @@ __device__ __forceinline__ void store_merged(const AttentionForward& a, const Fo
     }
 #pragma unroll
     for (int j = 0; j < Shape::kHead / 8; ++j) {
-      float* to = memory + row * Shape::kMergePitch + j * 8 + lane % 4 * 2;
+      float* to = memory + row * Shape::kCombinePitch + j * 8 + lane % 4 * 2;
       to[0] = sums[0][j][h * 2];
       to[1] = sums[0][j][h * 2 + 1];
     }
@@ -165,17 +166,17 @@ __device__ __forceinline__ void store_merged(const AttentionForward& a, const Fo
     for (int w = 0; w < Shape::kWarps; ++w) {
       const float weight = ptx::exp2_approx(references[w * 16 + row] - base);
       sum += weight * row_sums[w * 16 + row];
-      const float* from = memory + (w * 16 + row) * Shape::kMergePitch + chunk * 8;
+      const float* from = memory + (w * 16 + row) * Shape::kCombinePitch + chunk * 8;
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] += weight * from[e];
     }
     int t, n;
     find_row(work, row, t, n);
-    const RowEnd end = finish_row<false>(a.problem, n, top, sum, plan.num_splits == 1);
+    const RowEnd end = finalize_row<false>(a.problem, n, top, sum, schedule.num_splits == 1);
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] *= end.multiplier;
-    store_chunk<typename Shape::Type>(a, plan, work, row, chunk, x);
-    if (chunk == 0) store_lse(a, plan, work, row, end.lse);
+    store_chunk<typename Shape::Type>(a, schedule, work, row, chunk, x);
+    if (chunk == 0) store_lse(a, schedule, work, row, end.lse);
   }
 }
 
@@ -217,13 +218,13 @@ __device__ __forceinline__ void begin(const AttentionForward& a, const ForwardWo
 
 // Finds the thread block's work and its rows' positions; false if there is nothing to do.
 template <class Shape>
-__device__ __forceinline__ bool begin_work(const AttentionForward& a, const ForwardPlan& plan,
+__device__ __forceinline__ bool begin_work(const AttentionForward& a, const ForwardSchedule& schedule,
                                            ForwardWork& work, int& block, int& end_block) {
   ForwardWork here;
-  if (!find_work<Shape>(a.problem, plan, here)) return false;
+  if (!find_work<Shape>(a.problem, schedule, here)) return false;
   block = here.first_block, end_block = here.end_block;
   const bool nothing_new = block == end_block && a.problem.sinks == nullptr;
-  if (a.carry && plan.num_splits == 1 && nothing_new) return false;  // out and lse stay as they are
+  if (a.carry && schedule.num_splits == 1 && nothing_new) return false;  // out and lse stay as they are
   for (int row = static_cast<int>(threadIdx.x); row < Shape::kRows; row += Shape::kThreads) {
     row_positions(work)[row] = smaller(here.first_row + row, here.num_rows - 1) / here.group;
   }
@@ -235,15 +236,15 @@ __device__ __forceinline__ bool begin_work(const AttentionForward& a, const Forw
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     attention_forward_kernel(const __grid_constant__ AttentionForward a,
-                             const __grid_constant__ ForwardPlan plan) {
+                             const __grid_constant__ ForwardSchedule schedule) {
   constexpr int kRowsM = Shape::kTilesM * 16;
   PYPAR_DYNAMIC_SHARED(memory);
   unsigned char* const ring = memory + Shape::kQueryBytes;
   ForwardWork& work = *reinterpret_cast<ForwardWork*>(memory + Shape::kSharedBytes - Shape::kTableBytes);
   const AttentionProblem& p = a.problem;
-  const bool carry = a.carry && plan.num_splits == 1;
+  const bool carry = a.carry && schedule.num_splits == 1;
   int block, end_block;
-  if (!begin_work<Shape>(a, plan, work, block, end_block)) return;
+  if (!begin_work<Shape>(a, schedule, work, block, end_block)) return;
 
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int warp_row = Shape::kFewRows ? 0 : warp * kRowsM;
@@ -325,7 +326,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
       multiply_keys<Shape>(scores, queries, memory, lane_queries, lane_keys + keys, static_cast<int>(p.H));
       if (Shape::kModified) modify<Shape>(scores, p, work, row, first_key);
       if (end_key > end_of_all || first_key < first_of_all) hide<Shape>(scores, work, row, first_key);
-      soften<Shape>(scores, state, sums, factor);
+      online_softmax<Shape>(scores, state, sums, factor);
       if (Shape::kModified && p.dropout_p > 0.0f) drop<Shape>(scores, p, work, streams, row, first_key);
 #pragma unroll
       for (int i = 0; i < Shape::kTilesM; ++i) {
@@ -346,9 +347,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   ptx::copy_async_wait<0>();
   __syncthreads();
   if constexpr (Shape::kFewRows) {
-    store_merged<Shape>(a, plan, work, state, sums, factor, reinterpret_cast<float*>(memory));
+    store_combined<Shape>(a, schedule, work, state, sums, factor, reinterpret_cast<float*>(memory));
   } else {
-    store_rows<Shape>(a, plan, work, state, sums, factor, memory);
+    store_rows<Shape>(a, schedule, work, state, sums, factor, memory);
   }
 }
 

@@ -135,9 +135,10 @@ __device__ __forceinline__ void drop(float (&scores)[Shape::kTilesM][Shape::kTil
 // Scores -> 2^((score - reference) * factor), and the rows' new references and sums; `sums`, the output so
 // far, follows the references.
 template <class Shape>
-__device__ __forceinline__ void soften(float (&scores)[Shape::kTilesM][Shape::kTilesN][4],
-                                       RunningSoftmax<Shape::kTilesM * 2>& state,
-                                       float (&sums)[Shape::kTilesM][Shape::kHead / 8][4], float factor) {
+__device__ __forceinline__ void online_softmax(float (&scores)[Shape::kTilesM][Shape::kTilesN][4],
+                                               RunningSoftmax<Shape::kTilesM * 2>& state,
+                                               float (&sums)[Shape::kTilesM][Shape::kHead / 8][4],
+                                               float factor) {
   constexpr int kCount = Shape::kTilesM * 2;
   float top[kCount];
   bool grows = false;

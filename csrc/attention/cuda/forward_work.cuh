@@ -18,21 +18,20 @@ constexpr int kWorkBytes = 64;
 // fill an SM's 65536, and a warp with 32 rows uses a key fragment twice, which halves what ldmatrix reads: 16
 // rows would ask for the whole bandwidth of shared memory on sm_80 and twice that on sm_90.
 //
-//   kHead  rows x keys   registers a thread for out + scores  shared memory          blocks per SM by shared
-//   memory 64     128 x 64      64 + 64                              16 + 4 x  8 = 48 KiB   sm_80 3, sm_90 4,
-//   sm_120 2 128    128 x 64      128 + 64                             32 + 3 x 16 = 80 KiB   sm_80 2, sm_90
-//   2, sm_120 1 256     64 x 32      128 + 16                             32 + 3 x 16 = 80 KiB   sm_80 2,
-//   sm_90 2, sm_120 1
+//   kHead  rows x keys  registers a thread  shared memory         blocks per SM by shared memory
+//                       for out + scores
+//   64     128 x 64      64 + 64            16 + 4 x  8 = 48 KiB  sm_80 3, sm_90 4, sm_120 2
+//   128    128 x 64     128 + 64            32 + 3 x 16 = 80 KiB  sm_80 2, sm_90 2, sm_120 1
+//   256     64 x 32     128 + 16            32 + 3 x 16 = 80 KiB  sm_80 2, sm_90 2, sm_120 1
 // kHead 256 has no registers for 32 rows a warp. More keys at a time would save barriers, but cost the second
 // block.
 //
 // kFewRows: at most 16 rows, as in decoding, where keys and values are read once and bandwidth is all that
 // counts. The four warps share the rows and split each block of keys; their sums are added at the end, in
 // warp order.
-//   64      16 x 64      32 + 8                                2 + 4 x  8 = 34 KiB   sm_80 4, sm_90 6, sm_120
-//   2 128     16 x 64      64 + 8                                4 + 3 x 16 = 52 KiB   sm_80 3, sm_90 4,
-//   sm_120 1 256     16 x 64      128 + 8                               8 + 2 x 32 = 72 KiB   sm_80 2, sm_90
-//   3, sm_120 1
+//   64      16 x 64      32 + 8              2 + 4 x  8 = 34 KiB  sm_80 4, sm_90 6, sm_120 2
+//   128     16 x 64      64 + 8              4 + 3 x 16 = 52 KiB  sm_80 3, sm_90 4, sm_120 1
+//   256     16 x 64     128 + 8              8 + 2 x 32 = 72 KiB  sm_80 2, sm_90 3, sm_120 1
 template <class T, int kHeadSize, bool kFew, bool kModifies>
 struct ForwardShape {
   using Type = T;
@@ -53,14 +52,14 @@ struct ForwardShape {
   static constexpr int kTileBytes = kKeys * Rows::kRowBytes;
   static constexpr int kTableBytes = kWorkBytes + kRows * 4;
   static constexpr int kSharedBytes = kQueryBytes + kStages * kTileBytes + kTableBytes;
-  static constexpr int kMergePitch = kHead + 8;  // floats; half-warps then write to different banks
-  static constexpr int kMergeBytes = kWarps * 16 * (kMergePitch + 2) * 4;
-  static_assert(!kFew || kMergeBytes <= kSharedBytes - kTableBytes,
+  static constexpr int kCombinePitch = kHead + 8;  // floats; half-warps then write to different banks
+  static constexpr int kCombineBytes = kWarps * 16 * (kCombinePitch + 2) * 4;
+  static_assert(!kFew || kCombineBytes <= kSharedBytes - kTableBytes,
                 "the warps' sums take the place of the tiles");
 };
 
 // What the host decides.
-struct ForwardPlan {
+struct ForwardSchedule {
   int blocks_per_head;
   int num_splits;      // of the keys; then the results below are completed by a second kernel
   float* partial_out;  // [split][row_index][Hv]
@@ -92,14 +91,14 @@ struct ForwardWork {
 static_assert(sizeof(ForwardWork) <= kWorkBytes, "a table follows");
 
 template <class Shape>
-__device__ __forceinline__ bool find_work(const AttentionProblem& p, const ForwardPlan& plan,
+__device__ __forceinline__ bool find_work(const AttentionProblem& p, const ForwardSchedule& schedule,
                                           ForwardWork& work) {
-  const unsigned splits = static_cast<unsigned>(plan.num_splits);
+  const unsigned splits = static_cast<unsigned>(schedule.num_splits);
   const unsigned index = blockIdx.x / splits;
   work.split = static_cast<int>(blockIdx.x - index * splits);
   work.group = static_cast<int>(p.N / p.G);
   const BlockPlace place = locate(p.cu_seqlens_q, static_cast<int>(p.B), static_cast<int>(p.G), work.group,
-                                  Shape::kRows, plan.blocks_per_head, index, p.right != kUnbounded);
+                                  Shape::kRows, schedule.blocks_per_head, index, p.right != kUnbounded);
   if (!place.exists) return false;
   work.b = place.sequence;
   work.g = place.head;
@@ -113,7 +112,7 @@ __device__ __forceinline__ bool find_work(const AttentionProblem& p, const Forwa
   work.first_block = first_key / Shape::kKeys;
   work.end_block = end_key > first_key ? (end_key + Shape::kKeys - 1) / Shape::kKeys : work.first_block;
   if (splits > 1) {
-    const int each = (work.end_block - work.first_block + plan.num_splits - 1) / plan.num_splits;
+    const int each = (work.end_block - work.first_block + schedule.num_splits - 1) / schedule.num_splits;
     work.first_block = smaller(work.first_block + work.split * each, work.end_block);
     work.end_block = smaller(work.first_block + each, work.end_block);
   }

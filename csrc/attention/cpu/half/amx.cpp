@@ -15,17 +15,17 @@ PYPAR_KERNEL(attention_backward, AttentionBackward)
 namespace pypar::PYPAR_ISA {
 
 #  if defined(PYPAR_FP16_TILES)
-namespace poorer = pypar::amx;
+namespace fallback = pypar::amx;
 #  else
-namespace poorer = pypar::avx512_bf16;
+namespace fallback = pypar::avx512_bf16;
 #  endif
 
 void attention_forward(const AttentionForward& a) {
-  return half::takes(a) ? half::attention_forward(a) : poorer::attention_forward(a);
+  return half::takes(a) ? half::attention_forward(a) : fallback::attention_forward(a);
 }
 
 void attention_backward(const AttentionBackward& a) {
-  return half::takes(a) ? half::attention_backward(a) : poorer::attention_backward(a);
+  return half::takes(a) ? half::attention_backward(a) : fallback::attention_backward(a);
 }
 
 }  // namespace pypar::PYPAR_ISA

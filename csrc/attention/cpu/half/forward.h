@@ -3,12 +3,11 @@
 // Scores are computed as [row][key], so that probabilities are a left operand as they are stored, and what
 // must be transposed is K, which is packed once for all rows.
 //
-// What a unit costs for H = Hv = 64, on the one processor with AMX that was measured, in cycles of which a
-// product of tiles is taken to need 16: 64 products are 1024, and 256 vectors of
-// exponentials at 8 instructions on two ports another 1024. Standing side by side they were not faster than
-// one after the other, so that is how they are. Measured are 1010 for the scores and 1070 for the output,
+// Cycles of a unit for H = Hv = 64 on the one processor with AMX that was measured, 16 for a product of
+// tiles: 64 products are 1024, and 256 vectors of exponentials at 8 instructions on two ports another 1024.
+// Side by side they were not faster than in turn. Measured are 1010 for the scores and 1070 for the output,
 // each twice its products for tiles stored and loaded again, and 1130 for the exponentials. Keys and values
-// are streamed past the first cache, where the scores must stay: storing these costs a third more otherwise.
+// are streamed past the first cache, where the scores must stay: storing these costs a third more else.
 #pragma once
 
 #include "attention/cpu/half/tile_products.h"
@@ -82,7 +81,8 @@ PYPAR_INLINE uint32_t keys_below(int64_t n) {
 // Probabilities of 8 rows by their present references. `sums` receives what they add to the rows' sums, `top`
 // the largest of it.
 template <bool kMasked>
-PYPAR_INLINE void soften_rows(const Unit& unit, float factor, int64_t first, float* sums, __m512* top) {
+PYPAR_INLINE void online_softmax_rows(const Unit& unit, float factor, int64_t first, float* sums,
+                                      __m512* top) {
   const Panel& panel = *unit.panel;
   const __m512 scale = _mm512_set1_ps(factor);
   for (int64_t row = first; row < first + 8; ++row) {
@@ -136,7 +136,7 @@ PYPAR_INLINE float find_top(const Unit& unit, float factor, int64_t row, __m512*
 }
 
 // One row whose reference must move.
-static void soften_row(Unit& unit, float factor, int64_t row) {
+static void online_softmax_row(Unit& unit, float factor, int64_t row) {
   Panel& panel = *unit.panel;
   Bits* p = unit.p + row / 16 * kUnitValues + row % 16 * 32;
   __m512 x[kUnitKeys / 16];
@@ -175,15 +175,15 @@ static void find_references(const ForwardTask& task, const Unit& unit, int64_t f
 }
 
 // Scores of 8 rows -> probabilities, and their sums.
-static void soften(const ForwardTask& task, Unit& unit, int64_t first) {
+static void online_softmax(const ForwardTask& task, Unit& unit, int64_t first) {
   Panel& panel = *unit.panel;
   alignas(64) float sums[8 * 16];
   __m512 top = _mm512_setzero_ps();
   if (!panel.ready) find_references(task, unit, first);
   if (unit.masked) {
-    soften_rows<true>(unit, task.factor, first, sums, &top);
+    online_softmax_rows<true>(unit, task.factor, first, sums, &top);
   } else {
-    soften_rows<false>(unit, task.factor, first, sums, &top);
+    online_softmax_rows<false>(unit, task.factor, first, sums, &top);
   }
   float* const totals = panel.sums + first * 16;
   const auto large = [](__m512 x) { return _mm512_cmp_ps_mask(x, _mm512_set1_ps(kLargeSum), _CMP_GT_OQ); };
@@ -195,7 +195,7 @@ static void soften(const ForwardTask& task, Unit& unit, int64_t first) {
   // Each row for itself: its bits must not depend on its neighbours.
   for (int i = 0; i < 8; ++i) {
     const __m512 sum = _mm512_load_ps(sums + i * 16), total = _mm512_load_ps(totals + i * 16);
-    if (large(sum) != 0) soften_row(unit, task.factor, first + i);
+    if (large(sum) != 0) online_softmax_row(unit, task.factor, first + i);
     if (large(sum) == 0) _mm512_store_ps(totals + i * 16, _mm512_add_ps(total, sum));
   }
 }
@@ -256,7 +256,7 @@ static void run_unit(const ForwardTask& task, Unit& unit) {
   if (unit.panel->row_tiles == 2 && task.sizes.k_tiles == 2) hold_tiles(unit.panel->q);
 #endif
   for (int64_t block = 0; block < unit.blocks; ++block) score(task, unit, block);
-  for (int64_t row = 0; row < 16 * unit.panel->row_tiles; row += 8) soften(task, unit, row);
+  for (int64_t row = 0; row < 16 * unit.panel->row_tiles; row += 8) online_softmax(task, unit, row);
   if (!unit.panel->ready) check_ready(*unit.panel);
   if (unit.rescaled) rescale(task, unit);
   for (int64_t column = 0; column < task.sizes.hv_tiles; column += 2) weigh(task, unit, column);
@@ -369,8 +369,8 @@ static void find_lse(__m512 references, __m512 sums, float* lse) {
 }
 
 // What 16 rows' outputs are multiplied by, from their sums; and their lse.
-static void finish_rows(const ForwardTask& task, int64_t head, const Panel& panel, int64_t first,
-                        float* factors) {
+static void finalize_rows(const ForwardTask& task, int64_t head, const Panel& panel, int64_t first,
+                          float* factors) {
   const AttentionProblem& p = task.a->problem;
   const int64_t group = p.N / p.G;
   alignas(64) float by_lane[256], sums[16], row_lse[16];
@@ -406,7 +406,7 @@ static void end_panel(const ForwardTask& task, int64_t head, const Panel& panel)
   if (panel.blank) clear(panel.out, panel.sums);
   alignas(64) float factors[kPanelRows];
   for (int64_t first = 0; first < panel.count; first += 16) {
-    finish_rows(task, head, panel, first, factors + first);
+    finalize_rows(task, head, panel, first, factors + first);
   }
   for (int64_t i = 0; i < panel.count; ++i) {
     const __m512 factor = _mm512_set1_ps(factors[i]);
