@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
 # worksteal: neighbours in a file, which share what a fixture made, mostly stay with one worker.
 PYTEST_ARGS := -q $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
-BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f)
 
 .PHONY: train test test-all lint bench docs gpu-report clean
 .DELETE_ON_ERROR:
@@ -36,7 +36,7 @@ test-all: .venv/.set-up-dev
 lint: .venv/.set-up-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/*.,h cpp cuh cu) $(addprefix tests/harness/simt/*.,h cpp))
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 	$(BIN)/mypy
 
 bench: .venv/.set-up-dev

@@ -1,10 +1,10 @@
-"""Builds `pypar._native` from csrc/*.cpp and `pypar._cuda` from csrc/*.cu with ninja: in parallel, incrementally.
+"""Builds `pypar._native` and `pypar._cuda` from csrc's .cpp and .cu files with ninja: in parallel, incrementally.
 
-Every csrc/<op>.cpp is compiled once per instruction set, without pybind11, with PYPAR_ISA naming the namespace of its
+Every .cpp file is compiled once per instruction set, without pybind11, with PYPAR_ISA naming the namespace of its
 code, and once with PYPAR_BINDING, which holds the Python side; csrc/module.cpp is binding only. The best instruction
-set is chosen at import. Every csrc/<op>.cu is compiled once by nvcc for all GPU architectures and once by the C++
-compiler with PYPAR_BINDING; csrc/module.cu is binding only. Objects stay in build/<platform>/, so that the next build
-compiles only what changed. CXX, CPPFLAGS, CXXFLAGS and LDFLAGS are honoured; nvcc reads NVCC_PREPEND_FLAGS.
+set is chosen at import. Every .cu file is compiled once by nvcc for all GPU architectures and once by the C++ compiler
+with PYPAR_BINDING; csrc/module.cu is binding only. Objects stay in build/<platform>/, in csrc's folders, so that the
+next build compiles only what changed. CXX, CPPFLAGS, CXXFLAGS and LDFLAGS are honoured; nvcc reads NVCC_PREPEND_FLAGS.
 PYPAR_CUDA=0 leaves pypar._cuda out, 1 insists on it; unset, it is built where nvcc is found (PATH, CUDA_HOME).
 PYPAR_CUDA_ARCHS="80 90a" builds for fewer GPUs than nvcc can.
 """
@@ -201,20 +201,20 @@ def ninja_text(compiler: list[str], arch: str, output: str) -> str:
     ]
     objects = []
 
-    def compile_source(source: Path, kind: str, flags: str) -> None:
-        objects.append(f"{source.stem}.{kind}.o")
-        lines.extend([f"build {objects[-1]}: compile ../../csrc/{source.name}", f"  flags = {flags}"])
+    def compile_source(path: Path, kind: str, flags: str) -> None:
+        objects.append(f"{path.with_suffix('')}.{kind}.o")
+        lines.extend([f"build {objects[-1]}: compile ../../csrc/{path}", f"  flags = {flags}"])
 
-    sources = sorted((ROOT / "csrc").glob("*.cpp"))
-    for source in sources:
-        compile_source(source, sysconfig.get_config_var("SOABI"), "$binding_flags")
+    paths = sorted(source.relative_to(ROOT / "csrc") for source in (ROOT / "csrc").rglob("*.cpp"))
+    for path in paths:
+        compile_source(path, sysconfig.get_config_var("SOABI"), "$binding_flags")
     for isa, flags in ISA_FLAGS[arch].items():
         word = ISA_WORD.get(isa, "")
         if word and not knows_flags(compiler, flags):
             continue
-        for source in sources:
-            if source.name != "module.cpp" and word in source.read_text():
-                compile_source(source, isa, f"-DPYPAR_ISA={isa} {flags}")
+        for path in paths:
+            if path.name != "module.cpp" and word in (ROOT / "csrc" / path).read_text():
+                compile_source(path, isa, f"-DPYPAR_ISA={isa} {flags}")
     lines.extend([f"build {output}: link {' '.join(objects)}", f"default {output}", ""])
     return "\n".join(lines)
 
@@ -239,13 +239,13 @@ def cuda_ninja_text(compiler: list[str], nvcc: str, archs: list[str], output: st
         "  description = link $out",
     ]
     objects = []
-    for source in sorted((ROOT / "csrc").glob("*.cu")):
-        objects.append(f"{source.stem}.{sysconfig.get_config_var('SOABI')}.o")
-        lines.append(f"build {objects[-1]}: compile ../../csrc/{source.name}")
+    for path in sorted(source.relative_to(ROOT / "csrc") for source in (ROOT / "csrc").rglob("*.cu")):
+        objects.append(f"{path.with_suffix('')}.{sysconfig.get_config_var('SOABI')}.o")
+        lines.append(f"build {objects[-1]}: compile ../../csrc/{path}")
         lines.append(f"  flags = -x c++ $binding_flags {names}")
-        if source.name != "module.cu":
-            objects.append(f"{source.stem}.cuda.o")
-            lines.append(f"build {objects[-1]}: compile_cuda ../../csrc/{source.name}")
+        if path.name != "module.cu":
+            objects.append(f"{path.with_suffix('')}.cuda.o")
+            lines.append(f"build {objects[-1]}: compile_cuda ../../csrc/{path}")
     lines.extend([f"build {output}: link {' '.join(objects)}", f"default {output}", ""])
     return "\n".join(lines)
 
@@ -288,12 +288,12 @@ if __name__ == "__main__":
     if sys.platform != "linux":
         raise PlatformError(f"pypar runs on Linux, this is {sys.platform}; use a Linux machine or container")
     modules = {"pypar._native": "*.cpp"}
-    if find_nvcc() and any(Path("csrc").glob("*.cu")):
+    if find_nvcc() and any(Path("csrc").rglob("*.cu")):
         modules[CUDA_MODULE] = "*.cu"
     setup(
         packages=[*find_packages(include=["pypar", "pypar.*"]), "pypar.kernels"],
         ext_modules=[
-            Extension(name, sorted(map(str, Path("csrc").glob(sources))), language="c++")
+            Extension(name, sorted(map(str, Path("csrc").rglob(sources))), language="c++")
             for name, sources in modules.items()
         ],
         cmdclass={"build": BuildFresh, "build_ext": BuildNative},

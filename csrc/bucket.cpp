@@ -1,5 +1,5 @@
 // Scale and convert in one pass: contract and definition in pypar/ops/bucket.py.
-#include "registry.h"
+#include "core/registry.h"
 
 namespace pypar {
 
@@ -23,7 +23,7 @@ PYPAR_KERNEL(bucket_forward, BucketForward)
 #    include <immintrin.h>
 #  endif
 
-#  include "rows.h"
+#  include "core/rows.h"
 
 namespace pypar::PYPAR_ISA {
 

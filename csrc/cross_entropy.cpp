@@ -1,5 +1,5 @@
 // Cross-entropy of each token: contract and definition in pypar/ops/cross_entropy.py.
-#include "registry.h"
+#include "core/registry.h"
 
 namespace pypar {
 
@@ -32,7 +32,7 @@ PYPAR_KERNEL(cross_entropy_backward, CrossEntropyBackward)
 
 #ifndef PYPAR_BINDING
 
-#  include "rows.h"
+#  include "core/rows.h"
 
 namespace pypar::PYPAR_ISA {
 

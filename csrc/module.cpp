@@ -16,7 +16,7 @@
 
 #include <pybind11/stl.h>
 
-#include "registry.h"
+#include "core/registry.h"
 
 namespace py = pybind11;
 

@@ -1,6 +1,6 @@
 // The module pypar._cuda: the bindings of every op's GPU kernels. Like module.cpp it is compiled once, by the
 // C++ compiler with -DPYPAR_BINDING.
-#include "registry.h"
+#include "core/registry.h"
 
 namespace py = pybind11;
 

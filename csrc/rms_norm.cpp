@@ -1,5 +1,5 @@
 // Root mean square normalisation: contract and definition in pypar/ops/rms_norm.py.
-#include "registry.h"
+#include "core/registry.h"
 
 namespace pypar {
 
@@ -32,7 +32,7 @@ PYPAR_KERNEL(rms_norm_backward, RmsNormBackward)
 
 #ifndef PYPAR_BINDING
 
-#  include "rows.h"
+#  include "core/rows.h"
 
 namespace pypar::PYPAR_ISA {
 

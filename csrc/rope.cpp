@@ -1,5 +1,5 @@
 // Rotary position embedding: contract and definition in pypar/ops/rope.py.
-#include "registry.h"
+#include "core/registry.h"
 
 namespace pypar {
 
@@ -20,7 +20,7 @@ PYPAR_KERNEL(rope, Rope)
 
 #ifndef PYPAR_BINDING
 
-#  include "rows.h"
+#  include "core/rows.h"
 
 namespace pypar::PYPAR_ISA {
 

@@ -1,5 +1,5 @@
 // silu(gate) * up: contract and definition in pypar/ops/swiglu.py.
-#include "registry.h"
+#include "core/registry.h"
 
 namespace pypar {
 
@@ -28,7 +28,7 @@ PYPAR_KERNEL(swiglu_backward, SwigluBackward)
 
 #ifndef PYPAR_BINDING
 
-#  include "rows.h"
+#  include "core/rows.h"
 
 namespace pypar::PYPAR_ISA {
 

@@ -158,6 +158,16 @@ def test_files_stay_short():
     assert not too_long, f"{'; '.join(too_long)}; at most {MAX_LINES}"
 
 
+def test_native_folders_are_small_and_carry_the_prefix():
+    for folder in [ROOT / "csrc", *(path for path in (ROOT / "csrc").rglob("*") if path.is_dir())]:
+        files = [path for path in folder.iterdir() if path.is_file()]
+        assert len(files) <= 12, (
+            f"{folder.relative_to(ROOT)} has {len(files)} files: find the idea of a subfolder"
+        )
+        repeated = [path.name for path in files if f"_{folder.name}_" in f"_{path.stem}_"]
+        assert not repeated, f"{repeated} repeat the name of their folder, {folder.relative_to(ROOT)}"
+
+
 def test_packages_match_the_folders(monkeypatch):
     arguments = {}
     monkeypatch.setattr(setuptools, "setup", arguments.update)

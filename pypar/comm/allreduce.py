@@ -73,7 +73,7 @@ class PeerAllReduce:
         thresholds: Thresholds | None = None,
     ) -> None:
         """max_bytes: of the largest tensor that the kernels take; the rank's GPU keeps about twice that.
-        timeout_s: of a wait for a peer, 0: none. backend: "cuda" (csrc/allreduce.cu) or "triton", None: the first that
+        timeout_s: of a wait for a peer, 0: none. backend: "cuda" (csrc/allreduce/) or "triton", None: the first that
         runs on all ranks; a named one that does not is an error. thresholds: None: measured ones, else the shipped.
         """
         if not (backend is None or backend in ENGINES):

@@ -1,4 +1,4 @@
-"""The ranks' shared areas by CUDA IPC, and the kernels of csrc/allreduce.cu over them."""
+"""The ranks' shared areas by CUDA IPC, and the kernels of csrc/allreduce/ over them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pypar.ops.native import address
 
-# ShmType in csrc/shm_reduce.h.
+# ShmType in csrc/shm/reduce.h.
 _TYPES = {
     torch.float32: 0,
     torch.bfloat16: 1,

@@ -26,7 +26,7 @@ from pypar.ops.uncompiled import uncompiled
 
 ISA_VARIABLE = "PYPAR_ISA"
 
-# ElementType in csrc/registry.h.
+# ElementType in csrc/core/registry.h.
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _BUILD_CUDA = "`pip install -e .` in the source folder builds it where nvcc is on PATH"

@@ -203,7 +203,7 @@ def test_files_that_are_named_are_there(path: Path) -> None:
     """x stands for the reader's own operator or method."""
     folders = "csrc|kernels|pypar|tests|bench|docs|examples|build"
     named = re.findall(rf"`((?:{folders})/[^`\s]*)`", path.read_text(encoding="utf-8"))
-    placeholders = re.compile(r"<\w+>|\b(test_)?x\.\w+$|^build/")
+    placeholders = re.compile(r"<\w+>|\b(test_)?x(\.\w+|/)$|^build/")
     assert not [
         name for name in named if not placeholders.search(name) and not any(ROOT.glob(name.rstrip("/")))
     ]

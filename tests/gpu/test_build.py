@@ -84,7 +84,8 @@ def test_every_source_is_compiled_for_gpu_and_for_python(setup):
     assert "arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a" in text
     assert "-gencode arch=compute_80,code=compute_80" in text  # for later GPUs
     linked = next(line for line in text.splitlines() if line.startswith("build _cuda.so: link")).split()[3:]
-    sources = [path.stem for path in sorted((ROOT / "csrc").glob("*.cu"))]
+    paths = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.cu")]
+    sources = sorted(str(path.with_suffix("")) for path in paths)
     assert [name.split(".")[0] for name in linked if not name.endswith("cuda.o")] == sources
     assert [name for name in linked if name.endswith("cuda.o")] == [
         f"{s}.cuda.o" for s in sources if s != "module"
@@ -101,7 +102,7 @@ int one() {
 }
 }
 #else
-#include "registry.h"
+#include "core/registry.h"
 namespace pypar::cuda {
 int one();
 }
@@ -113,7 +114,7 @@ PYPAR_BIND(one) { module.def("one", &pypar::cuda::one); }
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_built_module_loads_without_a_driver_and_is_not_built_twice(setup, monkeypatch, tmp_path):
     tree = tmp_path / "tree"
-    for folder in ("pypar", "kernels", "csrc"):
+    for folder in ("pypar", "kernels", "csrc/core"):
         (tree / folder).mkdir(parents=True)
     for name in (
         "setup.py",
@@ -122,10 +123,11 @@ def test_built_module_loads_without_a_driver_and_is_not_built_twice(setup, monke
         "README.md",
         "pypar/__init__.py",
         "kernels/__init__.py",
+        "csrc/module.cu",
+        "csrc/module.cpp",
+        "csrc/core/registry.h",
     ):
         shutil.copy(ROOT / name, tree / name)
-    for name in ("module.cu", "module.cpp", "registry.h"):
-        shutil.copy(ROOT / "csrc" / name, tree / "csrc")
     (tree / "csrc" / "one.cu").write_text(SMALL_KERNEL)
     monkeypatch.setenv("PYPAR_CUDA_ARCHS", "80")
     monkeypatch.setenv("CXXFLAGS", "-O0")  # of pybind11's headers, which take the time

@@ -41,7 +41,7 @@ def _structure(name: str, fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": members})
 
 
-# As in csrc/attention.h and csrc/attention_forward.cuh.
+# As in csrc/attention/arguments.h and csrc/attention/cuda/forward_work.cuh.
 CTensor = _structure("CTensor", "p data, l batch_stride position_stride head_stride element_stride, i dtype")
 CBias = _structure("CBias", "p data, l batch_stride head_stride query_stride key_stride, i dtype")
 CProblem = _structure(
@@ -51,7 +51,7 @@ CProblem = _structure(
     "f dropout_p, u dropout_threshold, p seed, i num_threads, p stream",
 )
 CForward = _structure("CForward", "CProblem problem, CTensor out, p lse lse_rest, b carry, p memory left_out")
-CPlan = _structure("CPlan", "i blocks_per_head num_splits, p partial_out partial_lse, l num_rows")
+CSchedule = _structure("CSchedule", "i blocks_per_head num_splits, p partial_out partial_lse, l num_rows")
 
 
 def c_problem(problem: AttentionProblem) -> CProblem:
@@ -134,7 +134,7 @@ class Shape:
 
 
 def forward_shape(problem: AttentionProblem) -> Shape:
-    """Which instance csrc/attention.cu takes, and the sizes that attention_forward.cuh gives it."""
+    """Which instance csrc/attention/cuda/forward.cu takes, and the sizes that forward_work.cuh gives it."""
     T, N, H = problem.q.shape[-3:]
     G, Hv = problem.v.shape[-2:]
     head = next(size for size in (64, 128, 256) if max(H, Hv) <= size)
@@ -153,14 +153,14 @@ def forward_shape(problem: AttentionProblem) -> Shape:
     return Shape(f"{tag}ELi{head}ELb{few:d}ELb{modified:d}E", 128, rows, keys, shared)
 
 
-def forward_plan(problem: AttentionProblem, shape: Shape, num_splits: int) -> tuple[CPlan, int]:
-    """(plan, thread blocks)"""
+def forward_schedule(problem: AttentionProblem, shape: Shape, num_splits: int) -> tuple[CSchedule, int]:
+    """(schedule, thread blocks)"""
     T, N = problem.q.shape[-3:-1]
     S, G = problem.v.shape[-3:-1]
     B = problem.num_sequences
     per_head = -(-T * (N // G) // shape.rows) + (B if problem.varlen else 0)
-    plan = CPlan(per_head, num_splits, None, None, (1 if problem.varlen else B) * N * T)
-    return plan, per_head * G * (1 if problem.varlen else B) * num_splits
+    schedule = CSchedule(per_head, num_splits, None, None, (1 if problem.varlen else B) * N * T)
+    return schedule, per_head * G * (1 if problem.varlen else B) * num_splits
 
 
 def run_forward(
@@ -171,26 +171,34 @@ def run_forward(
     **options,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the compiled kernel; options go to ptxrun's launch."""
-    module = ptx_module("attention.cu", folder)
+    module = ptx_module("attention/cuda/forward.cu", folder)
     if carry is None:
         out = torch.full(problem.out_shape, torch.nan, dtype=problem.q.dtype)
         lse = torch.full(problem.lse_shape, torch.nan)
     else:
         out, lse = carry
     shape = forward_shape(problem)
-    plan, blocks = forward_plan(problem, shape, num_splits)
-    partial_out = torch.full((num_splits, plan.num_rows, problem.v.shape[-1]), torch.nan)
-    partial_lse = torch.full((num_splits, plan.num_rows), torch.nan)
-    plan.partial_out, plan.partial_lse = partial_out.data_ptr(), partial_lse.data_ptr()
+    schedule, blocks = forward_schedule(problem, shape, num_splits)
+    partial_out = torch.full((num_splits, schedule.num_rows, problem.v.shape[-1]), torch.nan)
+    partial_lse = torch.full((num_splits, schedule.num_rows), torch.nan)
+    schedule.partial_out, schedule.partial_lse = partial_out.data_ptr(), partial_lse.data_ptr()
     arguments = CForward(c_problem(problem), c_tensor(out), lse.data_ptr(), None, carry is not None)
     tensors = {name: value for name, value in vars(problem).items() if isinstance(value, Tensor)}
     tensors |= {"out": out, "lse": lse, "partial_out": partial_out, "partial_lse": partial_lse}
     module.buffers = {x.data_ptr(): (name, x) for name, x in tensors.items() if x.numel()}
     for null in (x for x in (arguments.problem.q, arguments.problem.k, arguments.problem.v) if not x.data):
         null.data = None
-    _launch(module, shape.mark, blocks, shape.threads, (arguments, plan), shape.shared_bytes, options)
+    _launch(module, shape.mark, blocks, shape.threads, (arguments, schedule), shape.shared_bytes, options)
     if num_splits > 1:
-        _launch(module, "attention_join", -(-plan.num_rows * 32 // 128), 128, (arguments, plan), 0, options)
+        _launch(
+            module,
+            "attention_combine",
+            -(-schedule.num_rows * 32 // 128),
+            128,
+            (arguments, schedule),
+            0,
+            options,
+        )
     return out, lse
 
 

@@ -147,7 +147,7 @@ PYBIND11_MODULE(_native, m) { m.def("one", &ISA::one); }
 
 @pytest.fixture(scope="module")
 def built_tree(tmp_path_factory) -> Path:
-    """What setup.py needs, with two small operators in place of csrc, built once."""
+    """What setup.py needs, with two small operators in place of csrc's, one of them in a folder, built once."""
     tree = tmp_path_factory.mktemp("small")
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
@@ -156,9 +156,11 @@ def built_tree(tmp_path_factory) -> Path:
         (tree / package).mkdir()
     shutil.copy(ROOT / "pypar" / "__init__.py", tree / "pypar")
     shutil.copy(ROOT / "kernels" / "__init__.py", tree / "kernels")
-    for name in ("one", "two"):
-        (tree / "csrc" / f"{name}.h").write_text(f"constexpr int {name}_value = 1;\n")
-        (tree / "csrc" / f"{name}.cpp").write_text(SMALL_OPERATOR.replace("NAME", name))
+    (tree / "csrc" / "inner").mkdir()
+    for name in ("one", "inner/two"):
+        text = SMALL_OPERATOR.replace("NAME.h", f"{name}.h").replace("NAME", name[-3:])
+        (tree / "csrc" / f"{name}.h").write_text(f"constexpr int {name[-3:]}_value = 1;\n")
+        (tree / "csrc" / f"{name}.cpp").write_text(text)
     setup = load_setup()
     isa = next(iter(setup.ISA_FLAGS[setup.find_arch(setup.find_compiler())]))
     (tree / "csrc" / "module.cpp").write_text(SMALL_MODULE.replace("ISA", isa))
@@ -179,10 +181,10 @@ def run_setup(tree: Path) -> subprocess.CompletedProcess:
 
 def build(tree: Path) -> set[str]:
     """Builds the native module of `tree` into tree/out and returns the names of what was written newly."""
-    before = {path: path.stat().st_mtime_ns for path in tree.glob("build/*/*.*o")}
+    before = {path: path.stat().st_mtime_ns for path in tree.glob("build/*/**/*.*o")}
     result = run_setup(tree)
     assert result.returncode == 0, result.stdout + result.stderr
-    return {path.name for path in tree.glob("build/*/*.*o") if before.get(path) != path.stat().st_mtime_ns}
+    return {path.name for path in tree.glob("build/*/**/*.*o") if before.get(path) != path.stat().st_mtime_ns}
 
 
 def test_built_module_loads_and_needs_no_torch(small_tree):
@@ -198,16 +200,16 @@ def test_second_build_compiles_nothing(small_tree):
 
 
 def test_changed_header_recompiles_what_includes_it(small_tree):
-    (small_tree / "csrc" / "two.h").write_text("constexpr int two_value = 22;\n")
+    (small_tree / "csrc" / "inner" / "two.h").write_text("constexpr int two_value = 22;\n")
     written = build(small_tree)
     assert {name for name in written if name.endswith(".o")} == {
-        path.name for path in small_tree.glob("build/*/two.*.o")
+        path.name for path in small_tree.glob("build/*/inner/two.*.o")
     }
     assert any(name.startswith("_native.") for name in written)
 
 
 def test_deleted_source_leaves_the_module(small_tree):
-    (small_tree / "csrc" / "two.cpp").unlink()
+    (small_tree / "csrc" / "inner" / "two.cpp").unlink()
     build(small_tree)
     assert "two" not in next(small_tree.glob("build/*/build.ninja")).read_text()
 
@@ -220,7 +222,8 @@ def test_every_operator_is_compiled_once_per_instruction_set_poorest_first():
         linked = next(
             line for line in text.splitlines() if line.startswith("build _native.so: link")
         ).split()[3:]
-        sources = sorted(path.stem for path in (ROOT / "csrc").glob("*.cpp"))
+        paths = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.cpp")]
+        sources = sorted(str(path.with_suffix("")) for path in paths)
         bindings, kernels = linked[: len(sources)], linked[len(sources) :]
         assert [name.split(".")[0] for name in bindings] == sources
         words = {isa: setup.ISA_WORD.get(isa, "") for isa in isas}

@@ -19,7 +19,9 @@ from pypar.context_parallel.masks import Mask, Piece
 from pypar.context_parallel.methods.blockwise import Pieces, add_backward, forward_once
 
 KEY_BLOCK = 1536
-"""Of every native kernel's blocks of keys a multiple: 96, 128 and, for parts of sums, 1536 (csrc/attention_plan.h)."""
+"""Of every native kernel's blocks of keys a multiple: 96, 128 and, for parts of sums, 1536.
+
+csrc/attention/cpu/tile_scheduler.h has them."""
 FEW_ROWS = 16
 """So many rows of one key/value head are few (kDecodeRows there): positions times the query heads that share it."""
 

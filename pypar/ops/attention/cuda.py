@@ -1,4 +1,4 @@
-"""Attention by the CUDA kernels of csrc/attention*.cu."""
+"""Attention by the CUDA kernels of csrc/attention/cuda/."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The protocol of csrc/allreduce.h, by enumeration: every interleaving of 2 and 3 ranks and several calls, on the late
-memory of tests/comm/process_group/test_shm_protocol.py. A rank stands for one block of its grid: inside it, barriers
-order everything.
+"""The protocol of csrc/allreduce/protocol.h, by enumeration: every interleaving of 2 and 3 ranks and several calls, on
+the late memory of tests/comm/process_group/test_shm_protocol.py. A rank stands for one block of its grid: inside it,
+barriers order everything.
 
 It shows that the rules which the header states are enough, and that each one is needed.
 """

@@ -1,4 +1,4 @@
-"""The protocol of csrc/shm_segment.h, by enumeration: every interleaving of 2 and 3 ranks and 3 steps, on a memory
+"""The protocol of csrc/shm/segment.h, by enumeration: every interleaving of 2 and 3 ranks and 3 steps, on a memory
 in which stores become visible late and out of order unless they are ordered, and loads run early unless they are
 held back.
 

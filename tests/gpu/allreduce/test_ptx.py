@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH"),
 ]
 
-# As in csrc/allreduce.h and allreduce_kernel.cuh.
+# As in csrc/allreduce/protocol.h and kernel.cuh.
 THREADS, MAX_RANKS, MAX_BLOCKS, DATA_OFFSET = 512, 8, 64, 16384
 FAILED_WORD, FLAG_WORDS = 64, 128
 MARKS = {torch.float32: "10Float32Tag", torch.bfloat16: "11BFloat16Tag", torch.float16: "10Float16Tag"}
@@ -87,7 +87,7 @@ class Areas:
                 self.flags(rank)[self.call % 2, :stages, :, peer] = self.call
 
     def launch(self, kernel, dtype, blocks, call, tensors, shared_bytes=0, **options):
-        module = ptx_attention.ptx_module("allreduce.cu", FOLDER)
+        module = ptx_attention.ptx_module("allreduce/launch.cu", FOLDER)
         tensors = {f"area {r}": area for r, area in enumerate(self.bytes)} | tensors | {"error": self.error}
         module.buffers = {x.data_ptr(): (name, x) for name, x in tensors.items()}
         marks = [name for name in module.kernels if f"{kernel}_kernel" in name and MARKS[dtype] in name]

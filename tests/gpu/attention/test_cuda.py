@@ -1,4 +1,4 @@
-"""csrc/attention.cu, forward, on the CPU by the host runtime of tests/harness/simt."""
+"""csrc/attention/cuda/forward.cu, on the CPU by the host runtime of tests/harness/simt."""
 
 import math
 from dataclasses import replace

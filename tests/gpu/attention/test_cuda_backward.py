@@ -1,4 +1,4 @@
-"""csrc/attention_backward.cu on the CPU, by the host runtime of tests/harness/simt, behind the forward kernels."""
+"""csrc/attention/cuda/backward.cu on the CPU, by the host runtime of tests/harness/simt, behind the forward kernels."""
 
 import dataclasses
 from functools import partial

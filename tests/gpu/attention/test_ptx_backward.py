@@ -29,7 +29,7 @@ PLACE_BYTES = 72
 
 
 class CBackward(ctypes.Structure):
-    """AttentionBackward in csrc/attention.h."""
+    """AttentionBackward in csrc/attention/arguments.h."""
 
     _fields_ = [
         ("problem", CProblem),
@@ -45,7 +45,7 @@ class CBackward(ctypes.Structure):
 
 
 class CArguments(ctypes.Structure):
-    """BackwardArguments in csrc/attention_backward_kernel.cuh."""
+    """BackwardArguments in csrc/attention/cuda/backward_kernel.cuh."""
 
     _fields_ = [
         ("call", CBackward),
@@ -63,7 +63,7 @@ class CArguments(ctypes.Structure):
 
 @dataclass
 class Sizes:
-    """BackwardSizes in csrc/attention_backward_tile.cuh."""
+    """BackwardSizes in csrc/attention/cuda/backward_products.cuh."""
 
     threads: int
     rows: int
@@ -84,7 +84,7 @@ SIZES = {
 def run_backward(
     problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor, **options
 ) -> tuple[list[Tensor], Tensor | None]:
-    """([dq, dk, dv], dbias) of the compiled kernels, as csrc/attention_backward.cu launches them, without sequences."""
+    """([dq, dk, dv], dbias) of the compiled kernels, as csrc/attention/cuda/ launches them, without sequences."""
     (B, T, N, H), (_, S, G, Hv) = problem.q.shape, problem.v.shape
     padded = math.ceil(T / QUERIES_PADDING) * QUERIES_PADDING
     made = {name: torch.full_like(getattr(problem, name[1:]), torch.nan) for name in ("dq", "dk", "dv")}
@@ -93,7 +93,7 @@ def run_backward(
         made["dbias"] = torch.zeros(problem.scores_shape)
     given = {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}
     given |= {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
-    module = ptx_attention.ptx_module("attention_backward.cu", FOLDER)
+    module = ptx_attention.ptx_module("attention/cuda/backward.cu", FOLDER)
     module.buffers = {x.data_ptr(): (name, x) for name, x in (made | given).items()}
 
     arguments = CArguments(lse=made["base"].data_ptr(), delta=made["delta"].data_ptr(), padded_length=padded)

@@ -79,10 +79,10 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def simt_module(op: str, flavour: str = "checked", defines: Iterable[str] = ()) -> ModuleType:
-    """The module of csrc/<op>*.cu: the functions of pypar._cuda, on CPU tensors."""
-    sources = sorted((ROOT / "csrc").glob(f"{op}*.cu"))
+    """The module of csrc/<op>/**/*.cu: the functions of pypar._cuda, on CPU tensors."""
+    sources = sorted((ROOT / "csrc" / op).rglob("*.cu"))
     if not sources:
-        raise ValueError(f"no csrc/{op}*.cu")
+        raise ValueError(f"csrc/{op} has no .cu file")
     return build(sources, flavour, defines)
 
 
@@ -124,7 +124,7 @@ def _pybind11() -> str | None:
 
 
 def _headers() -> list[Path]:
-    return sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh"), *RUNTIME.glob("*.h")])
+    return sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *RUNTIME.glob("*.h")])
 
 
 def _hash(command: str, files: Iterable[Path]) -> str:

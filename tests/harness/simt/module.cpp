@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "../../../csrc/registry.h"
+#include "core/registry.h"
 #include "memory.h"
 
 namespace py = pybind11;

@@ -112,7 +112,7 @@ Floats4 mma_bf16(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0
 Floats4 mma_f16(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0,
                 float c1, float c2, float c3);
 
-// The instructions behind csrc/ptx.h.
+// The instructions behind csrc/core/ptx.h.
 void copy_async_16(void* shared, const void* global, bool valid);
 void copy_async_commit();
 void copy_async_wait(int groups);

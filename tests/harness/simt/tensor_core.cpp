@@ -1,4 +1,4 @@
-// ldmatrix, mma.sync.m16n8k16, cp.async and the other instructions behind csrc/ptx.h, after the PTX ISA
+// ldmatrix, mma.sync.m16n8k16, cp.async and the other instructions behind csrc/core/ptx.h, after the PTX ISA
 // manual.
 #include <algorithm>
 #include <cmath>

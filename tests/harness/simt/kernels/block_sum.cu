@@ -8,7 +8,7 @@ void block_sum(const float* x, float* out, int rows, int columns, void* stream);
 
 #ifndef PYPAR_BINDING
 
-#  include "cuda_launch.h"
+#  include "core/cuda_launch.h"
 
 namespace pypar::cuda {
 
@@ -72,7 +72,7 @@ void block_sum(const float* x, float* out, int rows, int columns, void* stream) 
 
 #else
 
-#  include "registry.h"
+#  include "core/registry.h"
 
 PYPAR_BIND(block_sum) {
   module.def("block_sum", [](uintptr_t x, uintptr_t out, int rows, int columns, uintptr_t stream) {

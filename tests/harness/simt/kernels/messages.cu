@@ -10,8 +10,8 @@ void pass_message(int* data, int* out, uint32_t* words, int rank, int num_ranks,
 
 #ifndef PYPAR_BINDING
 
-#  include "cuda_launch.h"
-#  include "ptx.h"
+#  include "core/cuda_launch.h"
+#  include "core/ptx.h"
 
 namespace pypar::cuda {
 
@@ -42,7 +42,7 @@ void pass_message(int* data, int* out, uint32_t* words, int rank, int num_ranks,
 
 #else
 
-#  include "registry.h"
+#  include "core/registry.h"
 
 PYPAR_BIND(messages) {
   module.def("pass_message", [](uintptr_t data, uintptr_t out, uintptr_t words, int rank, int num_ranks,

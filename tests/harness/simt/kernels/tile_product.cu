@@ -9,8 +9,8 @@ void tile_product(const void* a, const void* b, float* c, int M, int N, int K, b
 
 #ifndef PYPAR_BINDING
 
-#  include "cuda_launch.h"
-#  include "ptx.h"
+#  include "core/cuda_launch.h"
+#  include "core/ptx.h"
 
 namespace pypar::cuda {
 
@@ -124,7 +124,7 @@ void tile_product(const void* a, const void* b, float* c, int M, int N, int K, b
 
 #else
 
-#  include "registry.h"
+#  include "core/registry.h"
 
 PYPAR_BIND(tile_product) {
   module.def("tile_product", [](uintptr_t a, uintptr_t b, uintptr_t c, int M, int N, int K, bool bf16,

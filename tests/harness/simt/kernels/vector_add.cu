@@ -8,7 +8,7 @@ void vector_add(const float* a, const float* b, float* out, int count, void* str
 
 #ifndef PYPAR_BINDING
 
-#  include "cuda_launch.h"
+#  include "core/cuda_launch.h"
 
 namespace pypar::cuda {
 
@@ -42,7 +42,7 @@ void vector_add(const float* a, const float* b, float* out, int count, void* str
 
 #else
 
-#  include "registry.h"
+#  include "core/registry.h"
 
 PYPAR_BIND(vector_add) {
   module.def("vector_add", [](uintptr_t a, uintptr_t b, uintptr_t out, int count, uintptr_t stream) {

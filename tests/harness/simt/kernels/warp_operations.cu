@@ -12,8 +12,8 @@ void conversions(const float* x, uint32_t* bf16, uint32_t* f16, float* back, int
 
 #ifndef PYPAR_BINDING
 
-#  include "cuda_launch.h"
-#  include "ptx.h"
+#  include "core/cuda_launch.h"
+#  include "core/ptx.h"
 
 namespace pypar::cuda {
 
@@ -129,7 +129,7 @@ void conversions(const float* x, uint32_t* bf16, uint32_t* f16, float* back, int
 
 #else
 
-#  include "registry.h"
+#  include "core/registry.h"
 
 PYPAR_BIND(warp_operations) {
   using namespace pypar::cuda;

@@ -50,9 +50,9 @@ def build(folder, sanitizer, isas, monkeypatch, fault=None):
     """The native module with attention alone, for these instruction sets. fault: (file, text, what replaces it)."""
     sources = folder / "csrc"
     sources.mkdir()
-    for path in (ROOT / "csrc").iterdir():
-        if path.suffix == ".h" or path.name == "module.cpp" or path.match("attention*.cpp"):
-            shutil.copy(path, sources)
+    shutil.copy(ROOT / "csrc" / "module.cpp", sources)
+    for part in ("core", "attention"):
+        shutil.copytree(ROOT / "csrc" / part, sources / part)
     if fault is not None:
         name, text, replacement = fault
         before = (sources / name).read_text()
@@ -113,9 +113,9 @@ def test_every_instruction_set(sanitizer, tmp_path, monkeypatch):
 
 # A store beyond the last row of lse; threads that take the same range, since the counter is read and written apart.
 FAULTS = {
-    "address": ("attention_finish.h", "a.lse[index] = static_cast", "a.lse[index + 1] = static_cast"),
+    "address": ("attention/cpu/combine.h", "a.lse[index] = static_cast", "a.lse[index + 1] = static_cast"),
     "thread": (
-        "parallel.h",
+        "core/parallel.h",
         "__atomic_fetch_add(&loop->next, loop->chunk, __ATOMIC_RELAXED)",
         "(loop->next += loop->chunk) - loop->chunk",
     ),
