@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pypar import mesh as mesh
     from pypar import models as models
     from pypar import ops as ops
+    from pypar import optimizers as optimizers
     from pypar import pipeline_parallel as pipeline_parallel
     from pypar import tensor_parallel as tensor_parallel
     from pypar import train as train
@@ -53,6 +54,7 @@ _ROOMS = (
     "mesh",
     "models",
     "ops",
+    "optimizers",
     "pipeline_parallel",
     "tensor_parallel",
     "train",

@@ -18,6 +18,8 @@ LEVELS = {
     "kernels": 0,
     "_native": 0,
     "paths": 0,
+    "settings": 0,
+    "lazy": 0,
     "json_file": 0,
     "grid": 0,
     "spans": 0,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pypar.train import checkpoint
-from pypar.train.plan import check_whole_model
+from pypar.train.preflight import check_whole_model
 from pypar.train.tokens import check_text
 
 SUMMARY = "sample text from a checkpoint"

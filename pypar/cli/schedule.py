@@ -7,7 +7,7 @@ SUMMARY = "draw a pipeline schedule with its bubble and what it holds in memory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="such as one_f_one_b or gpipe; without it all are listed")
+    parser.add_argument("name", nargs="?", help="the schedule; without it all are listed")
     parser.add_argument("--ranks", type=int, default=4, help="size of the pp axis (default 4)")
     parser.add_argument("--microbatches", type=int, default=8, help="of one step (default 8)")
     parser.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig, load_config
 from pypar.train.launch import joined_world_size, launch, launched_here, resume_sentence, run_rank
-from pypar.train.plan import Plan, check
+from pypar.train.preflight import Ready, check
 
 SUMMARY = "train on text: start local ranks, or join the ones torchrun started"
 
@@ -23,11 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any configuration key"
     )
+    parser.add_argument("--keys", action="store_true", help="print every configuration key, and end")
     parser.add_argument("--resume", action="store_true", help="go on from this run's last checkpoint, if any")
     parser.add_argument("--overwrite", action="store_true", help="delete the checkpoints of an earlier run")
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
+    if arguments.keys:
+        return _show_keys
     flags = {"mesh": arguments.mesh, "name": arguments.name, "data.path": arguments.data}
     given = {key: value for key, value in flags.items() if value is not None}
     if arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
@@ -43,33 +46,40 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
             "--overwrite under torchrun --max-restarts would delete the checkpoints that a restart goes on from; "
             "give the run another --name"
         )
-    plan = check(config, joined, overwrite=arguments.overwrite)
+    ready = check(config, joined, overwrite=arguments.overwrite)
     if joined is not None:
-        return lambda: _join(plan, arguments.overwrite)
-    return lambda: _start(plan, arguments)
+        return lambda: _join(ready, arguments.overwrite)
+    return lambda: _start(ready, arguments)
 
 
-def _join(plan: Plan, overwrite: bool) -> int:
-    if not launched_here() and os.environ["RANK"] == "0":
-        _show(plan.notes)
-        if overwrite:
-            _delete_earlier(plan.config)
-    run_rank(lambda: _train(plan.config))
+def _show_keys() -> int:
+    from pypar.train.keys import page
+
+    print(page(), end="")
     return 0
 
 
-def _start(plan: Plan, arguments: argparse.Namespace) -> int:
-    _show(plan.notes)
-    config = plan.config
+def _join(ready: Ready, overwrite: bool) -> int:
+    if not launched_here() and os.environ["RANK"] == "0":
+        _show(ready.notes)
+        if overwrite:
+            _delete_earlier(ready.config)
+    run_rank(lambda: _train(ready.config))
+    return 0
+
+
+def _start(ready: Ready, arguments: argparse.Namespace) -> int:
+    _show(ready.notes)
+    config = ready.config
     if arguments.overwrite:
         _delete_earlier(config)
-    if plan.num_ranks == 1:
+    if ready.num_ranks == 1:
         _train(config)
         return 0
-    threads = config.train.threads or max(1, len(os.sched_getaffinity(0)) // plan.num_ranks)
+    threads = config.train.threads or max(1, len(os.sched_getaffinity(0)) // ready.num_ranks)
     return launch(
         arguments.argv,
-        plan.num_ranks,
+        ready.num_ranks,
         threads=threads,
         folder=config.run_directory / ".launch",
         resume=lambda: resume_sentence(arguments.argv, checkpoint.latest(config.checkpoint_directory)),

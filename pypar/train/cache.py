@@ -21,7 +21,7 @@ import numpy as np
 
 from pypar.json_file import read_json
 from pypar.paths import cache_folder
-from pypar.train.config import DataConfig
+from pypar.train.sections import DataConfig
 from pypar.train.sources import PYTHON_STDLIB, SourceFile, find_files, stdlib_folder
 from pypar.train.tokenise import DTYPES, PARTS, tokenise
 from pypar.train.tokens import Tokenizer

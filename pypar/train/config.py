@@ -7,109 +7,48 @@ unknown key, a value of the wrong type or a file that is not TOML is a ``ValueEr
 import dataclasses
 import difflib
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pypar.context_parallel.config import ContextConfig
+from pypar.optimizers.config import OptimizerConfig
+from pypar.pipeline_parallel.config import PipelineConfig
+from pypar.settings import keys_of, of_kind, section_of, setting
+from pypar.train.sections import DataConfig, ModelConfig, TrainConfig, filled_model
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-from pypar.optimizers.config import OptimizerConfig
-
 if TYPE_CHECKING:
     from pypar.models import DecoderConfig
 
-TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of the decoder; every number is the whole model's, never one rank's."""
-
-    vocab_size: int = 0  # 0: the tokenizer's
-    num_layers: int = 4
-    d_model: int = 256
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_size: int = 0  # 0: d_model / num_heads
-    d_ff: int = 704
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    tied_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
-
-    path: str = "python-stdlib"  # a folder, a glob, a text file, a .jsonl file, or "python-stdlib"
-    pattern: str = "*"  # which files of a folder (at any depth; hidden ones never)
-    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json
-    # "text": "</s>" in the data or a prompt is text like any other. "parse": it is the token of that name, as where a
-    # chat template wrote it. Documents end where records and files do, whatever tokens they hold.
-    special_tokens: str = "text"
-    validation_fraction: float = 0.05  # of the documents; a single document is split by position
-    cache_directory: str = ""  # "": $XDG_CACHE_HOME/pypar or ~/.cache/pypar
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long, how much at a time, and what to write on the way."""
-
-    steps: int = 500
-    batch_size: int = 8  # sequences a step, over all ranks
-    microbatch_size: int = 2  # sequences
-    sequence_length: int = 256  # tokens
-    packed_documents: bool = (
-        False  # tokens see their own document only, and do not predict the next one's first
-    )
-    precision: str = "fp32"  # or "bf16" with fp32 master weights
-    evaluate_every: int = 50  # steps; 0: only at the end
-    evaluate_batches: int = 4
-    final_evaluate_batches: int = 32  # at the end of the run
-    checkpoint_every: int = 100  # steps; 0: only at the end
-    keep_checkpoints: int = 2  # the newest so many; 0: all
-    resume: str = ""  # "": start anew; "auto" (or true): the newest checkpoint of this run; or a path
-    resume_data: str = "same"  # or "restart": of data, sequence length or seed that are not the checkpoint's
-    sequence_parallel: bool = False
-    threads: int = 0  # of one rank; 0: the machine's cores divided by its ranks
-    sample_prompt: str = "class "
-    sample_tokens: int = 200
-    bucket_bytes: int = 25 << 20
-    log_every: int = 25  # steps; where there is no terminal for a bar
-
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    schedule: str = "one_f_one_b"
-
-
-@dataclass(frozen=True)
-class ContextConfig:
-    layout: str = "zigzag"  # or "contiguous", "striped"
-    method: str = "ring"  # or "all_gather", "ulysses", "hybrid", "auto": the one that should be fastest
-    ulysses_size: int = 0  # ranks that share heads in "hybrid"; 0: as many as there are key/value heads for
+def _refuse_blank(key: str, value: str) -> None:
+    if not value.strip():
+        raise ValueError(f"{key} must not be empty: the run is written to <directory>/<name>; use --name")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. ``mesh`` is written like ``"tp=2,pp=2"``; empty puts every rank on the dp axis."""
+    """One run: a section for each room that can be configured."""
 
-    name: str = "stdlib"
-    directory: str = "runs"
-    seed: int = 0
-    mesh: str = ""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-    context: ContextConfig = field(default_factory=ContextConfig)
+    name: str = setting(
+        "stdlib", refuse=_refuse_blank, help="the run is written to directory/name", resumed=None
+    )
+    directory: str = setting("runs", help="the folder that holds runs", resumed=None)
+    seed: int = setting(0, help="of initial weights, of the order of the data and of the sample")
+    mesh: str = setting("", help='sizes of the axes, like "tp=2,pp=2"; "": every rank is on the dp axis')
+    model: ModelConfig = section_of(ModelConfig)
+    data: DataConfig = section_of(DataConfig)
+    optimizer: OptimizerConfig = section_of(OptimizerConfig)
+    train: TrainConfig = section_of(TrainConfig)
+    pipeline: PipelineConfig = section_of(PipelineConfig)
+    context: ContextConfig = section_of(ContextConfig)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -149,24 +88,6 @@ class RunConfig:
         from pypar.models import DecoderConfig
 
         return DecoderConfig(**dataclasses.asdict(filled_model(self.model, vocab_size)))
-
-
-def filled_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    """``model`` with vocab_size and head_size filled in where they are 0."""
-    head_size = model.head_size
-    if head_size == 0:
-        if model.num_heads < 1 or model.d_model % model.num_heads:
-            raise ValueError(
-                f"model.d_model ({model.d_model}) must divide by model.num_heads ({model.num_heads}) where "
-                "model.head_size is not given; set model.head_size or change either"
-            )
-        head_size = model.d_model // model.num_heads
-    if model.vocab_size and model.vocab_size < vocab_size:
-        raise ValueError(
-            f"model.vocab_size ({model.vocab_size}) must be at least the tokenizer's ({vocab_size}); use 0 "
-            "to take the tokenizer's"
-        )
-    return dataclasses.replace(model, head_size=head_size, vocab_size=model.vocab_size or vocab_size)
 
 
 def load_config(
@@ -214,13 +135,9 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[leaf] = value
 
 
-def all_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
+def all_keys() -> list[str]:
     """Every dotted key there is."""
-    keys: list[str] = []
-    for name, kind in typing.get_type_hints(cls).items():
-        section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        keys += all_keys(kind, f"{prefix}{name}.") if section else [prefix + name]
-    return keys
+    return [key.name for key in keys_of(RunConfig)]
 
 
 def _unknown(key: str) -> ValueError:
@@ -257,15 +174,5 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
                 )
             arguments[name] = _build(typing.cast(type, kind), value, f"{key}.")
         else:
-            arguments[name] = _checked(key, value, kind)
+            arguments[name] = of_kind(key, value, kind)
     return cls(**arguments)
-
-
-def _checked(key: str, value: Any, kind: type | types.GenericAlias) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(
-            f"configuration key {key!r} must be {TYPE_NAMES[typing.cast(type, kind)]}, not {value!r}"
-        )
-    return value

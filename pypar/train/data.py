@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pypar.train.cache import TokenCache, prepare_cache
-from pypar.train.config import DataConfig
+from pypar.train.sections import DataConfig
 from pypar.train.tokens import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:

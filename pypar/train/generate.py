@@ -13,7 +13,7 @@ from pypar.models import Decoder
 from pypar.models.cache import KeyValueCache
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
-from pypar.train.plan import check_whole_model
+from pypar.train.preflight import check_whole_model
 from pypar.train.tokens import check_text, continuation, open_tokenizer
 
 

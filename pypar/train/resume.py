@@ -10,27 +10,14 @@ import numpy as np
 
 from pypar.optimizers.config import OptimizerConfig
 from pypar.optimizers.schedule import learning_rate
+from pypar.settings import keys_of
 from pypar.train.checkpoint import shown_value
-from pypar.train.config import RunConfig, all_keys
+from pypar.train.config import RunConfig
 
 if TYPE_CHECKING:
     from pypar.train.data import TokenData
 
 DIGESTED_TOKENS = 1 << 16  # so many, evenly spread; all of a text that is not longer
-WHERE_IT_IS_WRITTEN = (
-    "name",
-    "directory",
-    "train.resume",
-    "train.resume_data",
-)  # these change nothing in the run
-# What a changed key means for a run that is under way: of the key, or of its section.
-EFFECTS = {
-    "train.batch_size": "the samples go on in their order",
-    "train.steps": "the learning rate now falls until the new last step",
-    "optimizer": "from this step on; the moments are kept",
-    "data.path": "the same tokens",
-    "data.tokenizer": "the same tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -97,11 +84,11 @@ def _difference(key: str, then: Any, now: Any) -> str:
 def _changes(written: Any, config: RunConfig, step: int) -> Iterator[str]:
     """Each key whose value is not the checkpoint's, and what follows for the learning rate."""
     then, now = dict(_leaves(written)), dict(_leaves(config.to_dict()))
-    for key in all_keys():
-        if key in then and then[key] != now[key] and key not in WHERE_IT_IS_WRITTEN:
-            effect = EFFECTS.get(key) or EFFECTS.get(key.partition(".")[0])
-            line = f"{key} {shown_value(then[key])} -> {shown_value(now[key])}"
-            yield f"{line} ({effect})" if effect else line
+    for key in keys_of(RunConfig):
+        name = key.name
+        if name in then and then[name] != now[name] and key.resumed is not None:
+            line = f"{name} {shown_value(then[name])} -> {shown_value(now[name])}"
+            yield f"{line} ({key.resumed})" if key.resumed else line
     yield from _rate_change(then, config, step)
 
 

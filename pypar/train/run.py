@@ -18,7 +18,8 @@ from pypar.train.config import RunConfig
 from pypar.train.generate import generate, printable
 from pypar.train.launch import joined_world_size
 from pypar.train.metrics import FLOP_CONVENTION, Metrics, draw_loss_curve, matmul_rate
-from pypar.train.trainer import PRECISIONS, Trainer
+from pypar.train.precision import PRECISIONS
+from pypar.train.trainer import Trainer
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pypar.train.config import DataConfig
+from pypar.train.sections import DataConfig
 
 PYTHON_STDLIB = "python-stdlib"
 LEFT_OUT_OF_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}

@@ -18,10 +18,10 @@ from pypar.train import checkpoint
 from pypar.train.batch import Microbatch, TrainingStage, split_batch
 from pypar.train.config import RunConfig
 from pypar.train.data import Batch, TokenData, open_data
+from pypar.train.precision import PRECISIONS
 from pypar.train.resume import identity, resumption
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:

@@ -13,7 +13,7 @@ import pytest
 
 from pypar.cli import main
 from pypar.train.config import load_config
-from pypar.train.plan import check
+from pypar.train.preflight import check
 
 # Put first on PYTHONPATH: every Python process that is a rank leaves a file, so a test sees if one started.
 TELL_TALE = """

@@ -11,7 +11,7 @@ from pypar.cli import main
 from pypar.mesh import Mesh
 from pypar.train.config import RunConfig, load_config
 from pypar.train.generate import generate, printable
-from pypar.train.plan import check
+from pypar.train.preflight import check
 from pypar.train.trainer import Trainer
 from tests.train.data.tokenizer_kinds import MARK, word_piece
 

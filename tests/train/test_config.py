@@ -1,11 +1,18 @@
 """The configuration: where values come from, and what is said of those that do not fit."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from pypar.train.config import RunConfig, all_keys, filled_model, load_config
+from pypar.optimizers.config import OptimizerConfig
+from pypar.settings import check_values, keys_of
+from pypar.train.config import RunConfig, all_keys, load_config
+from pypar.train.keys import page
+from pypar.train.sections import TrainConfig, filled_model
+from tests import ROOT
 
 
 def test_file_then_overrides_then_flags(tmp_path: Path) -> None:
@@ -122,3 +129,44 @@ def test_sizes_that_follow_from_others() -> None:
         ValueError, match=r"model.vocab_size \(100\) must be at least the tokenizer's \(256\)"
     ):
         filled_model(load_config(None, ["model.vocab_size=100"]).model, 256)
+
+
+@pytest.mark.parametrize("key", list(keys_of(RunConfig)), ids=lambda key: key.name)
+def test_a_key_says_what_it_is_for_and_its_default_keeps_its_rule(key) -> None:
+    assert key.rule.help
+    key.check(key.default)
+    assert key.rule.choices is None or key.default in key.rule.choices_from(key.default)
+
+
+def test_values_from_python_are_checked_as_those_of_a_file() -> None:
+    check_values(RunConfig())
+    for config, sentence in (
+        (RunConfig(optimizer=OptimizerConfig(lr="high")), "'optimizer.lr' must be a number, not 'high'"),
+        (RunConfig(optimizer=OptimizerConfig(beta1=1.0)), "must be at least 0 and less than 1"),
+        (RunConfig(train=TrainConfig(sample_prompt="\udcff")), "train.sample_prompt must be text in UTF-8"),
+        (RunConfig(name=" "), "name must not be empty"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            check_values(config)
+        assert sentence in str(refused.value)
+
+
+def test_a_whole_number_that_no_float_holds() -> None:
+    check_values(load_config(None, [f"train.steps={10**400}"]))
+    with pytest.raises(ValueError, match="'optimizer.lr' must be a number, not 1000"):
+        load_config(None, [f"optimizer.lr={10**400}"])
+
+
+def test_the_page_of_keys_is_that_of_the_code() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == page(), "run `pypar train --keys > docs/configuration.md`"
+
+
+def test_what_is_wrong_in_a_configuration_is_found_without_torch() -> None:
+    code = (
+        "import sys; from pypar.cli import main\n"
+        "try: main(['train', '--set', 'optimizer.lr=0'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "False\n" and "optimizer.lr (0.0) must be greater than 0" in ended.stderr

@@ -13,7 +13,7 @@ from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig, Sequences
 from pypar.train.config import DataConfig, load_config
 from pypar.train.data import IGNORED, TokenData, open_data
-from pypar.train.plan import check
+from pypar.train.preflight import check
 
 SIZES = DecoderConfig(
     vocab_size=31, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_size=4, d_ff=24

@@ -1,0 +1,62 @@
+"""What a run's configuration says about context parallelism: the section ``context``."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pypar.settings import Run, Section, setting
+
+
+def _layouts() -> Iterable[str]:
+    from pypar.context_parallel.layouts import LAYOUTS
+
+    return LAYOUTS
+
+
+def _methods() -> Iterable[str]:
+    from pypar.context_parallel.methods.registry import methods
+
+    return methods()
+
+
+@dataclass(frozen=True)
+class ContextConfig(Section):
+    """How a sequence is spread over the cp axis, and how attention sees the whole of it."""
+
+    layout: str = setting("zigzag", choices=_layouts, help="which positions a rank holds")
+    method: str = setting(
+        "ring",
+        choices=_methods,
+        help='how keys and values are reached; "auto": by the method that should be fastest',
+    )
+    ulysses_size: int = setting(
+        0,
+        at_least=0,
+        help='ranks that share heads in "hybrid"; 0: as many as there are key/value heads for',
+    )
+
+    def check(self, run: Run) -> Sequence[str]:
+        """Every rank holds a position, and there are heads for the ranks that share them."""
+        cp, heads = run.axes["cp"], run.num_heads // run.axes["tp"]
+        if cp == 1:
+            return ()
+        if run.sequence_length < cp:
+            raise ValueError(
+                f"train.sequence_length ({run.sequence_length}) must be at least the cp size ({cp}): each rank holds "
+                "a position"
+            )
+        sharing = {"ulysses": cp, "hybrid": self.ulysses_size or 1}.get(self.method, 1)
+        if cp % sharing:
+            divisors = ", ".join(str(n) for n in range(1, cp + 1) if cp % n == 0)
+            raise ValueError(
+                f"context.ulysses_size ({sharing}) must divide the cp size ({cp}); use one of {divisors}"
+            )
+        if sharing > heads:
+            raise ValueError(
+                f"context.method {self.method!r} shares the {heads} query heads of a tp rank between {sharing} cp "
+                'ranks, which are more; use context.method "ring" or "hybrid" with a smaller context.ulysses_size'
+            )
+        if self.method == "hybrid" and self.layout == "striped" and sharing < cp:
+            raise ValueError(
+                'context.method "hybrid" needs a layout of chunks; use context.layout "zigzag" or "contiguous"'
+            )
+        return ()

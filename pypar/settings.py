@@ -1,0 +1,189 @@
+"""Settings: keys of a configuration whose bounds, choices and explanation stand at their field.
+
+A room that can be configured has a section: a frozen dataclass, derived from `Section`, whose fields are made by
+`setting`. The section refuses by itself what can be refused before a rank is started. This file needs no torch, so that
+a mistake in a configuration is answered at once.
+
+    @dataclass(frozen=True)
+    class OptimizerConfig(Section):
+        lr: float = setting(3e-3, above=0, help="the learning rate after warm-up")
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_RULE = "pypar.rule"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must keep, and what its key is for. Bounds that are None are no bounds.
+
+    choices: the values that there are, or a function that gives them, which is called only for a value that is not
+    the default, as a registry may be slow to import. refuse(key, value) raises ValueError for what it does not take.
+    resumed: what a change means for a run that goes on from a checkpoint; None where it changes nothing in the run.
+    """
+
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: Iterable[str] | Callable[[], Iterable[str]] | None = None
+    refuse: Callable[[str, Any], None] | None = None
+    resumed: str | None = ""
+
+    def bounds(self) -> str:
+        """The bounds in words; "" where there are none."""
+        words = {
+            "greater than": self.above,
+            "at least": self.at_least,
+            "less than": self.below,
+            "at most": self.at_most,
+        }
+        return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
+
+    def choices_from(self, default: Any) -> list[str]:
+        """The choices, the default first; [] where every value will do."""
+        given = self.choices() if callable(self.choices) else self.choices or ()
+        return sorted(given, key=lambda choice: choice != default)
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is within the bounds."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+
+def setting(default: Any, **rule: Any) -> Any:
+    """A field of a `Section`; ``rule`` are the fields of `Rule`, of which ``help`` is due."""
+    return dataclasses.field(default=default, metadata={_RULE: Rule(**rule)})
+
+
+def section_of(cls: type) -> Any:
+    """A field that is a section, at its defaults where nothing is given."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a section may ask about the run that it is part of.
+
+    axes: the size of every axis of the mesh. num_heads: query heads of the whole model. num_microbatches: of one data
+    rank in a step.
+    """
+
+    axes: Mapping[str, int]
+    num_layers: int
+    num_heads: int
+    sequence_length: int
+    num_microbatches: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """The keys of one room. Bounds and choices are checked from the fields; `check` is for rules between keys.
+
+    resumed: as in `Rule`, for the keys of the section that do not say it themselves.
+    """
+
+    resumed: ClassVar[str] = ""
+
+    def check(self, run: Run) -> Sequence[str]:
+        """Notes on what runs, but not well. ValueError, before a rank is started, for what could not run."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a configuration: its dotted name, the type of its values, its default, its rule.
+
+    resumed: as in `Rule`, its own or its section's.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    rule: Rule
+    resumed: str | None
+
+    def check(self, value: Any) -> None:
+        """ValueError where ``value`` is not of the key's type or breaks its rule."""
+        key, rule = self.name, self.rule
+        of_kind(key, value, self.kind)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} ({value}) must be a finite number")
+        if self.kind in (int, float) and not rule.holds(value):
+            raise ValueError(f"{key} ({value}) must be {rule.bounds()}")
+        if rule.choices is not None and value != self.default:
+            choices = rule.choices_from(self.default)
+            if value not in choices:
+                near = difflib.get_close_matches(value, choices, 1, 0.3)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{key} {value!r} is not one of {', '.join(choices)}{hint}")
+        if rule.refuse is not None:
+            rule.refuse(key, value)
+
+    def values(self) -> str:
+        """The values that there are, in words: choices, bounds, or the type."""
+        choices = [f'"{choice}"' for choice in self.rule.choices_from(self.default)]
+        return ", ".join(choices) or " ".join(filter(None, [TYPE_NAMES[self.kind], self.rule.bounds()]))
+
+
+def keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
+    """Every key of a configuration, those of its sections too."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from keys_of(typing.cast(type, kind), f"{prefix}{field.name}.")
+        else:
+            rule = field.metadata[_RULE]
+            of_section = getattr(cls, "resumed", "")
+            resumed = of_section if rule.resumed == "" else rule.resumed
+            yield Key(prefix + field.name, kind, field.default, rule, resumed)
+
+
+def sections_of(config: Any) -> Iterator[Section]:
+    """The sections of a configuration, in the order of its fields."""
+    values = (getattr(config, field.name) for field in dataclasses.fields(config))
+    yield from (value for value in values if isinstance(value, Section))
+
+
+def check_values(config: Any) -> None:
+    """ValueError where the value of a key breaks the rule that stands at its field."""
+    for key in keys_of(type(config)):
+        value = config
+        for name in key.name.split("."):
+            value = getattr(value, name)
+        key.check(value)
+
+
+def of_kind(key: str, value: Any, kind: type) -> Any:
+    """``value`` as a key of this type takes it: a whole number is a number. ValueError for another type."""
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:  # a larger one may be no float
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"configuration key {key!r} must be {TYPE_NAMES[kind]}, not {value!r}")
+    return value
+
+
+def check_divides(key: str, value: int, unit: int, by: str) -> None:
+    """ValueError where ``unit``, which is ``by`` in words, does not divide the value of a key."""
+    if value % unit:
+        raise ValueError(f"{key} ({value}) must divide by {by} ({unit}); use {multiples_near(value, unit)}")
+
+
+def multiples_near(value: int, unit: int) -> str:
+    """The multiples of ``unit`` around ``value``, in words."""
+    down, up = value - value % unit, value - value % unit + unit
+    return f"{down} or {up}" if down else str(up)

@@ -1,0 +1,166 @@
+"""Everything that can be refused before a rank is started: sizes that do not divide, data, checkpoints.
+
+`check` also prepares the token cache, so that ranks find it.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pypar.settings import Run, check_values, multiples_near, sections_of
+from pypar.train import checkpoint
+from pypar.train.config import RunConfig
+from pypar.train.data import open_data
+from pypar.train.resume import resumption
+from pypar.train.sections import filled_model
+from pypar.train.sources import PYTHON_STDLIB
+from pypar.train.tokens import open_tokenizer
+
+if TYPE_CHECKING:
+    from pypar.models import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that may start: ``config`` with mesh, paths and checkpoint filled in; ``notes`` for the user."""
+
+    config: RunConfig
+    num_ranks: int
+    notes: tuple[str, ...]
+
+
+def check(config: RunConfig, world_size: int | None = None, *, overwrite: bool = False) -> Ready:
+    """Refuse with a ``ValueError`` what could not run, and prepare what can.
+
+    world_size: the ranks that were started; None where the mesh says how many to start.
+    overwrite: the run's earlier checkpoints may be deleted.
+    """
+    check_values(config)
+    from pypar.mesh import check_mesh, format_mesh, mesh_grid, parse_mesh  # slow: torch
+
+    sizes = parse_mesh(config.mesh or f"dp={world_size or 1}")
+    if "ep" in sizes:
+        raise ValueError(
+            f"ep={sizes['ep']} asks for expert parallelism, which pypar does not have yet; use ep=1"
+        )
+    num_ranks = mesh_grid(sizes).num_ranks
+    check_mesh(sizes, num_ranks if world_size is None else world_size)
+    model = config.decoder_config(
+        open_tokenizer(config.data.tokenizer, config.data.special_tokens).vocab_size
+    )
+    notes = _check_sections(config, model, sizes)
+    _check_run_directory(config, overwrite)
+    resume, note = _find_checkpoint(config)
+    if resume is not None:  # before the data are prepared, which may take long
+        manifest = _check_resume(resume, config, model, headers=world_size is None)
+    tokens = open_data(config.data, config.train.sequence_length, config.seed)
+    notes += tokens.cache.notes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if world_size is None and num_ranks > cores:
+        notes.append(f"{num_ranks} ranks share {cores} cores: they will wait for each other")
+    data = dataclasses.replace(
+        config.data,
+        path=config.data.path if config.data.path == PYTHON_STDLIB else os.path.abspath(config.data.path),
+        tokenizer="bytes" if config.data.tokenizer == "bytes" else os.path.abspath(config.data.tokenizer),
+    )
+    filled = dataclasses.replace(
+        config,
+        mesh=format_mesh(sizes),
+        data=data,
+        train=dataclasses.replace(config.train, resume="" if resume is None else os.path.abspath(resume)),
+    )
+    if resume is not None:
+        resumption(resume, manifest, filled, tokens)
+    return Ready(filled, num_ranks, tuple(notes + note))
+
+
+def _check_sections(config: RunConfig, model: "DecoderConfig", axes: Mapping[str, int]) -> list[str]:
+    """Whether every section can be run on the mesh; notes on what runs, but not well. ``model`` is filled in."""
+    train = config.train
+    run = Run(
+        axes=axes,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        sequence_length=train.sequence_length,
+        num_microbatches=train.num_microbatches(axes["dp"]),
+    )
+    filled = dataclasses.replace(config, model=filled_model(config.model, model.vocab_size))
+    notes = [note for section in sections_of(filled) for note in section.check(run)]
+    if train.sequence_parallel and axes["tp"] > 1:
+        _check_sequence_parallel(train.sequence_length, config.context.layout, axes["cp"], axes["tp"])
+    return notes
+
+
+def _check_sequence_parallel(length: int, layout: str, cp: int, tp: int) -> None:
+    """Each cp rank's positions are split over tp."""
+    from pypar.context_parallel.layouts import num_positions, segments_of
+
+    for rank in range(cp):
+        held = num_positions(segments_of(length, rank, cp, layout))
+        if held % tp:
+            rule = f"cp x tp of sequence parallel ({cp * tp})" if cp > 1 else f"the tp size ({tp})"
+            whose = f": cp rank {rank} holds {held} positions in the {layout} layout" if cp > 1 else ""
+            raise ValueError(
+                f"train.sequence_length ({length}) must divide by {rule}{whose}; use {multiples_near(length, cp * tp)}"
+            )
+
+
+def _check_run_directory(config: RunConfig, overwrite: bool) -> None:
+    complete, faults = checkpoint.survey(config.checkpoint_directory)
+    if (complete or faults) and not config.train.resume and not overwrite:
+        last = f"its last checkpoint is {complete[0].name}" if complete else faults[0]
+        raise ValueError(
+            f"{config.run_directory} holds an earlier run ({last}); continue it with --resume, give this one another "
+            "--name, or delete the old one with --overwrite"
+        )
+    try:
+        config.checkpoint_directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{config.run_directory} cannot be written: {error.strerror}; set directory"
+        ) from error
+
+
+def _find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint to start from, if any, and what to say about it."""
+    path, notes = config.resume_path(), []
+    if config.train.resume == "auto":
+        complete, faults = checkpoint.survey(config.checkpoint_directory)
+        if faults and not complete:
+            raise ValueError(f"{faults[0]}, or start anew with --overwrite and without --resume")
+        notes = faults if complete else [f"no checkpoint in {config.checkpoint_directory} yet: starting anew"]
+    return path, notes
+
+
+def _check_resume(path: Path, config: RunConfig, model: "DecoderConfig", *, headers: bool) -> dict[str, Any]:
+    manifest = checkpoint.check_readable(path, model, headers=headers)
+    if manifest["step"] >= config.train.steps:
+        raise ValueError(
+            f"checkpoint {path} is at step {manifest['step']} and train.steps is {config.train.steps}: nothing is left "
+            "to train; raise train.steps"
+        )
+    return manifest
+
+
+def check_whole_model(path: Path) -> tuple[RunConfig, "DecoderConfig"]:
+    """The run that wrote a checkpoint and its model, which fits the weights that are there.
+
+    ValueError otherwise, before anything of the size that the checkpoint claims is allocated.
+    """
+    extra = checkpoint.read_extra(path)
+    if not isinstance(extra.get("config"), dict):
+        raise ValueError(
+            f"checkpoint {path} does not hold the configuration of a run; it was not written by one"
+        )
+    try:
+        config = RunConfig.from_dict(extra["config"])
+        check_values(config)
+        tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
+        model = config.decoder_config(tokenizer.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} holds a configuration that cannot be: {error}") from None
+    checkpoint.check_readable(path, model)
+    return config, model

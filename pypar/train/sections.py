@@ -1,0 +1,145 @@
+"""What a configuration says of the job itself: the sections ``model``, ``data`` and ``train``."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pypar.settings import Run, Section, check_divides, setting
+from pypar.train.tokens import SPECIAL_TOKENS, check_text
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """Sizes of the decoder; every number is the whole model's, never one rank's."""
+
+    vocab_size: int = setting(0, at_least=0, help="tokens of the vocabulary; 0: the tokenizer's")
+    num_layers: int = setting(4, at_least=1, help="layers")
+    d_model: int = setting(256, at_least=1, help="width of the hidden state")
+    num_heads: int = setting(4, at_least=1, help="query heads")
+    num_kv_heads: int = setting(2, at_least=1, help="key/value heads")
+    head_size: int = setting(0, at_least=0, help="width of a head; 0: d_model / num_heads")
+    d_ff: int = setting(704, at_least=1, help="width of the feed-forward part")
+    rope_theta: float = setting(10000.0, above=0, help="base of the rotary embedding's wavelengths")
+    norm_eps: float = setting(1e-5, above=0, help="what is added to the mean square in a norm")
+    tied_embeddings: bool = setting(False, help="the embedding's weight is also the head's")
+
+    def check(self, run: Run) -> Sequence[str]:
+        """What tensor parallelism cuts must divide; asked of sizes that are filled in."""
+        for name in ("num_heads", "num_kv_heads", "vocab_size", "d_ff"):
+            check_divides(f"model.{name}", getattr(self, name), run.axes["tp"], "the tp size")
+        return ()
+
+
+def filled_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """``model`` with vocab_size (the tokenizer's is given) and head_size filled in where they are 0."""
+    head_size = model.head_size
+    if head_size == 0:
+        if model.num_heads < 1 or model.d_model % model.num_heads:
+            raise ValueError(
+                f"model.d_model ({model.d_model}) must divide by model.num_heads ({model.num_heads}) where "
+                "model.head_size is not given; set model.head_size or change either"
+            )
+        head_size = model.d_model // model.num_heads
+    if model.vocab_size and model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size ({model.vocab_size}) must be at least the tokenizer's ({vocab_size}); use 0 "
+            "to take the tokenizer's"
+        )
+    return dataclasses.replace(model, head_size=head_size, vocab_size=model.vocab_size or vocab_size)
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Where the text comes from and how it becomes tokens."""
+
+    path: str = setting(
+        "python-stdlib",
+        help="a folder, a glob, a text file, a .jsonl file, or Python's own library",
+        resumed="the same tokens",
+    )
+    pattern: str = setting("*", help="which files of a folder, at any depth; hidden ones never")
+    tokenizer: str = setting(
+        "bytes", help="bytes, or the path of a Hugging Face tokenizer.json", resumed="the same tokens"
+    )
+    # Documents end where records and files do, whatever tokens they hold.
+    special_tokens: str = setting(
+        "text",
+        choices=SPECIAL_TOKENS,
+        help='"text": `</s>` in the data or a prompt is text like any other; "parse": it is the token of that name, as '
+        "where a chat template wrote it",
+    )
+    validation_fraction: float = setting(
+        0.05,
+        above=0,
+        below=1,
+        help="share of the documents that is held back; a single document is split by position",
+    )
+    cache_directory: str = setting(
+        "", help='where tokens are kept; "": `$XDG_CACHE_HOME/pypar` or `~/.cache/pypar`'
+    )
+
+
+def _precisions() -> Sequence[str]:
+    from pypar.train.precision import PRECISIONS
+
+    return tuple(PRECISIONS)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """How long, how much at a time, and what to write on the way."""
+
+    steps: int = setting(
+        500,
+        at_least=1,
+        help="updates of the whole run",
+        resumed="the learning rate now falls until the new last step",
+    )
+    batch_size: int = setting(
+        8,
+        at_least=1,
+        help="sequences a step, over all ranks",
+        resumed="the samples go on in their order",
+    )
+    microbatch_size: int = setting(2, at_least=1, help="sequences of one forward pass of one rank")
+    sequence_length: int = setting(256, at_least=1, help="tokens")
+    packed_documents: bool = setting(
+        False, help="tokens see their own document only, and do not predict the next one's first"
+    )
+    precision: str = setting(
+        "fp32",
+        choices=_precisions,
+        help="of weights and activations; master weights and gradients are fp32 always",
+    )
+    evaluate_every: int = setting(50, at_least=0, help="steps; 0: only at the end")
+    evaluate_batches: int = setting(4, at_least=1, help="validation batches on the way")
+    final_evaluate_batches: int = setting(32, at_least=1, help="validation batches at the end of the run")
+    checkpoint_every: int = setting(100, at_least=0, help="steps; 0: only at the end")
+    keep_checkpoints: int = setting(2, at_least=0, help="the newest so many; 0: all")
+    resume: str = setting(
+        "",
+        help='"": start anew; "auto" (or true): from the newest checkpoint of this run; or the path of a checkpoint',
+        resumed=None,
+    )
+    resume_data: str = setting(
+        "same",
+        choices=("same", "restart"),
+        help='"restart": of data, sequence length or seed that are not the checkpoint\'s',
+        resumed=None,
+    )
+    sequence_parallel: bool = setting(False, help="activations between layers are cut over tp by position")
+    threads: int = setting(0, at_least=0, help="of one rank; 0: the machine's cores divided by its ranks")
+    sample_prompt: str = setting("class ", refuse=check_text, help="what the sample at the end begins with")
+    sample_tokens: int = setting(200, at_least=0, help="length of the sample; 0: none")
+    bucket_bytes: int = setting(25 << 20, at_least=1, help="of gradients that are reduced at once")
+    log_every: int = setting(25, at_least=1, help="steps; where there is no terminal for a bar")
+
+    def num_microbatches(self, dp: int) -> int:
+        """Microbatches of one of ``dp`` data ranks in a step."""
+        return self.batch_size // dp // self.microbatch_size
+
+    def check(self, run: Run) -> Sequence[str]:
+        """Every data rank has the same number of whole microbatches."""
+        unit = run.axes["dp"] * self.microbatch_size
+        check_divides("train.batch_size", self.batch_size, unit, "the dp size x train.microbatch_size")
+        return ()
