@@ -15,35 +15,13 @@ PACKAGE = ROOT / "pypar"
 # A room imports itself and rooms of lower levels. Rooms of one level import each other only at BASE.
 BASE = 2
 LEVELS = {
-    "kernels": 0,
-    "_native": 0,
-    "paths": 0,
-    "settings": 0,
-    "lazy": 0,
-    "json_file": 0,
-    "grid": 0,
-    "spans": 0,
-    "tensor_file": 1,
-    "ops": 1,
-    "comm": BASE,
-    "mesh": BASE,
-    "axis": BASE,
-    "layout": BASE,
-    "blocks": BASE,
-    "role": BASE,
-    "sequences": BASE,
-    "initial_weights": BASE,
-    "sharded": BASE,
-    "cost": BASE,
-    "optimizers": 3,  # a wing
-    "models": 4,
-    "parallel": 4,
-    "hugging_face": 5,
-    "train": 5,
-    "bench": 5,
-    "doctor": 5,
-    "selftest": 5,
-    "cli": 6,
+    **dict.fromkeys("kernels _native paths settings lazy json_file grid spans".split(), 0),
+    **dict.fromkeys("tensor_file ops".split(), 1),
+    **dict.fromkeys("comm mesh axis layout blocks role sequences initial_weights sharded cost".split(), BASE),
+    **dict.fromkeys("optimizers".split(), 3),
+    **dict.fromkeys("models parallel".split(), 4),
+    **dict.fromkeys("hugging_face train bench doctor selftest".split(), 5),
+    **dict.fromkeys("cli".split(), 6),
 }
 PARALLEL_LEVEL = 3
 
