@@ -13,17 +13,17 @@ from tests import ROOT
 PACKAGE = ROOT / "pypar"
 
 # A room imports itself and rooms of lower levels. Rooms of one level import each other only at BASE.
-BASE = 2
-LEVELS = {
-    **dict.fromkeys("kernels _native paths settings lazy json_file grid spans".split(), 0),
-    **dict.fromkeys("tensor_file ops".split(), 1),
-    **dict.fromkeys("comm mesh axis layout blocks role sequences initial_weights sharded cost".split(), BASE),
-    **dict.fromkeys("optimizers".split(), 3),
-    **dict.fromkeys("models parallel".split(), 4),
-    **dict.fromkeys("hugging_face train bench doctor selftest".split(), 5),
-    **dict.fromkeys("cli".split(), 6),
-}
-PARALLEL_LEVEL = 3
+BASE, WINGS = 2, 3
+ORDER = (
+    ("kernels", "_native", "paths", "settings", "lazy", "json_file", "grid", "spans"),
+    ("tensor_file", "ops"),
+    ("comm", "mesh", "axis", "layout", "blocks", "role", "sequences", "initial_weights", "sharded", "cost"),
+    ("tensor_parallel", "context_parallel", "pipeline_parallel", "data_parallel", "optimizers"),
+    ("models", "parallel"),
+    ("hugging_face", "train", "bench", "doctor", "selftest"),
+    ("cli",),
+)
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 MAX_LINES = {".py": 300, ".cpp": 500, ".h": 500, ".cu": 500, ".cuh": 500}
 SOURCE_FOLDERS = ("pypar", "kernels", "csrc", "tests", "bench", "examples")
@@ -31,7 +31,7 @@ BANNED_WORDS = {"util", "utils", "helper", "helpers", "common", "misc", "manager
 
 
 def _level(room):
-    return PARALLEL_LEVEL if room.endswith("_parallel") else LEVELS.get(room)
+    return LEVELS.get(room)
 
 
 def _sources(*suffixes):
@@ -98,7 +98,7 @@ def test_the_rule_of_imports_sees_what_it_must(tmp_path):
         "from pypar import train\ndef f():\n    import pypar.cli.main\nfrom pypar.ops.linear import linear"
     )
     assert [_room(module) for module in _imported_modules(source)] == ["train", "ops", "cli"]
-    assert _level("tensor_parallel") == _level("data_parallel") == PARALLEL_LEVEL
+    assert _level("tensor_parallel") == _level("data_parallel") == WINGS
 
 
 def test_triton_kernels_are_flat_and_import_torch_and_triton_only():
