@@ -63,6 +63,18 @@ class DecoderConfig:
             self.num_layers * (attention_DN + 3 * self.d_model * self.d_ff) + self.vocab_size * self.d_model
         )
 
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, each once."""
+        embedding = 0 if self.tied_embeddings else self.vocab_size * self.d_model
+        norms = (2 * self.num_layers + 1) * self.d_model
+        return self.num_matmul_parameters + embedding + norms
+
+    @property
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights outside of the layers, from which a reader knows a model before it is made."""
+        return {"embedding.weight": (self.vocab_size, self.d_model)}
+
     def flops_per_token(self, length: int) -> int:
         """Training FLOPs a token: 6 x matmul parameters + 6 L N H T (causal half of attention)."""
         return 6 * self.num_matmul_parameters + 6 * self.num_layers * self.num_heads * self.head_size * length

@@ -85,6 +85,15 @@ def test_sizes_that_do_not_fit_are_refused(change: dict, sentence: str) -> None:
         DecoderConfig(**SIZES | change)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_sizes_tell_the_parameters(tied: bool) -> None:
+    config = DecoderConfig(**SIZES, tied_embeddings=tied)
+    with torch.device("meta"):
+        parameters = dict(Decoder(config, seed=None).named_parameters())
+    assert config.num_parameters == sum(p.numel() for p in parameters.values())
+    assert all(parameters[name].shape == shape for name, shape in config.outer_shapes.items())
+
+
 def test_a_weight_without_a_place_is_refused() -> None:
     with pytest.raises(ValueError, match="q_proj.bias has no place"):
         global_name("model.layers.0.self_attn.q_proj.bias")

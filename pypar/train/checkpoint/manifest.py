@@ -135,16 +135,12 @@ def _check_model(path: Path, extra: Mapping[str, Any], index: Index, model: "Dec
                 f"checkpoint {path} holds a model with {key} = {shown_value(held)} but the configuration says "
                 f"{shown_value(value)}; set model.{key}={shown_value(held)} or start a run of another name"
             )
-    check_shapes(path, index, {"model.embedding.weight": (model.vocab_size, model.d_model)})
-    matrices = model.num_matmul_parameters + (
-        0 if model.tied_embeddings else model.vocab_size * model.d_model
-    )
-    expected = matrices + (2 * model.num_layers + 1) * model.d_model  # and the norms' weights
+    check_shapes(path, index, {f"model.{name}": shape for name, shape in model.outer_shapes.items()})
     held = sum(math.prod(tensor.shape) for name, tensor in index.items() if name.startswith("model."))
-    if held != expected:
+    if held != model.num_parameters:
         raise ValueError(
-            f"checkpoint {path} holds {held:,} weights but the model of the configuration has {expected:,}; resume "
-            "with the model and tokenizer that wrote it"
+            f"checkpoint {path} holds {held:,} weights but the model of the configuration has "
+            f"{model.num_parameters:,}; resume with the model and tokenizer that wrote it"
         )
 
 
