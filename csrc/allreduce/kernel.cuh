@@ -1,15 +1,11 @@
-// The kernels of the all-reduce between GPUs; protocol.h says what they rely on. With PYPAR_PLANT_FAULTS the
-// tests break each of these rules, and must find the fault.
+// The kernels of the all-reduce between GPUs; protocol.h says what they rely on. Tests break each of these
+// rules (planted) and must find the fault.
 #pragma once
 
 #include "allreduce/protocol.h"
 #include "core/cuda_launch.h"
+#include "core/planted.h"
 #include "core/ptx.h"
-
-#ifdef PYPAR_PLANT_FAULTS
-#  include <cstdlib>
-#  include <cstring>
-#endif
 
 namespace pypar::cuda {
 
@@ -19,16 +15,6 @@ constexpr int kReduceThreads = 64;  // several grids run at once there, every th
 constexpr int kReduceThreads = 512;
 #endif
 constexpr int kReduceWarps = kReduceThreads / 32;
-
-// A test's fault, by its name in the environment; none in what is shipped.
-#ifdef PYPAR_PLANT_FAULTS
-inline bool planted(const char* fault) {
-  const char* const name = std::getenv("PYPAR_FAULT");
-  return name != nullptr && std::strcmp(name, fault) == 0;
-}
-#else
-__host__ __device__ constexpr bool planted(const char*) { return false; }
-#endif
 
 struct Float32Tag {};
 

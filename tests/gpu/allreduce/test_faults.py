@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def find_fault(monkeypatch, fault, two_shot, seed):
     """What is said of the kernels with this fault; empty if nothing is noticed."""
     monkeypatch.setenv("PYPAR_FAULT", fault)
-    module = simt_module("allreduce", "checked", ["PYPAR_PLANT_FAULTS"])
+    module = simt_module("allreduce", "checked")
     try:
         check_calls(
             module, 2, [130] * 8, torch.float32, [two_shot], seed=seed, num_blocks=[2], timeout_ms=1000
@@ -63,7 +63,7 @@ def test_nothing_is_found_without_a_fault(monkeypatch):
 def test_late_stores_show_in_the_numbers(monkeypatch):
     """Without the release a peer reads what was there before."""
     monkeypatch.setenv("PYPAR_FAULT", "no release")
-    module = simt_module("allreduce", "checked", ["PYPAR_PLANT_FAULTS"])
+    module = simt_module("allreduce", "checked")
     wrong = 0
     for seed in range(4):
         x, ys = torch.ones(200), [torch.zeros(200) for _ in range(2)]

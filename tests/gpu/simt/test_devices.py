@@ -13,7 +13,7 @@ ALL_RULES = RELEASE | ACQUIRE | BARRIER_BEFORE | BARRIER_AFTER
 
 def pass_message(num_ranks, rules, *, flavour="checked", order="random", seed=0):
     """(what the last device read, what the runtime found)"""
-    module = kernel_module("messages", flavour)
+    module = kernel_module(flavour)
     data, out = torch.zeros(64, dtype=torch.int32), torch.full((64,), -1, dtype=torch.int32)
     words = torch.zeros(num_ranks, dtype=torch.int32)
     module.clear_buffers()
@@ -72,7 +72,7 @@ def test_stores_without_release_are_seen_late(missing):
 
 
 def test_nobody_waits_for_ever_unnoticed():
-    module = kernel_module("messages", "fast")
+    module = kernel_module("fast")
     words, out = torch.zeros(2, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     module.set_options(concurrent=True)
     stream = module.create_stream()

@@ -66,7 +66,7 @@ RUNS = {
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("kernel", RUNS)
 def test_right_kernels_are_silent_in_every_order(kernel, flavour):
-    module = kernel_module(kernel, flavour)
+    module = kernel_module(flavour)
     try:
         for order, seed in ORDERS:
             for early in (False, True):
@@ -92,7 +92,7 @@ FAULTS = [
     ("block_sum", "DIVERGENT_SHUFFLE", "x += __shfl_xor_sync", f"{DIVERGENT}: .* no thread can go on: 64"),
     ("block_sum", "RACE", "sums[lane]", RACE),
     ("block_sum", "RACE_AFTER_READ", "sums[lane]", rf"writes .* which thread .* read at .* {RACE}"),
-    ("tile_product", "COPY_OUT_OF_BOUNDS", "a + from, true", "reads 16 bytes .* buffer a of 17600 bytes"),
+    ("tile_product", "COPY_OUT_OF_BOUNDS", "a + element, true", "reads 16 bytes .* buffer a of 17600 bytes"),
     ("tile_product", "MISSING_WAIT", "load_matrix_x4(a_part", "missing wait: .* has not been waited"),
     ("tile_product", "ONE_BUFFER", "ptx::copy_async_16(buffer", "missing wait: .* writes .* has not been waited"),
     ("tile_product", "NO_BARRIER_BEFORE", "load_matrix_x4(a_part", rf"race: .* reads .* wrote at .* {RACE}"),
@@ -119,8 +119,9 @@ def lines_of(kernel, text):
 @pytest.mark.parametrize(
     ("kernel", "fault", "line", "message"), FAULTS, ids=lambda x: x if x.isupper() else None
 )
-def test_planted_faults_are_found(kernel, fault, line, message):
-    module = kernel_module(kernel, "checked", [f"FAULT_{fault}"])
+def test_planted_faults_are_found(kernel, fault, line, message, monkeypatch):
+    monkeypatch.setenv("PYPAR_FAULT", fault)
+    module = kernel_module("checked")
     with pytest.raises(RuntimeError, match=message) as raised:
         RUNS[kernel](module)
     text = str(raised.value)
@@ -134,28 +135,30 @@ def test_planted_faults_are_found(kernel, fault, line, message):
     assert "block (" in text and "thread (" in text
 
 
-def test_a_missing_wait_shows_in_the_numbers_too():
+def test_a_missing_wait_shows_in_the_numbers_too(monkeypatch):
     """Without the checks, a tile that is used before it has arrived holds NaN."""
+    monkeypatch.setenv("PYPAR_FAULT", "MISSING_WAIT")
     with pytest.raises(AssertionError):
-        tile_product(kernel_module("tile_product", "fast", ["FAULT_MISSING_WAIT"]))
+        tile_product(kernel_module("fast"))
 
 
 @pytest.mark.parametrize("fault", ["BARRIER_NOT_REACHED", "DIVERGENT_SHUFFLE"])
-def test_divergence_is_found_without_the_checks(fault):
+def test_divergence_is_found_without_the_checks(fault, monkeypatch):
+    monkeypatch.setenv("PYPAR_FAULT", fault)
     with pytest.raises(RuntimeError, match=DIVERGENT):
-        block_sum(kernel_module("block_sum", "fast", [f"FAULT_{fault}"]))
+        block_sum(kernel_module("fast"))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mma_and_ldmatrix_against_matmul(dtype, flavour):
-    module = kernel_module("tile_product", flavour)
+    module = kernel_module(flavour)
     for M, N, K in ((1, 8, 8), (64, 64, 16), (65, 72, 40), (130, 200, 96)):
         tile_product(module, M, N, K, dtype)
 
 
 def test_counters():
-    module = kernel_module("tile_product", "checked")
+    module = kernel_module("checked")
     module.reset_counters()
     tile_product(module, 64, 64, 64)
     counters = module.counters()
@@ -184,7 +187,7 @@ def warp_expected(x):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_shuffles_votes_reductions_and_atomics(flavour):
-    module = kernel_module("warp_operations", flavour)
+    module = kernel_module(flavour)
     x = torch.randint(-50, 150, (40,), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
     values = x.tolist()
     expected = warp_expected(values)
@@ -202,7 +205,7 @@ def test_shuffles_votes_reductions_and_atomics(flavour):
 
 
 def test_coordinates():
-    module = kernel_module("warp_operations", "checked")
+    module = kernel_module("checked")
     with buffers(module):
         out = torch.full((4, 3, 2, 2, 3, 5), -1, dtype=torch.int32)
         module.coordinates(out.data_ptr(), 0)
@@ -211,7 +214,7 @@ def test_coordinates():
 
 
 def test_conversions_round_as_torch_does():
-    module = kernel_module("warp_operations", "fast")
+    module = kernel_module("fast")
     bits = torch.randint(-(2**31), 2**31, (100_000,), dtype=torch.int64).to(torch.int32)
     halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     x = torch.cat([bits.view(torch.float32), torch.randn(50_000) * 1e-5, torch.randn(50_000), halves])
@@ -231,7 +234,7 @@ def test_conversions_round_as_torch_does():
 
 
 def test_streams_are_queues():
-    module = kernel_module("vector_add", "fast")
+    module = kernel_module("fast")
     a, b, c = torch.ones(10), torch.ones(10), torch.zeros(10)
     stream = module.create_stream()
     module.vector_add(a.data_ptr(), b.data_ptr(), c.data_ptr(), 10, stream)

@@ -45,7 +45,7 @@ def test_mma_ldmatrix_and_cp_async_agree_with_compiled_ptx(tmp_path, monkeypatch
     M, N, K = 100, 72, 88
     a, b = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
     ours, theirs = torch.full((2, M, N), torch.nan)
-    module = kernel_module("tile_product", "fast")
+    module = kernel_module("fast")
     is_bf16 = dtype == torch.bfloat16
     module.tile_product(a.data_ptr(), b.data_ptr(), ours.data_ptr(), M, N, K, is_bf16, 0)
     (name,) = (name for name in ptx.kernels if tag in name)

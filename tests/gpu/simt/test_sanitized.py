@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests import ROOT
-from tests.harness.simt.build import prepare_kernel, sanitizer_environment, why_not
+from tests.harness.simt.build import prepare_kernels, sanitizer_environment, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -22,14 +22,15 @@ import os, torch
 torch.set_num_threads(1)  # children have no threads
 from tests.harness.simt.build import kernel_module
 from tests.gpu.simt.test_kernels import RUNS
-for name, run in RUNS.items():
-    run(kernel_module(name, "sanitized"))
+module = kernel_module("sanitized")
+for run in RUNS.values():
+    run(module)
 print("all silent", flush=True)
 for kernel, fault in {faults}:
-    module = kernel_module(kernel, "sanitized", ["FAULT_" + fault])
     child = os.fork()
     if child == 0:
         os.dup2(os.open(f"{folder}/{{kernel}}-{{fault}}", os.O_WRONLY | os.O_CREAT), 2)
+        os.environ["PYPAR_FAULT"] = fault
         RUNS[kernel](module)
         os._exit(0)
     print(kernel, fault, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -37,10 +38,7 @@ for kernel, fault in {faults}:
 
 
 def test_kernels_under_the_sanitizers(tmp_path):
-    for kernel in ("vector_add", "block_sum", "tile_product", "warp_operations"):
-        prepare_kernel(kernel, "sanitized")
-    for kernel, fault in FAULTS:
-        prepare_kernel(kernel, "sanitized", [f"FAULT_{fault}"])
+    prepare_kernels("sanitized")
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(faults=list(FAULTS), folder=tmp_path)],
         capture_output=True,

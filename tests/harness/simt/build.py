@@ -1,9 +1,10 @@
-"""Builds CUDA kernels for the CPU: a .cu file and the host runtime of tests/harness/simt become a Python module.
+"""Builds CUDA kernels for the CPU: .cu files and the host runtime of tests/harness/simt become a Python module.
 
 Flavours: "fast" (optimised; barriers and warps are checked, memory is not), "checked" (every access of a kernel is
 checked: bounds, alignment, races, shared memory never written, missing waits), "sanitized" (AddressSanitizer and
-UBSan; only in a process that has `sanitizer_environment()`). A module is kept in build/simt/ under the hash of what
-it was made of.
+UBSan; only in a process that has `sanitizer_environment()`). Objects and modules are kept in build/simt/ under the
+hash of what they were made of, for all tests and runs. Kernels ask for planted faults when they run
+(csrc/core/planted.h), so that one module serves them all.
 """
 
 import fcntl
@@ -11,11 +12,13 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +31,10 @@ from tests import ROOT
 
 RUNTIME = ROOT / "tests" / "harness" / "simt"
 KERNELS = RUNTIME / "kernels"
+INCLUDED_FROM = (ROOT / "csrc", RUNTIME)  # beside the folder of the file that includes
 
 _SHARED = "-std=c++17 -fPIC -fvisibility=hidden -pthread -gz"
-_KERNEL = "-x c++ -DPYPAR_SIMT -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
+_KERNEL = "-DPYPAR_SIMT -DPYPAR_PLANT_FAULTS -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 _FLAVOURS = {
     "fast": "-O2 -g1",
     # Inlining joins an instruction's wrapper with the kernel, so that the kernel's line is reported.
@@ -78,30 +82,28 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
-def simt_module(op: str, flavour: str = "checked", defines: Iterable[str] = ()) -> ModuleType:
+def simt_module(op: str, flavour: str = "checked") -> ModuleType:
     """The module of csrc/<op>/**/*.cu: the functions of pypar._cuda, on CPU tensors."""
     sources = sorted((ROOT / "csrc" / op).rglob("*.cu"))
     if not sources:
         raise ValueError(f"csrc/{op} has no .cu file")
-    return build(sources, flavour, defines)
+    return _load(_build(op, sources, flavour))
 
 
-def kernel_module(name: str, flavour: str = "checked", defines: Iterable[str] = ()) -> ModuleType:
-    """The module of tests/harness/simt/kernels/<name>.cu."""
-    return build([KERNELS / f"{name}.cu"], flavour, defines)
+def kernel_module(flavour: str = "checked") -> ModuleType:
+    """The module of all of tests/harness/simt/kernels/*.cu."""
+    return _load(prepare_kernels(flavour))
 
 
-def prepare_kernel(name: str, flavour: str, defines: Iterable[str] = ()) -> None:
-    """Builds kernel_module(...) and does not load it."""
-    _build_library([KERNELS / f"{name}.cu"], flavour, defines)
+def prepare_kernels(flavour: str) -> Path:
+    """Builds kernel_module(flavour) and does not load it."""
+    return _build("kernels", sorted(KERNELS.glob("*.cu")), flavour)
 
 
 _loaded: dict[Path, ModuleType] = {}
 
 
-def build(sources: list[Path], flavour: str, defines: Iterable[str] = ()) -> ModuleType:
-    """Compiles the sources, each as kernels and as their Python side, links them with the runtime and imports it."""
-    path = _build_library(sources, flavour, defines)
+def _load(path: Path) -> ModuleType:
     if path not in _loaded:
         # pybind11 keeps one module per full name; the last part names the entry.
         spec = importlib.util.spec_from_file_location(f"{path.parent.name}.simt", path)
@@ -123,14 +125,25 @@ def _pybind11() -> str | None:
     return pybind11.get_include()
 
 
-def _headers() -> list[Path]:
-    return sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *RUNTIME.glob("*.h")])
+def _read_by(sources: list[Path]) -> list[Path]:
+    """The sources and every file of ours that they include, directly or not."""
+    found: dict[Path, None] = {}
+    left = list(sources)
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found[path] = None
+        for name in re.findall(r'^\s*#\s*include "(.+)"', path.read_text(), re.M):
+            places = [(folder / name).resolve() for folder in (path.parent, *INCLUDED_FROM)]
+            left += [place for place in places if place.is_file()][:1]
+    return sorted(found)
 
 
-def _hash(command: str, files: Iterable[Path]) -> str:
+def _hash(command: str, files: list[Path]) -> str:
     digest = hashlib.sha256(command.encode())
     for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        digest.update(str(path).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -145,78 +158,94 @@ def _run(command: list[str]) -> None:
 class _Builder:
     """Compiles into build/simt/; an object's name holds the hash of its command and of all that it includes."""
 
-    def __init__(self, flavour: str, defines: list[str]) -> None:
+    def __init__(self, flavour: str) -> None:
         self.folder = ROOT / "build" / "simt"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.flavour, self.defines = flavour, defines
-        self.headers = _headers()
-        python = sysconfig.get_path("include")
-        self.python_side = f"-O0 -DPYPAR_BINDING -isystem {_pybind11()} -isystem {python}"
+        self.flavour = flavour
 
-    def compile(self, source: Path, flags: str, name: str | None = None) -> Path:
-        """The object of one source."""
-        command = [*compiler(), *shlex.split(f"{_SHARED} {flags}"), f"-I{ROOT / 'csrc'}", "-c", str(source)]
-        key = _hash(shlex.join(command), [source, *self.headers])
-        return self._make(f"{name or source.stem}-{key}.o", command)
+    def compile(self, name: str, sources: list[Path], flags: str, first: list[Path] | None = None) -> Path:
+        """The object of several sources as one, which reads shared headers once; `first` is included before them."""
+        sources = [*(first or []), *sources]
+        included = [word for source in sources for word in ("-include", str(source))]
+        folders = [f"-I{folder}" for folder in INCLUDED_FROM]
+        command = [*compiler(), *shlex.split(f"{_SHARED} {flags}"), *folders, *included]
+        command += ["-x", "c++", "-c", os.devnull]
+        return self._make(name, ".o", command, _read_by(sources))
 
-    def _make(self, name: str, command: list[str]) -> Path:
-        target = self.folder / name
-        if not target.exists():
-            partial = target.with_suffix(".partial")
-            _run([*command, "-o", str(partial)])
-            partial.rename(target)
-        os.utime(target)  # last used
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """One process and thread at a time makes `name`; others meanwhile make other things."""
+        with open(self.folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _make(self, name: str, suffix: str, command: list[str], files: list[Path]) -> Path:
+        target = self.folder / f"{name}-{_hash(shlex.join(command), files)}{suffix}"
+        with self.locked(name):
+            if not target.exists():
+                partial = target.with_suffix(".partial")
+                _run([*command, "-o", str(partial)])
+                partial.rename(target)
+            os.utime(target)  # last used
         return target
 
-    def runtime(self) -> list[Path]:
-        """The machine's objects, and the bounds of shared memory, which the kernels' objects go between."""
+    def runtime(self) -> Path:
+        """The machine."""
         flags = f"{_FLAVOURS[self.flavour]} -Wall -Wextra -Wno-psabi".replace("-O1", "-O2")
         names = ["devices", "fiber", "machine", "memory", "report", "shadow", "stream", "tensor_core", "warp"]
         if self.flavour == "checked":
             names.append("hooks")
-        objects = [self.compile(RUNTIME / f"{name}.cpp", flags) for name in names]
-        objects.append(self.compile(RUNTIME / "module.cpp", self.python_side))
-        bounds = RUNTIME / "shared_bounds.cpp"
-        return objects + [
-            self.compile(bounds, f"{flags} -DSIMT_BOUND=simt_shared_{end}", end) for end in ("begin", "end")
-        ]
+        return self.compile(f"runtime-{self.flavour}", [RUNTIME / f"{name}.cpp" for name in names], flags)
 
-    def kernels(self, source: Path) -> Path:
+    def bound(self, end: str) -> Path:
+        """One of the two bounds of shared memory, which the kernels' objects go between."""
+        return self.compile(
+            end, [RUNTIME / "shared_bounds.cpp"], f"{_FLAVOURS['fast']} -DSIMT_BOUND=simt_shared_{end}"
+        )
+
+    def kernels(self, op: str, source: Path) -> Path:
         """The object of a .cu file's kernels and launchers."""
-        flags = f"{_KERNEL} {_FLAVOURS[self.flavour]} {_KERNEL_FLAVOURS[self.flavour]} -include {RUNTIME / 'simt.h'}"
-        return self.compile(source, f"{flags} {shlex.join(self.defines)}")
+        flags = f"{_KERNEL} {_FLAVOURS[self.flavour]} {_KERNEL_FLAVOURS[self.flavour]}"
+        return self.compile(f"{op}-{source.stem}-{self.flavour}", [source], flags, [RUNTIME / "simt.h"])
 
-    def binding(self, source: Path) -> Path:
-        """The object of a .cu file's Python side."""
-        return self.compile(source, f"-x c++ {self.python_side}", f"{source.stem}-binding")
+    def binding(self, op: str, sources: list[Path]) -> Path:
+        """The Python side of a module, the same for every flavour."""
+        flags = f"-O0 -DPYPAR_BINDING -isystem {_pybind11()} -isystem {sysconfig.get_path('include')}"
+        return self.compile(f"{op}-binding", [RUNTIME / "module.cpp", *sources], flags)
 
-    def link(self, objects: list[Path]) -> Path:
+    def link(self, op: str, objects: list[Path]) -> Path:
         """The module. Its folder is its own, since its file's name is the module's."""
         sanitizers = shlex.split(_SANITIZED_LINK) if self.flavour == "sanitized" else []
         command = [*compiler(), "-shared", "-pthread", "-gz", *sanitizers, *map(str, objects)]
-        folder = self.folder / f"module-{_hash(shlex.join(command), [])}"
-        folder.mkdir(exist_ok=True)
-        os.utime(folder)
-        return self._make(f"{folder.name}/simt{sysconfig.get_config_var('EXT_SUFFIX')}", command)
+        library = self._make(f"{op}-{self.flavour}", ".so", command, [])
+        module = library.with_suffix("") / f"simt{sysconfig.get_config_var('EXT_SUFFIX')}"
+        with self.locked(f"{op}-{self.flavour}"):
+            module.parent.mkdir(exist_ok=True)
+            if not module.exists():
+                os.link(library, module)
+            os.utime(module.parent)
+        return module
 
     def prune(self, most: int = 300) -> None:
-        """Removes what was not used for longest, sources having changed."""
-        entries = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in entries[most:]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Removes what was not used for longest, sources having changed; a whole run uses about 60 entries."""
+        with self.locked("prune"):
+            entries = [path for path in self.folder.iterdir() if path.suffix in (".o", ".so", "")]
+            for path in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True)[most:]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _build_library(sources: list[Path], flavour: str, defines: Iterable[str]) -> Path:
+def _build(op: str, sources: list[Path], flavour: str) -> Path:
+    """Compiles the sources, each as kernels and together as their Python side, and links them with the runtime."""
     if flavour not in _FLAVOURS:
         raise ValueError(f"flavour is one of {', '.join(_FLAVOURS)}, not {flavour}")
-    builder = _Builder(flavour, [f"-D{name}" for name in defines])
-    with open(builder.folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
-        *runtime, begin, end = builder.runtime()
-        bindings = [builder.binding(source) for source in sources]
-        kernels = [builder.kernels(source) for source in sources]
-        path = builder.link([*runtime, *bindings, begin, *kernels, end])
-        builder.prune()
+    builder = _Builder(flavour)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = [pool.submit(builder.kernels, op, source) for source in sources]
+        parts = [pool.submit(builder.binding, op, sources), pool.submit(builder.runtime)]
+        begin, end = (pool.submit(builder.bound, end) for end in ("begin", "end"))
+        objects = [task.result() for task in [*parts, begin, *kernels, end]]
+    path = builder.link(op, objects)
+    builder.prune()
     return path
 
 

@@ -7,7 +7,7 @@ namespace simt {
 
 namespace {
 
-constexpr const char* kDivergent = "divergent warp operation";
+constexpr const char* kDivergentOperation = "divergent warp operation";
 
 // Instructions whose lanes must be at one place of the source. __syncwarp's may be at several.
 bool same_meeting(const Wait& a, const Wait& b) {
@@ -28,7 +28,7 @@ bool all_meet(const Warp& warp, const Thread& t, uint32_t lanes) {
     if (t.wait.mask != other.wait.mask) {
       std::snprintf(masks, sizeof masks, ", with masks %08x and %08x", t.wait.mask, other.wait.mask);
     }
-    stop_with(kDivergent,
+    stop_with(kDivergentOperation,
               thread_name(t) + " is in " + operation_name(t.wait.operation) + " at $1, " +
                   thread_name(other) + ", which it names, in " + operation_name(other.wait.operation) +
                   " at $2" + masks,
@@ -148,7 +148,7 @@ bool finish(Warp& warp, const Thread& t) {
       break;
     default:
       if (lanes != ~0u) {
-        stop_with(kDivergent,
+        stop_with(kDivergentOperation,
                   thread_name(t) + " is in " + operation_name(wait.operation) +
                       " at $1, which takes 32 lanes, but some do not exist or have returned",
                   wait.site);
@@ -171,7 +171,7 @@ void arrive(Thread& t, Operation operation, uint8_t variant, uint32_t mask, cons
   if ((mask >> t.lane & 1) == 0) {
     char text[32];
     std::snprintf(text, sizeof text, "%08x", mask);
-    stop_with(kDivergent,
+    stop_with(kDivergentOperation,
               thread_name(t) + " calls " + operation_name(operation) + " at $1 with mask " + text +
                   ", which lacks its own lane " + std::to_string(t.lane),
               site);
@@ -219,7 +219,7 @@ uint64_t shuffle(unsigned mask, Shuffle mode, uint64_t value, int operand, int w
   Thread& t = *current;
   const void* site = __builtin_return_address(0);
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
-    stop_with(kDivergent,
+    stop_with(kDivergentOperation,
               thread_name(t) + " shuffles at $1 with width " + std::to_string(width) +
                   ", which is no power of two up to 32",
               site);

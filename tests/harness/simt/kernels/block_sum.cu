@@ -1,4 +1,5 @@
-// out[row] = sum of a row: shuffles in each warp, then shared memory between warps. FAULT_... plants a fault.
+// out[row] = sum of a row: shuffles in each warp, then shared memory between warps. PYPAR_FAULT plants a
+// fault.
 #include <cstddef>
 #include <cstdint>
 
@@ -9,6 +10,7 @@ void block_sum(const float* x, float* out, int rows, int columns, void* stream);
 #ifndef PYPAR_BINDING
 
 #  include "core/cuda_launch.h"
+#  include "core/planted.h"
 
 namespace pypar::cuda {
 
@@ -25,31 +27,26 @@ template <int kNumWarps>
 __device__ float sum_of_warps(float x) {
   __shared__ float sums[kNumWarps];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-#  ifdef FAULT_DIVERGENT_SHUFFLE
-  if (lane < 16)
-#  endif
-    x = warp_sum(x);
-#  ifdef FAULT_SHARED_OUT_OF_BOUNDS
-  if (lane == 0) sums[warp + 1] = x;
-#  elif defined(FAULT_NEVER_WRITTEN)
-  if (lane == 0 && warp > 0) sums[warp] = x;
-#  else
-  if (lane == 0) sums[warp] = x;
-#  endif
-#  ifdef FAULT_DIVERGENT_BARRIER
-  if (warp == 0) __syncthreads();
-  if (warp != 0) {
+  if (!planted("DIVERGENT_SHUFFLE") || lane < 16) x = warp_sum(x);
+  if (planted("SHARED_OUT_OF_BOUNDS")) {
+    if (lane == 0) sums[warp + 1] = x;
+  } else if (planted("NEVER_WRITTEN")) {
+    if (lane == 0 && warp > 0) sums[warp] = x;
+  } else {
+    if (lane == 0) sums[warp] = x;
+  }
+  if (planted("DIVERGENT_BARRIER")) {
+    if (warp == 0) __syncthreads();
+    if (warp != 0) {
+      __syncthreads();
+    }
+  } else if (planted("BARRIER_NOT_REACHED")) {
+    if (warp == 0) __syncthreads();
+  } else if (!planted("RACE")) {
     __syncthreads();
   }
-#  elif defined(FAULT_BARRIER_NOT_REACHED)
-  if (warp == 0) __syncthreads();
-#  elif !defined(FAULT_RACE)
-  __syncthreads();
-#  endif
   x = lane < kNumWarps ? sums[lane] : 0.0f;
-#  ifndef FAULT_RACE_AFTER_READ
-  __syncthreads();  // the next row's sums come into the same place
-#  endif
+  if (!planted("RACE_AFTER_READ")) __syncthreads();  // the next row's sums come into the same place
   return warp_sum(x);
 }
 

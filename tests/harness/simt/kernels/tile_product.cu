@@ -1,5 +1,5 @@
 // c = a b of 16-bit matrices in fp32, 64 x 64 tiles: cp.async into two buffers, ldmatrix, mma. a [M, K] and b
-// [K, N] are contiguous; K and N are multiples of 8. FAULT_... plants a fault.
+// [K, N] are contiguous; K and N are multiples of 8. PYPAR_FAULT plants a fault.
 #include <cstddef>
 #include <cstdint>
 
@@ -10,6 +10,7 @@ void tile_product(const void* a, const void* b, float* c, int M, int N, int K, b
 #ifndef PYPAR_BINDING
 
 #  include "core/cuda_launch.h"
+#  include "core/planted.h"
 #  include "core/ptx.h"
 
 namespace pypar::cuda {
@@ -27,13 +28,12 @@ __device__ __forceinline__ void load_step(uint16_t* buffer, const uint16_t* a, c
   for (int piece = static_cast<int>(threadIdx.x); piece < kTile * kDepth / 8; piece += kThreads) {
     const int row = piece / (kDepth / 8), k = piece % (kDepth / 8) * 8;
     const bool valid = row0 + row < M && k0 + k < K;
-#  ifdef FAULT_COPY_OUT_OF_BOUNDS
-    const int64_t from = static_cast<int64_t>(row0 + row) * K + k0 + k;
-    ptx::copy_async_16(buffer + row * kStrideA + k, a + from, true);
-#  else
-    const int64_t from = valid ? static_cast<int64_t>(row0 + row) * K + k0 + k : 0;
-    ptx::copy_async_16(buffer + row * kStrideA + k, a + from, valid);
-#  endif
+    const int64_t element = static_cast<int64_t>(row0 + row) * K + k0 + k, from = valid ? element : 0;
+    if (planted("COPY_OUT_OF_BOUNDS")) {
+      ptx::copy_async_16(buffer + row * kStrideA + k, a + element, true);
+    } else {
+      ptx::copy_async_16(buffer + row * kStrideA + k, a + from, valid);
+    }
   }
   uint16_t* const b_tile = buffer + kTile * kStrideA;
   for (int piece = static_cast<int>(threadIdx.x); piece < kDepth * kTile / 8; piece += kThreads) {
@@ -58,51 +58,41 @@ static __global__ void __launch_bounds__(kThreads)
   ptx::copy_async_commit();
   for (int step = 0; step < steps; ++step) {
     if (step + 1 < steps) {
-#  ifdef FAULT_ONE_BUFFER
-      uint16_t* const next = buffers;
-#  else
-      uint16_t* const next = buffers + (step + 1) % 2 * kBufferElements;
-#  endif
+      uint16_t* const next = buffers + (planted("ONE_BUFFER") ? 0 : (step + 1) % 2 * kBufferElements);
       load_step(next, a, b, M, N, K, row0, column0, (step + 1) * kDepth);
     }
     ptx::copy_async_commit();
-#  if defined(FAULT_MISSING_WAIT)
-    ptx::copy_async_wait<2>();
-#  else
-    ptx::copy_async_wait<1>();
-#  endif
-#  ifndef FAULT_NO_BARRIER_BEFORE
-    __syncthreads();
-#  endif
+    if (planted("MISSING_WAIT")) {
+      ptx::copy_async_wait<2>();
+    } else {
+      ptx::copy_async_wait<1>();
+    }
+    if (!planted("NO_BARRIER_BEFORE")) __syncthreads();
     const uint16_t* const a_tile = buffers + step % 2 * kBufferElements;
     const uint16_t* const b_tile = a_tile + kTile * kStrideA;
 #  pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
       uint32_t a_part[4];
-#  if defined(FAULT_ROW_MISALIGNED)
-      ptx::load_matrix_x4(a_part, a_tile + (16 * warp + lane % 16) * kStrideA + k + lane / 16 * 4);
-#  elif defined(FAULT_ROW_OUT_OF_BOUNDS)
-      ptx::load_matrix_x4(a_part, a_tile + (16 * warp + lane % 16 + 256) * kStrideA + k + lane / 16 * 8);
-#  elif defined(FAULT_PADDING_READ)
-      ptx::load_matrix_x4(a_part, a_tile + (16 * warp + lane % 16) * kStrideA + k + lane / 16 * 8 + 8);
-#  else
-      ptx::load_matrix_x4(a_part, a_tile + (16 * warp + lane % 16) * kStrideA + k + lane / 16 * 8);
-#  endif
+      if (planted("ROW_MISALIGNED")) {
+        ptx::load_matrix_x4(a_part, a_tile + (16 * warp + lane % 16) * kStrideA + k + lane / 16 * 4);
+      } else if (planted("ROW_OUT_OF_BOUNDS")) {
+        ptx::load_matrix_x4(a_part, a_tile + (16 * warp + lane % 16 + 256) * kStrideA + k + lane / 16 * 8);
+      } else if (planted("PADDING_READ")) {
+        ptx::load_matrix_x4(a_part, a_tile + (16 * warp + lane % 16) * kStrideA + k + lane / 16 * 8 + 8);
+      } else {
+        ptx::load_matrix_x4(a_part, a_tile + (16 * warp + lane % 16) * kStrideA + k + lane / 16 * 8);
+      }
 #  pragma unroll
       for (int n = 0; n < kTile; n += 16) {
         uint32_t b_part[4];
         ptx::load_matrix_trans_x4(b_part, b_tile + (k + lane % 16) * kStrideB + n + lane / 16 * 8);
         const uint32_t left[2] = {b_part[0], b_part[1]}, right[2] = {b_part[2], b_part[3]};
         ptx::mma_m16n8k16(sums[n / 8], a_part, left, sums[n / 8], Tag{});
-#  ifdef FAULT_DIVERGENT_MMA
-        if (lane > 0)
-#  endif
-          ptx::mma_m16n8k16(sums[n / 8 + 1], a_part, right, sums[n / 8 + 1], Tag{});
+        if (planted("DIVERGENT_MMA") && lane == 0) continue;
+        ptx::mma_m16n8k16(sums[n / 8 + 1], a_part, right, sums[n / 8 + 1], Tag{});
       }
     }
-#  ifndef FAULT_NO_BARRIER_AFTER
-    __syncthreads();
-#  endif
+    if (!planted("NO_BARRIER_AFTER")) __syncthreads();
   }
   for (int n = 0; n < kTile / 8; ++n) {
     for (int i = 0; i < 4; ++i) {

@@ -1,4 +1,4 @@
-// out = a + b, and the faults of threads that do not know each other. FAULT_... plants one.
+// out = a + b, and the faults of threads that do not know each other. PYPAR_FAULT plants one.
 #include <cstddef>
 #include <cstdint>
 
@@ -9,28 +9,25 @@ void vector_add(const float* a, const float* b, float* out, int count, void* str
 #ifndef PYPAR_BINDING
 
 #  include "core/cuda_launch.h"
+#  include "core/planted.h"
 
 namespace pypar::cuda {
 
 static __global__ void vector_add_kernel(const float* a, const float* b, float* out, int count) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-#  if defined(FAULT_OUT_OF_BOUNDS)
-  if (i > count) return;
-#  else
-  if (i >= count) return;
-#  endif
-#  if defined(FAULT_INPUT_WRITTEN)
-  const_cast<float*>(a)[i] = 0.0f;
-#  elif defined(FAULT_MISALIGNED)
-  const float2 pair = *reinterpret_cast<const float2*>(a + 1);
-  out[i] = pair.x + b[i];
-#  elif defined(FAULT_BLOCKS_RACE)
-  out[threadIdx.x] = a[i] + b[i];
-#  elif defined(FAULT_BLOCKS_READ)
-  out[i] = a[i] + (i >= static_cast<int>(blockDim.x) ? out[i - 1] : 0.0f);
-#  else
-  out[i] = a[i] + b[i];
-#  endif
+  if (i >= count + (planted("OUT_OF_BOUNDS") ? 1 : 0)) return;
+  if (planted("INPUT_WRITTEN")) {
+    const_cast<float*>(a)[i] = 0.0f;
+  } else if (planted("MISALIGNED")) {
+    const float2 pair = *reinterpret_cast<const float2*>(a + 1);
+    out[i] = pair.x + b[i];
+  } else if (planted("BLOCKS_RACE")) {
+    out[threadIdx.x] = a[i] + b[i];
+  } else if (planted("BLOCKS_READ")) {
+    out[i] = a[i] + (i >= static_cast<int>(blockDim.x) ? out[i - 1] : 0.0f);
+  } else {
+    out[i] = a[i] + b[i];
+  }
 }
 
 void vector_add(const float* a, const float* b, float* out, int count, void* stream) {

@@ -13,6 +13,7 @@ void conversions(const float* x, uint32_t* bf16, uint32_t* f16, float* back, int
 #ifndef PYPAR_BINDING
 
 #  include "core/cuda_launch.h"
+#  include "core/planted.h"
 #  include "core/ptx.h"
 
 namespace pypar::cuda {
@@ -66,30 +67,29 @@ static __global__ void exchange_kernel(const int* x, int* out) {
   __shared__ int values[64];
   const int thread = static_cast<int>(threadIdx.x);
   values[thread] = x[thread];
-#  if defined(FAULT_WRONG_MASK)
   const unsigned half = thread % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
-  __syncwarp(half);
-  out[thread] = values[thread ^ 16];
-#  elif defined(FAULT_SHUFFLE_IS_NO_BARRIER)
-  const int other = __shfl_xor_sync(kAll, thread, 1);
-  out[thread] = values[other];
-#  elif defined(FAULT_LANE_NOT_IN_MASK)
-  __syncwarp(0x0000ffffu);
-  out[thread] = values[thread ^ 1];
-#  elif defined(FAULT_OTHERS_MASK)
-  __syncwarp(thread % 32 < 16 ? kAll : 0xffff0001u);
-  out[thread] = values[thread ^ 1];
-#  elif defined(FAULT_LOCAL_ARRAY)
-  int copies[4] = {};
-  for (int i = 0; i <= x[0] + 4; ++i) copies[i] = values[thread];
-  out[thread] = copies[thread % 4];
-#  elif defined(FAULT_TRAP)
-  if (thread == 9) __trap();
-#  else
-  const unsigned half = thread % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
-  __syncwarp(half);
-  out[thread] = values[thread ^ 1];
-#  endif
+  if (planted("WRONG_MASK")) {
+    __syncwarp(half);
+    out[thread] = values[thread ^ 16];
+  } else if (planted("SHUFFLE_IS_NO_BARRIER")) {
+    const int other = __shfl_xor_sync(kAll, thread, 1);
+    out[thread] = values[other];
+  } else if (planted("LANE_NOT_IN_MASK")) {
+    __syncwarp(0x0000ffffu);
+    out[thread] = values[thread ^ 1];
+  } else if (planted("OTHERS_MASK")) {
+    __syncwarp(thread % 32 < 16 ? kAll : 0xffff0001u);
+    out[thread] = values[thread ^ 1];
+  } else if (planted("LOCAL_ARRAY")) {
+    int copies[4] = {};
+    for (int i = 0; i <= x[0] + 4; ++i) copies[i] = values[thread];
+    out[thread] = copies[thread % 4];
+  } else if (planted("TRAP")) {
+    if (thread == 9) __trap();
+  } else {
+    __syncwarp(half);
+    out[thread] = values[thread ^ 1];
+  }
 }
 
 static __global__ void coordinates_kernel(int* out) {
