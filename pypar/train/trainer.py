@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pypar.blocks import global_parameters
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
-from pypar.data_parallel.gradients import Gradients
+from pypar.data_parallel.replicated import Replicated
+from pypar.data_parallel.store import Store
 from pypar.grid import DATA
 from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
 from pypar.mesh import Axis, Mesh, parse_mesh
@@ -78,16 +79,9 @@ class Trainer:
         self.dtype = PRECISIONS[config.train.precision]
         self.stage = self._own_stage() if model is None else self._stage_of(model, plan, loss)
         named = list(global_parameters(self.model))
-        trained = [(name, p) for name, p in named if p.requires_grad]
         self.frozen = [(name, p) for name, p in named if not p.requires_grad]
-        self.gradients = Gradients(
-            [p for _, p in trained],
-            mesh,
-            bucket_bytes=config.train.bucket_bytes,
-            gradient_dtype=torch.float32,
-            rebuild=False,  # a resumed run has the buckets of one that was not interrupted
-        )
-        self.optimizer = Optimizer(trained, self.gradients.gradient, config.optimizer)
+        self.store: Store = Replicated(named, mesh, bucket_bytes=config.train.bucket_bytes)
+        self.optimizer = Optimizer(self.store.owned(), config.optimizer)
         self.runtime = self._pipeline()
         self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
 
@@ -118,8 +112,8 @@ class Trainer:
         return self.stage.model
 
     def _pipeline(self) -> PipelineRuntime:
-        train, pp = self.config.train, self.mesh.pp
-        num_microbatches = train.batch_size // self.mesh.dp.size // train.microbatch_size
+        pp = self.mesh.pp
+        num_microbatches = self.config.train.num_microbatches(self.mesh.dp.size)
         schedule = schedules.build(self.config.pipeline.schedule, pp.size, num_microbatches)
         return PipelineRuntime(self.stage, pp, schedule, device=self.device)
 
@@ -127,7 +121,7 @@ class Trainer:
     def axes(self) -> list[Axis]:
         """All axes over which this run communicates, each once."""
         mesh = self.mesh
-        axes = [mesh.data, *(mesh.axis(name) for name in mesh.sizes), mesh.world, *self.gradients.axes]
+        axes = [mesh.data, *(mesh.axis(name) for name in mesh.sizes), mesh.world, *self.store.axes]
         return list(dict.fromkeys(axes))
 
     def _microbatches(self, batch: Batch) -> list[Microbatch]:
@@ -155,10 +149,10 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One update; returns the loss (nats a token) before it and the gradient norm before clipping."""
-        self.gradients.zero()
+        self.store.zero()
         batch = self.data.train_batch(self.samples, self.config.train.batch_size)
-        losses = self.runtime.step(self._microbatches(batch), on_last_backward=self.gradients)
-        self.gradients.finish()
+        losses = self.runtime.step(self._microbatches(batch), on_last_backward=self.store)
+        self.store.reduce()
         loss, square_sum = self.sum_over_world(self._own_loss(losses), self.optimizer.square_sum(self.mesh))
         norm = math.sqrt(square_sum)
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -168,6 +162,7 @@ class Trainer:
             )
         lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         self.optimizer.step(lr, norm)
+        self.store.publish()
         self.step += 1
         self.samples += self.config.train.batch_size
         return {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
@@ -209,6 +204,7 @@ class Trainer:
         self.step = checkpoint.load(path, self._state(), self.mesh)["step"]
         self.samples = going_on.samples
         self.optimizer.loaded(self.step)
+        self.store.publish()
         return going_on.changes
 
     def _state(self) -> dict[str, tuple[Tensor, Layout]]:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from pypar.data_parallel.replicated import Replicated
+from pypar.mesh import Mesh
 from pypar.optimizers.config import OptimizerConfig
 from pypar.optimizers.masters import Optimizer
 from pypar.optimizers.registry import OPTIMIZERS
@@ -15,27 +17,28 @@ def _made(dtype, config):
         "matrix": torch.nn.Parameter(torch.randn(3, 5).to(dtype)),
         "vector": torch.nn.Parameter(torch.randn(7).to(dtype)),
     }
-    gradients = {p: torch.zeros(p.shape) for p in parameters.values()}
-    return parameters, gradients, Optimizer(parameters.items(), gradients.__getitem__, config)
+    store = Replicated(parameters.items(), Mesh(), bucket_bytes=64)
+    return parameters, store, Optimizer(store.owned(), config)
 
 
-def _steps(optimizer, gradients, steps):
+def _steps(optimizer, store, steps):
     for step in steps:
         torch.manual_seed(100 + step)
-        for gradient in gradients.values():
-            gradient.copy_(torch.randn(gradient.shape))
-        norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
+        for owned in store.owned():
+            owned.gradient.copy_(torch.randn(owned.gradient.shape))
+        norm = float(torch.cat([owned.gradient.flatten() for owned in store.owned()]).norm())
         optimizer.step(1e-2, norm)
+        store.publish()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_is_torchs_on_masters_with_clipping_and_decay_of_matrices(dtype):
     config = OptimizerConfig(clip_norm=0.5, weight_decay=0.3)
-    parameters, gradients, optimizer = _made(dtype, config)
+    parameters, store, optimizer = _made(dtype, config)
     plain = [p.detach().float().clone() for p in parameters.values()]
     groups = [{"params": plain[:1], "weight_decay": 0.3}, {"params": plain[1:], "weight_decay": 0.0}]
     torchs = torch.optim.AdamW(groups, lr=1e-2, betas=(config.beta1, config.beta2), eps=config.eps)
-    _steps(optimizer, gradients, range(3))
+    _steps(optimizer, store, range(3))
     for step in range(3):
         torch.manual_seed(100 + step)
         for tensor in plain:
@@ -49,17 +52,18 @@ def test_adamw_is_torchs_on_masters_with_clipping_and_decay_of_matrices(dtype):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_going_on_from_its_state_changes_no_bit(name):
     config = OptimizerConfig(name=name)
-    parameters, gradients, optimizer = _made(torch.bfloat16, config)
-    _steps(optimizer, gradients, range(2))
+    parameters, store, optimizer = _made(torch.bfloat16, config)
+    _steps(optimizer, store, range(2))
     saved = {key: tensor.clone() for key, (tensor, _) in optimizer.state().items()}
-    _steps(optimizer, gradients, range(2, 4))
+    _steps(optimizer, store, range(2, 4))
 
-    others, other_gradients, other = _made(torch.bfloat16, config)
+    others, other_store, other = _made(torch.bfloat16, config)
     for key, (tensor, layout) in other.state().items():
         assert tuple(tensor.shape) == layout.global_shape
         tensor.copy_(saved[key])
     other.loaded(2)
-    _steps(other, other_gradients, range(2, 4))
+    other_store.publish()
+    _steps(other, other_store, range(2, 4))
     for key, (tensor, _) in other.state().items():
         assert torch.equal(tensor, optimizer.state()[key][0]), key
     for key, parameter in others.items():
