@@ -1,1 +1,4 @@
-"""What `pypar bench` measures: nothing here is needed to run anything else."""
+"""How speed is measured: what `pypar bench` runs, and what the programs of bench/ have in common.
+
+timing.py is also the clock of the self-test.
+"""

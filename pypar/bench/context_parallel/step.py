@@ -19,7 +19,9 @@ import pypar
 from pypar.comm import Handle
 from pypar.context_parallel import ring_attention, shard
 from pypar.context_parallel.layouts import positions_of
-from pypar.context_parallel.methods import all_gather, ring, ring_buffers, same_bits, ulysses
+from pypar.context_parallel.methods import all_gather, same_bits, ulysses
+from pypar.context_parallel.methods.ring import buffers as ring_buffers
+from pypar.context_parallel.methods.ring import method as ring
 from pypar.mesh import Axis
 
 METHOD_MODULES = (ring, all_gather, same_bits, ulysses, ring_buffers)
@@ -129,7 +131,11 @@ def _with_gradients(attend: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
 
 
 def timed_step(axis: Axis, problem: Problem, contender: Contender) -> Timed:
-    left_out = {None: contextlib.nullcontext(), False: without_communication(), True: without_attention()}
+    left_out: dict[bool | None, contextlib.AbstractContextManager] = {
+        None: contextlib.nullcontext(),
+        False: without_communication(),
+        True: without_attention(),
+    }
     parts(axis, problem, contender.layout)
     with left_out[contender.communicates]:
         step(axis, problem, contender)  # after a pause the first one is slower, on all sides

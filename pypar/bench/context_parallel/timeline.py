@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from context_step import Contender, Problem, parts, step
-from context_workers import Workers
-from timing import DTYPES
 
+from pypar.bench.context_parallel.step import Contender, Problem, parts, step
+from pypar.bench.context_parallel.workers import Workers
+from pypar.bench.timing import DTYPES
 from pypar.comm import Handle
-from pypar.context_parallel.methods import ring, ring_buffers
+from pypar.context_parallel.methods.ring import buffers as ring_buffers
+from pypar.context_parallel.methods.ring import method as ring
 from pypar.mesh import Axis
 
 COLORS = {"forward": "tab:blue", "backward": "tab:green", "transfer": "tab:orange", "wait": "tab:red"}

@@ -1,5 +1,6 @@
 """The error rule's yardstick: every machine's BLAS gives one verdict, and what is wrong in a kernel exceeds it."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -8,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from pypar.ops.linear import BACKENDS, linear
-from pypar.selftest.check import judge_result, largest_error
+from pypar.selftest.cases import rms_norm
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import check_case, expect, judge_result, largest_error
 from pypar.selftest.orders import InOrder, in_orders
-from tests.harness.accuracy import expect
-from tests.ops.attention.plain import plain_attention
 
 ROWS, OUTPUTS = 96, 64
 
@@ -26,9 +27,7 @@ def operands(K, dtype=torch.float32):
 
 def judge(K, found, dtype=torch.float32):
     expected = expect(F.linear, operands(K, dtype))
-    return judge_result(
-        "out", found, [plain["output 0"] for plain in expected.plains], expected.exact["output 0"]
-    )
+    return expected.judge("out", found)
 
 
 def chain(x, weight, terms, dtype=torch.float32):
@@ -73,10 +72,12 @@ def test_a_key_that_is_dropped_exceeds_the_rule(dtype):
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     expected = expect(plain_attention, tensors)
     fewer = {name: x if name == "q" else x[:, :-1] for name, x in tensors.items()}
-    for i, whole, part in zip((0, 1), plain_attention(**tensors), plain_attention(**fewer), strict=True):
-        expected.check(f"output {i}", whole)
-        with pytest.raises(AssertionError, match=f"output {i} is off by"):
-            expected.check(f"output {i}", part)
+    for name, whole, part in zip(
+        ("out", "lse"), plain_attention(**tensors), plain_attention(**fewer), strict=True
+    ):
+        expected.check(name, whole)
+        with pytest.raises(AssertionError, match=f"{name} is off by"):
+            expected.check(name, part)
 
 
 def test_gradients_are_summed_in_order_too():
@@ -85,11 +86,11 @@ def test_gradients_are_summed_in_order_too():
     dout = torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(3))
     expected = expect(F.linear, {"x": x, "weight": weight}, [dout])
     dx, dweight = torch.autograd.grad(F.linear(x, weight), [x, weight], dout)
-    expected.check("x", dx, gradient=True)
-    expected.check("weight", dweight, gradient=True)
+    expected.check("dx", dx)
+    expected.check("dweight", dweight)
     dweight[:, 500] -= 0.001 * dout.mean(0)
-    with pytest.raises(AssertionError, match="weight is off by"):
-        expected.check("weight", dweight, gradient=True)
+    with pytest.raises(AssertionError, match="dweight is off by"):
+        expected.check("dweight", dweight)
 
 
 def test_the_yardstick_has_the_same_bits_for_any_number_of_threads_and_any_blas():
@@ -135,6 +136,38 @@ def test_sums_and_softmaxes_are_those_of_another_order():
         for others in found[1:]:
             for a, b in zip(found[0], others, strict=True):
                 assert (a - b).abs().max() <= 1e-5 * a.abs().max(), name
+
+
+def test_a_case_is_held_to_the_rule_in_its_outputs_and_gradients():
+    given = rms_norm.case((7, 63))
+    check_case(given, torch.float32, "reference")
+    wrong = dataclasses.replace(given, ours=lambda x, weight, backend: 1.0001 * rms_norm.plain(x, weight))
+    with pytest.raises(AssertionError, match="out is off by"):
+        check_case(wrong, torch.float32, None)
+    without_a_row = dataclasses.replace(given, ours=lambda x, weight, backend: _WithoutARow.apply(x, weight))
+    with pytest.raises(AssertionError, match="dweight is off by"):
+        check_case(without_a_row, torch.float32, None)
+    cut_off = dataclasses.replace(given, ours=lambda x, weight, backend: rms_norm.plain(x, weight.detach()))
+    with pytest.raises(AssertionError, match=r"\['dx', 'out'\] instead of \['dweight', 'dx', 'out'\]"):
+        check_case(cut_off, torch.float32, None)
+
+
+class _WithoutARow(torch.autograd.Function):
+    """rms_norm, whose gradient of weight lacks a row's part."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return rms_norm.plain(x, weight)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = rms_norm.plain(leaf, weight)
+        (dx,) = torch.autograd.grad(out, leaf, dout)
+        return dx, (dout * rms_norm.plain(x, torch.ones_like(weight)))[1:].sum(0)
 
 
 def test_infinities_and_what_is_missing():
