@@ -30,7 +30,7 @@ from pypar.mesh import Mesh, parse_mesh
 from pypar.models import DecoderConfig
 from pypar.ops import linear
 from pypar.train.config import RunConfig
-from pypar.train.data import open_data
+from pypar.train.data.windows import open_data
 from pypar.train.metrics import matmul_rate
 from pypar.train.trainer import Trainer
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pypar.train import checkpoint
+from pypar.train.data.tokens import check_text
 from pypar.train.preflight import check_whole_model
-from pypar.train.tokens import check_text
 
 SUMMARY = "sample text from a checkpoint"
 

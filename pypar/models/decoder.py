@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pypar.blocks import Block
-from pypar.initial_weights import initial_weight
 from pypar.models.cache import KeyValueCache
+from pypar.models.initial_weights import initial_weight
 from pypar.models.layers import CausalAttention, Linear, Positions, RMSNorm
 from pypar.ops import rope, swiglu
 from pypar.sequences import Sequences

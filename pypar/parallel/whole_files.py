@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pypar.comm import all_reduce_start
+from pypar.files.tensors import Entry, TensorFile, dtype_name
 from pypar.mesh import Axis, Mesh
 from pypar.sharded import Sharded
-from pypar.tensor_file import Entry, TensorFile, dtype_name
 
 _POLL_S = 0.02
 _KNOWN = {"max_shard_size", "variant", "save_original_format", "save_peft_format", "token"}

@@ -13,8 +13,8 @@ from pypar.models import Decoder
 from pypar.models.cache import KeyValueCache
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
+from pypar.train.data.tokens import check_text, continuation, open_tokenizer
 from pypar.train.preflight import check_whole_model
-from pypar.train.tokens import check_text, continuation, open_tokenizer
 
 
 def load_model(path: Path) -> tuple[Decoder, RunConfig]:

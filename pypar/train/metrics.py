@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pypar.json_file import parse_json
+from pypar.files.json import parse_json
 from pypar.ops import linear
 
 FLOP_CONVENTION = (

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from pypar.settings import Run, check_values, multiples_near, sections_of
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
-from pypar.train.data import open_data
+from pypar.train.data.sources import PYTHON_STDLIB
+from pypar.train.data.tokens import open_tokenizer
+from pypar.train.data.windows import open_data
 from pypar.train.resume import resumption
 from pypar.train.sections import filled_model
-from pypar.train.sources import PYTHON_STDLIB
-from pypar.train.tokens import open_tokenizer
 
 if TYPE_CHECKING:
     from pypar.models import DecoderConfig

@@ -15,7 +15,7 @@ from pypar.train.checkpoint import shown_value
 from pypar.train.config import RunConfig
 
 if TYPE_CHECKING:
-    from pypar.train.data import TokenData
+    from pypar.train.data.windows import TokenData
 
 DIGESTED_TOKENS = 1 << 16  # so many, evenly spread; all of a text that is not longer
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pypar.settings import Run, Section, check_divides, setting
-from pypar.train.tokens import SPECIAL_TOKENS, check_text
+from pypar.train.data.tokens import SPECIAL_TOKENS, check_text
 
 
 @dataclass(frozen=True)

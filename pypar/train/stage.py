@@ -19,7 +19,7 @@ from pypar.ops import cross_entropy
 from pypar.parallel import ParallelPlan, materialize, parallelize
 from pypar.parallel.roles import AXES, ROLES
 from pypar.tensor_parallel import vocab_parallel_cross_entropy
-from pypar.train.batch import Microbatch
+from pypar.train.data.batch import Microbatch
 
 # (what the model returned, targets [B, T]) -> the sum of the loss over this rank's positions, a scalar
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]

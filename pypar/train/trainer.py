@@ -22,9 +22,9 @@ from pypar.optimizers.schedule import learning_rate
 from pypar.parallel import ParallelPlan
 from pypar.pipeline_parallel import PipelineRuntime, schedules
 from pypar.train import checkpoint
-from pypar.train.batch import Microbatch, split_batch
 from pypar.train.config import RunConfig
-from pypar.train.data import Batch, TokenData, open_data
+from pypar.train.data.batch import Microbatch, split_batch
+from pypar.train.data.windows import Batch, TokenData, open_data
 from pypar.train.job import join_job
 from pypar.train.launch import joined_world_size
 from pypar.train.loop import fit

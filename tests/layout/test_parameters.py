@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pypar.initial_weights import initial_weight
 from pypar.layout import Cut, Layout, Owner, layout_of, local_part, local_shape, set_layout
 from pypar.mesh import Mesh
+from pypar.models.initial_weights import initial_weight
 from pypar.sharded import Sharded, shard
 
 # (mesh sizes, cuts of a [12, 8] tensor)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from pypar.json_file import read_json
-from pypar.paths import cache_folder
+from pypar.files.cache import cache_folder
+from pypar.files.json import read_json
 
 
 class Thresholds(NamedTuple):

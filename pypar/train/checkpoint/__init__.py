@@ -1,6 +1,6 @@
 """Checkpoints: written by any layout, read by any other, and nothing in them is code.
 
-A checkpoint is a folder ``step_00000100`` with a file of tensors from each rank (`tensor_file`: safetensors), an
+A checkpoint is a folder ``step_00000100`` with a file of tensors from each rank (`pypar.files.tensors`), an
 index of them (`index`) and ``complete.json``, the manifest: step, time of writing, the caller's extra JSON, and the
 size of every file. It is written under another name (``.partial``), flushed to disk and renamed by rank 0 when every
 rank has finished; a folder without a manifest that agrees with its files is never taken for one. All files of a

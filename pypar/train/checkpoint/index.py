@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pypar.json_file import read_json
-from pypar.tensor_file import DTYPES, MOST_ELEMENTS, Entry, as_sizes
+from pypar.files.json import read_json
+from pypar.files.tensors import DTYPES, MOST_ELEMENTS, Entry, as_sizes
 
 INDEX = "index.json"
 FORMAT, VERSION = "pypar checkpoint", 1

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pypar.json_file import read_json
-from pypar.tensor_file import open_tensors
+from pypar.files.json import read_json
+from pypar.files.tensors import open_tensors
 from pypar.train.checkpoint.index import FILE_NAME, INDEX, Index, checked_entry, read_index, shown
 
 if TYPE_CHECKING:

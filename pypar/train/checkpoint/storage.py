@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem, WriteIt
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from pypar.tensor_file import DTYPES, METADATA, Entry, dtype_name, open_tensors, read_slice, write
+from pypar.files.tensors import DTYPES, METADATA, Entry, dtype_name, open_tensors, read_slice, write
 from pypar.train.checkpoint.index import (
     INDEX,
     Box,

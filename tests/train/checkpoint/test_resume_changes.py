@@ -12,7 +12,7 @@ from pypar.cli import main
 from pypar.mesh import Mesh
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig, load_config
-from pypar.train.data import Batch
+from pypar.train.data.windows import Batch
 from pypar.train.trainer import Trainer
 
 LENGTH = 8

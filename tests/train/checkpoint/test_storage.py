@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from pypar.tensor_file import DTYPES, Entry, open_tensors, read_slice, write
+from pypar.files.tensors import DTYPES, Entry, open_tensors, read_slice, write
 from pypar.train.checkpoint.index import Box, IndexedTensor, check_index, read_index
 from pypar.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 

@@ -9,8 +9,8 @@ import pytest
 
 from pypar.train import cache
 from pypar.train.config import DataConfig
-from pypar.train.data import TokenData, open_data
-from pypar.train.tokens import ByteTokenizer
+from pypar.train.data.tokens import ByteTokenizer
+from pypar.train.data.windows import TokenData, open_data
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pypar.train import sources
 from pypar.train.config import DataConfig
-from pypar.train.data import IGNORED, TokenData, open_data, shuffled
+from pypar.train.data.windows import IGNORED, TokenData, open_data, shuffled
 
 
 def _config(tmp_path: Path, path: Path | str, **more: object) -> DataConfig:
@@ -260,7 +260,7 @@ def test_validation_covers_every_window_once_and_pads_the_last_batch(tmp_path: P
 
 
 def test_entropies_against_a_direct_count(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pypar.train.data.ENTROPY_CHUNK", 100)
+    monkeypatch.setattr("pypar.train.data.windows.ENTROPY_CHUNK", 100)
     data = open_data(_config(tmp_path, _folder(tmp_path), validation_fraction=0.3), 16, 0)
     text = _stream(data, "validation")
     singles, pairs = Counter(text), Counter(zip(text, text[1:], strict=False))

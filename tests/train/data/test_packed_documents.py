@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pypar.models import Decoder, DecoderConfig, Sequences
 from pypar.train.config import DataConfig, load_config
-from pypar.train.data import IGNORED, TokenData, open_data
+from pypar.train.data.windows import IGNORED, TokenData, open_data
 from pypar.train.preflight import check
 
 SIZES = DecoderConfig(

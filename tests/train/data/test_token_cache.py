@@ -9,7 +9,7 @@ import pytest
 
 from pypar.train import cache
 from pypar.train.config import DataConfig
-from pypar.train.tokens import ByteTokenizer
+from pypar.train.data.tokens import ByteTokenizer
 
 
 def _config(tmp_path: Path, path: Path | str, **more: object) -> DataConfig:
@@ -86,8 +86,8 @@ def test_a_cache_of_another_format_is_built_again_and_the_old_one_deleted(
 def test_processes_that_build_at_once_share_one_cache(tmp_path: Path) -> None:
     config = _config(tmp_path, _folder(tmp_path))
     program = (
-        "import sys; from pypar.train.config import DataConfig; from pypar.train.cache import prepare_cache;"
-        "from pypar.train.tokens import ByteTokenizer;"
+        "import sys; from pypar.train.config import DataConfig; from pypar.train.data.cache import prepare_cache;"
+        "from pypar.train.data.tokens import ByteTokenizer;"
         "config = DataConfig(path=sys.argv[1], cache_directory=sys.argv[2]);"
         "print(prepare_cache(config, ByteTokenizer()).path)"
     )

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pypar.train.config import DataConfig
-from pypar.train.data import open_data
-from pypar.train.tokens import ByteTokenizer, check_text, continuation, open_tokenizer
+from pypar.train.data.tokens import ByteTokenizer, check_text, continuation, open_tokenizer
+from pypar.train.data.windows import open_data
 from tests.train.data.tokenizer_kinds import KINDS, MARK, SPECIAL, unigram, word_level, word_piece
 
 
@@ -221,7 +221,7 @@ def test_a_prompt_of_other_bytes_is_refused() -> None:
 
 def test_pieces_of_a_file_are_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer that begins a text with a space does not begin each piece with one; what is not UTF-8 is noted."""
-    monkeypatch.setattr("pypar.train.sources.PIECE_BYTES", 16)
+    monkeypatch.setattr("pypar.train.data.sources.PIECE_BYTES", 16)
     library = unigram()
     library.add_special_tokens(list(SPECIAL))
     library.save(str(tmp_path / "tokenizer.json"))

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pypar.train.cache import TokenCache, prepare_cache
+from pypar.train.data.cache import TokenCache, prepare_cache
+from pypar.train.data.tokens import Tokenizer, open_tokenizer
 from pypar.train.sections import DataConfig
-from pypar.train.tokens import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,7 @@
 
 import torch
 
-from pypar.tensor_file import Entry, TensorFile, dtype_name
+from pypar.files.tensors import Entry, TensorFile, dtype_name
 
 
 def test_a_safetensors_file_in_any_order(tmp_path):

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pypar.json_file import read_json
-from pypar.paths import cache_folder
+from pypar.files.cache import cache_folder
+from pypar.files.json import read_json
+from pypar.train.data.sources import PYTHON_STDLIB, SourceFile, find_files, stdlib_folder
+from pypar.train.data.tokenise import DTYPES, PARTS, tokenise
+from pypar.train.data.tokens import Tokenizer
 from pypar.train.sections import DataConfig
-from pypar.train.sources import PYTHON_STDLIB, SourceFile, find_files, stdlib_folder
-from pypar.train.tokenise import DTYPES, PARTS, tokenise
-from pypar.train.tokens import Tokenizer
 
 FORMAT = 2  # of the folder; one of another format is not found, and is built anew
 MOST_META_BYTES = 1 << 20

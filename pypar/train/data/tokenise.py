@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from pypar.train.sources import Piece, SourceFile
-from pypar.train.tokens import ByteTokenizer, Tokenizer
+from pypar.train.data.sources import Piece, SourceFile
+from pypar.train.data.tokens import ByteTokenizer, Tokenizer
 
 PARTS = ("train", "validation")
 DTYPES = ("uint8", "uint16", "uint32")  # of tokens: the first that holds the vocabulary

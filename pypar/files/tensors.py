@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pypar.json_file import open_plain, parse_json, read_exactly, read_into
+from pypar.files.json import open_plain, parse_json, read_exactly, read_into
 
 MOST_HEADER_BYTES = 32 << 20  # about 300,000 tensors
 MOST_ELEMENTS = 1 << 60
