@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timing import bind_threads
 
+from pypar.bench import timing
+from pypar.bench.timing import DTYPES
 from pypar.ops import native
-from pypar.selftest import check, measure
-from pypar.selftest.attention import dense, lengths_causal
+from pypar.selftest import judge
 from pypar.selftest.case import Case, Draw
+from pypar.selftest.cases.attention import dense, lengths_causal
 from pypar.selftest.rows import contenders
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CACHES_BYTES = 128 << 20
 LENGTHS = [100, 250, 400, 700, 1000, 1300, 1700, 2000]
 
@@ -136,12 +136,12 @@ def decode_calls(case: Case, dtype: torch.dtype) -> list[dict[str, Callable[[], 
 def failure(case: Case, dtype: torch.dtype) -> str | None:
     """Why this case is not timed: not supported, or wrong."""
     try:
-        expected = check.expect(case, "cpu", dtype)
+        expected = judge.expect_case(case, "cpu", dtype)
         ours = partial(case.ours, backend="native")
-        found = [check.results(case, ours, draw.inputs, draw.douts) for draw in expected]
+        found = [judge.results(ours, draw.inputs, draw.douts) for draw in expected]
     except ValueError as error:
         return f"not supported: {error}"
-    wrong = check.judge(found, expected).failure
+    wrong = judge.judge_draws(found, expected).failure
     return f"WRONG: {wrong}" if wrong else None
 
 
@@ -152,7 +152,7 @@ def rows(group: Group, case: Case, setting: Setting) -> Iterator[tuple[str, Outc
     for direction, turn in zip(
         ("forward", "both"), (decode_calls if decodes else calls)(case, dtype), strict=False
     ):
-        seconds = measure.median_seconds(turn, budget_s=setting.budget_s)
+        seconds = timing.median_seconds(turn, budget_s=setting.budget_s)
         ours, peer = seconds["ours"], seconds["torch"]
         if decodes:
             work, limit, unit = input_bytes(case, dtype), setting.copy, "GB/s"
@@ -215,17 +215,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    bind_threads()
+    timing.bind_threads()
     budget_s = 0.15 if arguments.quick else 0.7
     print(f"instruction set {native.module().selected_isa()}, torch {torch.__version__}")
     outcomes: list[Outcome] = []
     checked: dict[tuple[str, str, str], str | None] = {}
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        copy = measure.copy_rate(budget_s=budget_s)
+        copy = timing.copy_rate(budget_s=budget_s)
         for name in arguments.dtypes:
             setting = Setting(
-                threads, name, measure.matmul_rate(DTYPES[name], budget_s=budget_s), copy, budget_s
+                threads, name, timing.matmul_rate(DTYPES[name], budget_s=budget_s), copy, budget_s
             )
             print(
                 f"\n{threads} threads, {name}: 2048^3 matmul {setting.matmul / 1e9:.0f} GFLOP/s, "

@@ -3,13 +3,19 @@
     python bench/bucket.py [--threads 2] [--rounds 15]
 
 "one call" is torch.mul(src, scale, out=...), "two passes" are out.copy_(src).mul_(scale). The results are compared
-bit by bit before anything is timed. GB/s counts what must move at least: src is read, out is written.
+bit by bit, also with the definition, before anything is timed. GB/s counts what must move at least: src is read, out
+is written.
 """
 
-import torch
-from timing import DTYPES, best_seconds, parse_arguments, print_limit
+import itertools
 
+import torch
+
+from pypar.bench import timing
 from pypar.ops.bucket import bucket
+from pypar.selftest.case import Draw
+from pypar.selftest.cases.bucket import case, plain
+from pypar.selftest.compare import DTYPES, parse_arguments, print_limit
 
 SCALE = 0.5  # exact, so that rounding once and rounding twice agree
 
@@ -18,15 +24,14 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     print_limit(arguments)
     for count in (1 << 14, 1 << 18, 25 << 18):
-        for source_name, source in DTYPES.items():
-            for target_name, target in DTYPES.items():
-                if (source, target) != (torch.bfloat16, torch.bfloat16):
-                    line = measure(count, source, target, arguments.rounds)
-                    print(f"{count:8} elements, {source_name} to {target_name}: {line}")
+        for source, target in itertools.product(DTYPES, DTYPES):
+            if (source, target) != ("bf16", "bf16"):
+                line = measure(count, timing.DTYPES[source], timing.DTYPES[target], arguments.rounds)
+                print(f"{count:8} elements, {source} to {target}: {line}")
 
 
 def measure(count: int, source: torch.dtype, target: torch.dtype, rounds: int) -> str:
-    src = torch.randn(count).to(source)
+    src = case(count, target, SCALE).inputs(Draw("cpu", source, seed=1))["src"]
     outs = [torch.empty(count, dtype=target) for _ in range(3)]
     contenders = {
         "ours": lambda: bucket(src, SCALE, out=outs[0]),
@@ -35,8 +40,9 @@ def measure(count: int, source: torch.dtype, target: torch.dtype, rounds: int) -
     }
     for run in contenders.values():
         run()
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2]), "the results differ"
-    seconds = best_seconds(contenders, rounds)
+    expected = plain(src, SCALE, target)
+    assert all(torch.equal(out, expected) for out in outs), "the results differ"
+    seconds = timing.best_seconds(contenders, rounds)
     ours = seconds["ours"]
     rate = (src.nbytes + outs[0].nbytes) / ours / 1e9
     ratios = ", ".join(f"{name} {seconds[name] / ours:5.2f}x" for name in ("one call", "two passes"))

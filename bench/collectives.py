@@ -7,7 +7,8 @@ import argparse
 
 import torch
 
-from pypar.bench.collectives import DTYPES, Plan, measure
+from pypar.bench.collectives import Plan, measure
+from pypar.bench.timing import DTYPES
 
 
 def parse_arguments() -> argparse.Namespace:

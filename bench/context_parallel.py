@@ -33,11 +33,8 @@ import statistics
 import sys
 from typing import Any
 
-import context_auto
-import context_long
-import context_network
-import context_timeline
-from context_step import (
+from pypar.bench.context_parallel import auto, long, network, timeline
+from pypar.bench.context_parallel.step import (
     Contender,
     Problem,
     Timed,
@@ -47,9 +44,8 @@ from context_step import (
     timed_single,
     timed_step,
 )
-from context_workers import Workers
-from timing import DTYPES
-
+from pypar.bench.context_parallel.workers import Workers
+from pypar.bench.timing import DTYPES
 from pypar.context_parallel.layouts import LAYOUTS
 from pypar.context_parallel.methods.registry import methods
 
@@ -62,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--methods", nargs="+", choices=sorted(methods()), default=sorted(methods()))
     parser.add_argument("--layouts", nargs="+", choices=sorted(LAYOUTS), help="of the ring; others zigzag")
     parser.add_argument("--rounds", type=int, default=5)
@@ -96,7 +92,7 @@ def measure(
     silent = [contender._replace(communicates=False) for contender in contenders]
     times: dict[Any, list[Timed]] = {name: [] for name in (*contenders, *silent, "single", "torch")}
     first = slowest(workers.ranks(timed_step, problem, contenders[0]))
-    turn = max(1, int(context_auto.TURN_S / (first.ended - first.began)))  # steps of it
+    turn = max(1, int(auto.TURN_S / (first.ended - first.began)))  # steps of it
     for _ in range(rounds):
         for contender in (*contenders, *silent):
             times[contender] += [slowest(workers.ranks(timed_step, problem, contender)) for _ in range(turn)]
@@ -142,10 +138,10 @@ def report(size: int, problem: Problem, times: dict[Any, list[Timed]]) -> None:
 def main() -> None:
     arguments = parse_arguments()
     for asked, program in (
-        (arguments.timeline, context_timeline),
-        (arguments.network, context_network),
-        (arguments.long, context_long),
-        (arguments.auto, context_auto),
+        (arguments.timeline, timeline),
+        (arguments.network, network),
+        (arguments.long, long),
+        (arguments.auto, auto),
     ):
         if asked:
             sys.exit(program.main(arguments))
@@ -164,24 +160,24 @@ def main() -> None:
         with Workers(size, arguments.backend) as workers:
             if "auto" in arguments.methods:
                 for dtype in arguments.dtypes:
-                    workers.ranks(context_auto.measured, DTYPES[dtype])
+                    workers.ranks(auto.measured, DTYPES[dtype])
             for problem in problems:
                 times = measure(workers, problem, contenders_of(arguments, size), arguments.rounds)
                 report(size, problem, times)
                 verdicts += judge_auto(workers, problem, times)
     print(*(line for line, _ in verdicts), sep="\n")
-    sys.exit(context_auto.failure(sum(not kept for _, kept in verdicts)))
+    sys.exit(auto.failure(sum(not kept for _, kept in verdicts)))
 
 
 def judge_auto(workers: Workers, problem: Problem, times: dict[Any, list[Timed]]) -> list[tuple[str, bool]]:
     """A verdict on auto, where it and others ran."""
     ran = [c for c in times if isinstance(c, Contender) and c.communicates is None]
-    auto = next((c for c in ran if c.method == "auto"), None)
-    same = [c for c in ran if auto is not None and c.layout == auto.layout]
-    if auto is None or len(same) < 2:
+    mine = next((c for c in ran if c.method == "auto"), None)
+    same = [c for c in ran if mine is not None and c.layout == mine.layout]
+    if mine is None or len(same) < 2:
         return []
-    expectation = workers.ranks(context_auto.expected, problem, auto.layout)[0]
-    return [context_auto.verdict({c: durations(times[c]) for c in same}, expectation, workers.size, problem)]
+    expectation = workers.ranks(auto.expected, problem, mine.layout)[0]
+    return [auto.verdict({c: durations(times[c]) for c in same}, expectation, workers.size, problem)]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/data_parallel.py [--only few-tokens compute-bound] [--network] [--rounds 5] [--steps 6]
 
 Two ranks, each with one thread on a core of its own, run forward, backward and AdamW of one decoder in plain PyTorch
-(plain_llama.py). The contenders take turns in one run; a figure is the median over all steps of the slowest rank's
-time. All must compute the same gradients. Beside it:
+(pypar/bench/plain_llama.py). The contenders take turns in one run; a figure is the median over all steps of the slowest
+rank's time. All must compute the same gradients. Beside it:
 
     busy      the processor's time in a step, of all threads of a rank: what hiding cannot make smaller
     exposed   step - the same step without communication
@@ -29,14 +29,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import namespaces
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from plain_llama import PlainLlama
 from torch import Tensor, nn
 
 import pypar
+from pypar.bench import namespaces
+from pypar.bench.plain_llama import PlainLlama
 from pypar.models import DecoderConfig
 
 

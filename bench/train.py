@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from plain_llama import PlainLlama
 from torch import Tensor
 
+from pypar.bench.plain_llama import PlainLlama
 from pypar.blocks import global_parameters
 from pypar.mesh import Mesh, parse_mesh
 from pypar.models import DecoderConfig

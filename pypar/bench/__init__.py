@@ -1,1 +1,1 @@
-"""What `pypar bench` measures: nothing here is needed to run anything else."""
+"""How speed is measured: the clock of every bench, and what `pypar bench` and the programs of bench/ run by it."""

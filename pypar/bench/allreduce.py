@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from pypar.bench.collectives import DTYPES, Plan, seconds_a_call, spawn
+from pypar.bench.collectives import Plan, seconds_a_call, spawn
+from pypar.bench.timing import DTYPES
 from pypar.comm import allreduce_thresholds
 from pypar.comm.allreduce import PeerAllReduce
 from pypar.comm.allreduce_thresholds import Thresholds

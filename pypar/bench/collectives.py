@@ -20,8 +20,8 @@ import torch.multiprocessing
 from torch import Tensor
 
 import pypar.comm  # noqa: F401  makes the backend known
+from pypar.bench.timing import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = ("pypar", "gloo")
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
 TARGETS = {  # of all_reduce in fp32: bytes up to which -> times gloo

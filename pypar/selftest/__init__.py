@@ -1,7 +1,7 @@
 """Runs every operator on every backend of this machine, judges the results, and compares the times with torch's.
 
-`<op>.py` of this folder holds the cases of the operator of that name: `cases(large)` returns them, of sizes for
-a GPU or for a CPU. A new operator is found by being in pypar.ops, and its cases by being here.
+A new operator is found by being in pypar.ops, and its cases by being `<op>.py` in pypar/selftest/cases. judge.py says
+what is right, for the tests and benches too.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from types import ModuleType
 
 import torch
 
+from pypar.bench import timing
 from pypar.ops.backend import Backend, RefusalError, op_modules
-from pypar.selftest import check, measure
+from pypar.selftest import judge
 from pypar.selftest.case import Case, Function, Inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,12 +70,12 @@ class Limits:
     def matmul_flops(self, device: str, dtype: torch.dtype) -> float:
         key = (device, name_of(dtype))
         if key not in self.matmul:
-            self.matmul[key] = measure.matmul_rate(dtype, device, budget_s=3 * self.options.budget_s)
+            self.matmul[key] = timing.matmul_rate(dtype, device, budget_s=3 * self.options.budget_s)
         return self.matmul[key]
 
     def copy_bytes(self, device: str) -> float:
         if device not in self.copy:
-            self.copy[device] = measure.copy_rate(device, budget_s=3 * self.options.budget_s)
+            self.copy[device] = timing.copy_rate(device, budget_s=3 * self.options.budget_s)
         return self.copy[device]
 
 
@@ -91,8 +92,8 @@ def op_name(module: ModuleType) -> str:
 
 
 def cases_of(op: str, large: bool) -> list[Case]:
-    """Those of pypar/selftest/<op>.py, of the sizes for a GPU or of those for a CPU."""
-    return importlib.import_module(f"pypar.selftest.{op}").cases(large)
+    """Those of pypar/selftest/cases/<op>.py, of the sizes for a GPU or of those for a CPU."""
+    return importlib.import_module(f"pypar.selftest.cases.{op}").cases(large)
 
 
 def run(options: Options, limits: Limits) -> Iterator[Row | NotRun]:
@@ -105,7 +106,7 @@ def run(options: Options, limits: Limits) -> Iterator[Row | NotRun]:
             try:
                 cases = cases_of(op, large=device == "cuda")
             except ModuleNotFoundError:
-                yield NotRun(op, f"it has no cases: pypar/selftest/{op}.py is missing")
+                yield NotRun(op, f"it has no cases: pypar/selftest/cases/{op}.py is missing")
                 break
             for dtype in DTYPES:
                 for case in cases:
@@ -119,7 +120,7 @@ def _rows(
     """One for each backend."""
     what = f"{op} on {device} in {name_of(dtype)}, {case.name}"
     try:
-        expected = check.expect(case, device, dtype)
+        expected = judge.expect_case(case, device, dtype)
     except Exception as error:
         yield NotRun(what, f"plain PyTorch fails: {_sentence(error)}")
         return
@@ -138,13 +139,13 @@ def _rows(
         torch.cuda.empty_cache()
 
 
-def _fill(row: Row, case: Case, draws: list[check.Expected], limits: Limits) -> None:
+def _fill(row: Row, case: Case, draws: list[judge.Expected], limits: Limits) -> None:
     ours = functools.partial(case.ours, backend=row.backend)
-    results = [check.results(case, ours, draw.inputs, draw.douts) for draw in draws]
-    judgement = check.judge(results, draws)
+    results = [judge.results(ours, draw.inputs, draw.douts) for draw in draws]
+    judgement = judge.judge_draws(results, draws)
     row.result, row.error, row.allowed = judgement.result, judgement.error, judgement.allowed
     expected = draws[0]
-    row.failure = judgement.failure or _repeats(row, results[0], case, ours, expected)
+    row.failure = judgement.failure or _repeats(row, results[0], ours, expected)
     if row.failure:
         return
     # The reference is written to be read: one look at its time is enough.
@@ -160,7 +161,7 @@ def _fill(row: Row, case: Case, draws: list[check.Expected], limits: Limits) -> 
 
 
 def _times(
-    case: Case, ours: Function, expected: check.Expected, device: str, budget_s: float
+    case: Case, ours: Function, expected: judge.Expected, device: str, budget_s: float
 ) -> tuple[list[float], list[float]]:
     """Seconds of ours and of the peer, forward, then forward and backward. The peer's are empty where it cannot."""
     turns = [{"ours": call} for call in contenders(case, ours, expected.inputs, expected.douts)]
@@ -171,7 +172,7 @@ def _times(
             turn["peer"] = peer
     except RuntimeError:  # such as a function that this torch lacks for the device or dtype
         pass
-    medians = [measure.median_seconds(turn, device, budget_s=budget_s) for turn in turns]
+    medians = [timing.median_seconds(turn, device, budget_s=budget_s) for turn in turns]
     return [m["ours"] for m in medians], [m["peer"] for m in medians if "peer" in m]
 
 
@@ -179,23 +180,21 @@ def contenders(
     case: Case, function: Function, inputs: Inputs, douts: list[torch.Tensor] | None = None
 ) -> list[Callable[[], object]]:
     """Calls of forward, and, where the case has gradients, of forward and backward. Without douts, they are drawn."""
-    differentiable = check.leaves(inputs, case.gradients)
+    differentiable = judge.leaves(inputs, case.gradients)
     wanted = [x for x in differentiable.values() if x.requires_grad]
     if douts is None:
-        douts = [torch.randn_like(out) for out in check.outputs(function, inputs)]
+        douts = [torch.randn_like(out) for out in judge.outputs(function, inputs)]
 
     def both() -> object:
         return torch.autograd.grad(function(**differentiable), wanted, douts)
 
-    calls: list[Callable[[], object]] = [lambda: check.outputs(function, inputs)]
+    calls: list[Callable[[], object]] = [lambda: judge.outputs(function, inputs)]
     return [*calls, both] if wanted else calls
 
 
-def _repeats(
-    row: Row, first: check.Results, case: Case, ours: Function, expected: check.Expected
-) -> str | None:
+def _repeats(row: Row, first: judge.Results, ours: Function, expected: judge.Expected) -> str | None:
     """A second run must give the same bits, and so must one thread where the backend promises it."""
-    different = check.differs(first, check.results(case, ours, expected.inputs, expected.douts))
+    different = judge.differs(first, judge.results(ours, expected.inputs, expected.douts))
     if different:
         return f"another run gives another {different}"
     num_threads = torch.get_num_threads()
@@ -203,14 +202,14 @@ def _repeats(
         return None
     torch.set_num_threads(1)
     try:
-        different = check.differs(first, check.results(case, ours, expected.inputs, expected.douts))
+        different = judge.differs(first, judge.results(ours, expected.inputs, expected.douts))
     finally:
         torch.set_num_threads(num_threads)
     return f"one thread gives another {different} than {num_threads}" if different else None
 
 
 def _least_seconds(
-    case: Case, expected: check.Expected, device: str, limits: Limits
+    case: Case, expected: judge.Expected, device: str, limits: Limits
 ) -> tuple[float, float, str]:
     """What forward, and forward and backward, take at the device's rates; and the rate that limits."""
     read = sum(x.nbytes for x in expected.inputs.values())

@@ -12,19 +12,10 @@ from pypar.context_parallel import ring_attention, shard, unshard
 from pypar.context_parallel.layouts import LAYOUTS
 from pypar.context_parallel.methods import ring, ring_buffers, ring_parts
 from pypar.mesh import Axis
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import assert_accurate
 from pypar.selftest.orders import InOrder
 from tests.context_parallel.cases import CASES, assert_close, inputs, on_rank, one_device, together
-from tests.harness.accuracy import assert_accurate
-
-
-def _plain_attention(q, k, v, causal):
-    """The definition, computed in the dtype of the inputs: out [B, T, N, Hv]."""
-    groups = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    scores = torch.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
-    return torch.einsum("bnts,bsnh->btnh", scores.softmax(-1), v)
 
 
 def _inputs(shape, dtype, seed=3):
@@ -39,7 +30,7 @@ def _expected(shape, causal, dtype, of=None):
     """(out, dq, dk, dv) of one process in `dtype`, from inputs that are first rounded to `of`."""
     q, k, v, dout = (x.to(of or dtype).to(dtype) for x in _inputs(shape, of or dtype))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = _plain_attention(*leaves, causal)
+    out = plain_attention(*leaves, causal=causal, return_lse=False)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 

@@ -12,11 +12,11 @@ from pypar.context_parallel.layouts import LAYOUTS, segments_of
 from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.methods import ring
 from pypar.ops.attention.arguments import check_window
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import assert_accurate
 from pypar.selftest.orders import InOrder
 from tests.context_parallel.cases import CASES, Case, assert_close, inputs, many_ranks, one_device, options
-from tests.harness.accuracy import assert_accurate
 from tests.harness.simulated_ranks import run_ranks
-from tests.ops.attention.plain import plain_attention
 
 
 def _mask(case):

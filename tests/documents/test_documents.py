@@ -122,7 +122,7 @@ def fault_of_pypar(arguments: list[str]) -> str | None:
 def fault_of_bench(program: Path, arguments: list[str]) -> str | None:
     if not program.is_file():
         return f"{program} is not there"
-    sources = [program, program.parent / "timing.py", *(ROOT / "pypar" / "bench").glob("*.py")]
+    sources = [program, *(ROOT / "pypar" / "bench").glob("*.py"), ROOT / "pypar" / "selftest" / "compare.py"]
     text = "".join(source.read_text() for source in sources)
     unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in text]
     return f"{program.name} has no {', '.join(unknown)}" if unknown else None

@@ -7,7 +7,9 @@ import torch
 
 from pypar.ops import native
 from pypar.ops.bucket import BACKENDS, bucket, move
-from tests.harness.accuracy import instruction_set
+from pypar.selftest.case import Draw
+from pypar.selftest.cases.bucket import case, plain
+from tests.harness.native_kernels import instruction_set
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -15,14 +17,7 @@ PAIRS = list(itertools.product(DTYPES, DTYPES))
 
 
 def make(count, dtype):
-    generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, generator=generator).mul(100).to(dtype)
-
-
-def definition(src, scale, dtype):
-    """In float64, where the product of two fp32 numbers is exact, then as fp32 has it, then once more rounded."""
-    exact = src.double() * torch.tensor(scale, dtype=torch.float32).double()
-    return exact.float().to(dtype)
+    return case(count, dtype).inputs(Draw("cpu", dtype, seed=count))["src"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,7 +28,7 @@ def test_bits(name, source, target, count, scale):
     src = make(count, source)
     out = torch.full((count,), 7.0, dtype=target)
     assert bucket(src, scale, out=out, backend=name) is out
-    assert torch.equal(out, definition(src, scale, target))
+    assert torch.equal(out, plain(src, scale, target))
 
 
 @pytest.mark.parametrize("isa", native.module().supported_isas())
@@ -42,7 +37,7 @@ def test_every_instruction_set(isa, source, target):
     src = make(1023, source)
     with instruction_set(isa):
         out = bucket(src, 1 / 3, out=torch.empty(1023, dtype=target), backend="native")
-    assert torch.equal(out, definition(src, 1 / 3, target))
+    assert torch.equal(out, plain(src, 1 / 3, target))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +47,7 @@ def test_large_and_missing_numbers(name, source, target):
     src = torch.tensor([torch.inf, -torch.inf, torch.nan, 60000.0, -60000.0, 0.0, -0.0]).to(source)
     for scale in (1.0, 4.0, 0.5):
         out = bucket(src, scale, out=torch.empty(7, dtype=target), backend=name)
-        expected = definition(src, scale, target)
+        expected = plain(src, scale, target)
         assert torch.equal(out.nan_to_num(nan=1.5), expected.nan_to_num(nan=1.5))
         assert out[2].isnan() and out[6].signbit()
 
@@ -60,7 +55,7 @@ def test_large_and_missing_numbers(name, source, target):
 @pytest.mark.parametrize("name", NAMES)
 def test_in_place_and_parts_of_a_buffer(name):
     x = make(1023, torch.float32)
-    expected = torch.cat([x[:5], definition(x[5:1000], 0.1, torch.float32), x[1000:]])
+    expected = torch.cat([x[:5], plain(x[5:1000], 0.1, torch.float32), x[1000:]])
     assert bucket(x[5:1000], 0.1, out=x[5:1000], backend=name).data_ptr() == x[5:].data_ptr()
     assert torch.equal(x, expected)
 
@@ -73,7 +68,7 @@ def test_same_bits_for_any_number_of_threads(threads):
         out = bucket(src, 1 / 3, out=torch.empty(200001, dtype=torch.bfloat16), backend="native")
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(out, definition(src, 1 / 3, torch.bfloat16))
+    assert torch.equal(out, plain(src, 1 / 3, torch.bfloat16))
 
 
 def test_float64_is_the_references():

@@ -1,5 +1,6 @@
 """cross_entropy on every backend."""
 
+import functools
 import math
 
 import pytest
@@ -7,28 +8,16 @@ import torch
 
 from pypar.ops import native
 from pypar.ops.cross_entropy import BACKENDS, cross_entropy
-from tests.harness.accuracy import assert_same_for_any_threads, check_operator, instruction_set
+from pypar.selftest.cases.cross_entropy import case
+from pypar.selftest.judge import check_case, draw_inputs
+from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(shape, dtype, strided=False, scale=4.0):
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn((*shape[:-1], shape[-1] + 5), generator=generator).mul(scale).to(dtype)
-    logits = logits[..., 2 : shape[-1] + 2]
-    targets = torch.randint(0, max(1, shape[-1]), shape[:-1], generator=generator)
-    targets.flatten()[::5] = -100
-    return {"logits": (logits if strided else logits.contiguous()).requires_grad_(), "targets": targets}
-
-
-def plain(logits, targets):
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return loss.view(targets.shape).to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-
-def run(name):
-    return lambda logits, targets: cross_entropy(logits, targets, backend=name)
+def make(shape, dtype, strided=False):
+    return draw_inputs(case(shape, ignored=True, strided=strided), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,14 +25,14 @@ def run(name):
 @pytest.mark.parametrize("shape", [(63, 2), (2, 63, 111), (7, 1023), (3, 5003)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_accuracy(name, dtype, shape, strided):
-    check_operator(run(name), plain, make(shape, dtype, strided))
+    check_case(case(shape, ignored=True, strided=strided), dtype, name)
 
 
 @pytest.mark.parametrize("isa", native.module().supported_isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, dtype):
     with instruction_set(isa):
-        check_operator(run("native"), plain, make((7, 2111), dtype))
+        check_case(case((7, 2111), ignored=True), dtype, "native")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +87,9 @@ def test_empty(name, shape):
 
 
 def test_same_bits_for_any_number_of_threads():
-    assert_same_for_any_threads(run("native"), make((1023, 111), torch.float32))
+    assert_same_for_any_threads(
+        functools.partial(cross_entropy, backend="native"), make((1023, 111), torch.float32)
+    )
 
 
 def test_gradient_of_the_reference():

@@ -15,7 +15,8 @@ from pypar.ops.linear import (
     linear_weight_gradient,
     processor,
 )
-from tests.harness.accuracy import check_operator
+from pypar.selftest.cases.linear import case
+from pypar.selftest.judge import check_case, draw_inputs
 
 NAMES = [backend.name for backend in BACKENDS]
 AMD = Processor("AuthenticAMD", has_avx512=True)
@@ -31,13 +32,7 @@ def available(name):
 
 
 def make(rows, size, outputs, dtype=torch.float32, strided=False, bias=True):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn((*rows, size + 3), generator=generator).to(dtype)[..., 1 : size + 1]
-    weight = torch.randn((size, outputs), generator=generator).to(dtype).t()
-    inputs = {"x": x if strided else x.contiguous(), "weight": weight if strided else weight.contiguous()}
-    if bias:
-        inputs["bias"] = torch.randn(outputs, generator=generator).to(dtype)
-    return {name: x.requires_grad_() for name, x in inputs.items()}
+    return draw_inputs(case(rows, size, outputs, strided=strided, bias=bias), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,10 +50,7 @@ def make(rows, size, outputs, dtype=torch.float32, strided=False, bias=True):
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_accuracy(name, sizes, strided, bias):
-    inputs = make(*sizes, strided=strided, bias=bias)
-    check_operator(
-        lambda **inputs: linear(**inputs, backend=available(name)), torch.nn.functional.linear, inputs
-    )
+    check_case(case(*sizes, strided=strided, bias=bias), torch.float32, available(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -5,23 +5,16 @@ import torch
 
 from pypar.ops import native
 from pypar.ops.rms_norm import BACKENDS, rms_norm
-from tests.harness.accuracy import assert_same_for_any_threads, check_operator, instruction_set
+from pypar.selftest.cases.rms_norm import case
+from pypar.selftest.judge import check_case, draw_inputs
+from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = 1e-5
 
 
-def make(shape, dtype, strided=False, weight_dtype=None):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn((*shape[:-1], shape[-1] + 5), generator=generator).to(dtype)[..., 2 : shape[-1] + 2]
-    x = x if strided else x.contiguous()
-    weight = torch.randn(shape[-1], generator=generator).to(weight_dtype or dtype)
-    return {"x": x.requires_grad_(), "weight": weight.requires_grad_()}
-
-
-def plain(x, weight):
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, EPS)
+def make(shape, dtype):
+    return draw_inputs(case(shape), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,18 +22,14 @@ def plain(x, weight):
 @pytest.mark.parametrize("shape", [(63, 1), (5, 63), (2, 63, 111), (1, 1023), (301, 64), (1023,)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_accuracy(name, dtype, shape, strided):
-    check_operator(
-        lambda x, weight: rms_norm(x, weight, EPS, backend=name), plain, make(shape, dtype, strided)
-    )
+    check_case(case(shape, strided), dtype, name)
 
 
 @pytest.mark.parametrize("isa", native.module().supported_isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, dtype):
     with instruction_set(isa):
-        check_operator(
-            lambda x, weight: rms_norm(x, weight, EPS, backend="native"), plain, make((7, 111), dtype)
-        )
+        check_case(case((7, 111)), dtype, "native")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +42,8 @@ def test_rows_in_any_order_of_memory(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_weight_with_bfloat16_input(name):
-    inputs = make((9, 111), torch.bfloat16, weight_dtype=torch.float32)
+    inputs = make((9, 111), torch.bfloat16)
+    inputs["weight"] = inputs["weight"].detach().float().requires_grad_()
     out = rms_norm(**inputs, backend=name)
     out.sum().backward()
     assert out.dtype == torch.bfloat16 and inputs["weight"].grad.dtype == torch.float32
@@ -82,7 +72,7 @@ def test_gradient_of_the_reference():
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
     inputs = make((5, 7), torch.float32)
-    torch.library.opcheck(torch.ops.pypar.rms_norm_forward, (*inputs.values(), EPS, name))
+    torch.library.opcheck(torch.ops.pypar.rms_norm_forward, (*inputs.values(), 1e-5, name))
     x, weight = (t.detach() for t in inputs.values())
     rstd = torch.rand(5)
     torch.library.opcheck(torch.ops.pypar.rms_norm_backward, (x, x, weight, rstd, name))

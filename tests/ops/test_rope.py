@@ -5,49 +5,31 @@ import torch
 
 from pypar.ops import native
 from pypar.ops.rope import BACKENDS, rope
-from tests.harness.accuracy import assert_same_for_any_threads, check_operator, instruction_set
+from pypar.selftest.cases.rope import case
+from pypar.selftest.judge import check_case, draw_inputs
+from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(shape, dtype, strides="contiguous"):
-    generator = torch.Generator().manual_seed(1)
-    batch, length, heads, size = shape
-    if strides == "transposed":
-        x = torch.randn((batch, heads, length, size), generator=generator).to(dtype).transpose(1, 2)
-    elif strides == "slice":
-        x = torch.randn((batch, length, heads + 3, size), generator=generator).to(dtype)[:, :, 1 : heads + 1]
-    elif strides == "every second":
-        x = torch.randn((batch, length, heads, 2 * size), generator=generator).to(dtype)[..., ::2]
-    else:
-        x = torch.randn(shape, generator=generator).to(dtype)
-    angle = torch.rand((length, size // 2), generator=generator) * 100
-    return {"x": x.requires_grad_(), "cos": angle.cos(), "sin": angle.sin()}
-
-
-def plain(x, cos, sin):
-    """As Hugging Face's Llama computes it: everything in x's dtype."""
-    cos, sin = (torch.cat((t, t), -1).unsqueeze(1).to(x.dtype) for t in (cos, sin))
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+def make(shape, dtype, memory="contiguous"):
+    return draw_inputs(case(shape, memory), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 63, 1, 2), (2, 63, 3, 64), (1, 111, 5, 46), (1, 1023, 1, 30)])
-@pytest.mark.parametrize("strides", ["contiguous", "transposed", "slice", "every second"])
-def test_accuracy(name, dtype, shape, strides):
-    inputs = make(shape, dtype, strides)
-    check_operator(lambda x, cos, sin: rope(x, cos, sin, backend=name), plain, inputs)
+@pytest.mark.parametrize("memory", ["contiguous", "heads before positions", "some heads", "every second"])
+def test_accuracy(name, dtype, shape, memory):
+    check_case(case(shape, memory), dtype, name)
 
 
 @pytest.mark.parametrize("isa", native.module().supported_isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, dtype):
     with instruction_set(isa):
-        inputs = make((2, 7, 3, 46), dtype)
-        check_operator(lambda x, cos, sin: rope(x, cos, sin, backend="native"), plain, inputs)
+        check_case(case((2, 7, 3, 46)), dtype, "native")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,7 +60,7 @@ def test_gradient_of_the_reference():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
-    inputs = make((2, 3, 2, 8), torch.float32, "transposed")
+    inputs = make((2, 3, 2, 8), torch.float32, "heads before positions")
     torch.library.opcheck(torch.ops.pypar.rope_forward, (*inputs.values(), name))
     inputs["x"] = inputs["x"].detach()
     torch.library.opcheck(torch.ops.pypar.rope_backward, (*inputs.values(), name))

@@ -5,39 +5,31 @@ import torch
 
 from pypar.ops import native
 from pypar.ops.swiglu import BACKENDS, swiglu
-from tests.harness.accuracy import assert_same_for_any_threads, check_operator, instruction_set
+from pypar.selftest.cases.swiglu import case
+from pypar.selftest.judge import check_case, draw_inputs
+from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(shape, dtype, strided=False):
-    """gate and up; strided: the halves of one tensor."""
-    generator = torch.Generator().manual_seed(1)
-    both = torch.randn((*shape[:-1], 2 * shape[-1]), generator=generator).mul(3).to(dtype)
-    gate, up = both.chunk(2, dim=-1)
-    if not strided:
-        gate, up = gate.contiguous(), up.contiguous()
-    return {"gate": gate.requires_grad_(), "up": up.requires_grad_()}
-
-
-def plain(gate, up):
-    return torch.nn.functional.silu(gate) * up
+def make(shape, dtype, halves=False):
+    return draw_inputs(case(shape, halves), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(63, 1), (2, 63, 111), (1, 1023), (1023,)])
-@pytest.mark.parametrize("strided", [False, True])
-def test_accuracy(name, dtype, shape, strided):
-    check_operator(lambda gate, up: swiglu(gate, up, backend=name), plain, make(shape, dtype, strided))
+@pytest.mark.parametrize("halves", [False, True])
+def test_accuracy(name, dtype, shape, halves):
+    check_case(case(shape, halves), dtype, name)
 
 
 @pytest.mark.parametrize("isa", native.module().supported_isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, dtype):
     with instruction_set(isa):
-        check_operator(lambda gate, up: swiglu(gate, up, backend="native"), plain, make((7, 111), dtype))
+        check_case(case((7, 111)), dtype, "native")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +62,7 @@ def test_gradient_of_the_reference():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
-    inputs = make((5, 7), torch.float32, strided=True)
+    inputs = make((5, 7), torch.float32, halves=True)
     torch.library.opcheck(torch.ops.pypar.swiglu_forward, (*inputs.values(), name))
     gate, up = (t.detach() for t in inputs.values())
     torch.library.opcheck(torch.ops.pypar.swiglu_backward, (gate, gate, up, name))

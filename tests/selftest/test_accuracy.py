@@ -8,10 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from pypar.ops.linear import BACKENDS, linear
-from pypar.selftest.check import judge_result, largest_error
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import expect, judge_result, largest_error
 from pypar.selftest.orders import InOrder, in_orders
-from tests.harness.accuracy import expect
-from tests.ops.attention.plain import plain_attention
 
 ROWS, OUTPUTS = 96, 64
 
@@ -26,9 +25,7 @@ def operands(K, dtype=torch.float32):
 
 def judge(K, found, dtype=torch.float32):
     expected = expect(F.linear, operands(K, dtype))
-    return judge_result(
-        "out", found, [plain["output 0"] for plain in expected.plains], expected.exact["output 0"]
-    )
+    return expected.judge("out", found)
 
 
 def chain(x, weight, terms, dtype=torch.float32):
@@ -73,10 +70,12 @@ def test_a_key_that_is_dropped_exceeds_the_rule(dtype):
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     expected = expect(plain_attention, tensors)
     fewer = {name: x if name == "q" else x[:, :-1] for name, x in tensors.items()}
-    for i, whole, part in zip((0, 1), plain_attention(**tensors), plain_attention(**fewer), strict=True):
-        expected.check(f"output {i}", whole)
-        with pytest.raises(AssertionError, match=f"output {i} is off by"):
-            expected.check(f"output {i}", part)
+    for name, whole, part in zip(
+        ("out", "lse"), plain_attention(**tensors), plain_attention(**fewer), strict=True
+    ):
+        expected.check(name, whole)
+        with pytest.raises(AssertionError, match=f"{name} is off by"):
+            expected.check(name, part)
 
 
 def test_gradients_are_summed_in_order_too():
@@ -85,11 +84,11 @@ def test_gradients_are_summed_in_order_too():
     dout = torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(3))
     expected = expect(F.linear, {"x": x, "weight": weight}, [dout])
     dx, dweight = torch.autograd.grad(F.linear(x, weight), [x, weight], dout)
-    expected.check("x", dx, gradient=True)
-    expected.check("weight", dweight, gradient=True)
+    expected.check("dx", dx)
+    expected.check("dweight", dweight)
     dweight[:, 500] -= 0.001 * dout.mean(0)
-    with pytest.raises(AssertionError, match="weight is off by"):
-        expected.check("weight", dweight, gradient=True)
+    with pytest.raises(AssertionError, match="dweight is off by"):
+        expected.check("dweight", dweight)
 
 
 def test_the_yardstick_has_the_same_bits_for_any_number_of_threads_and_any_blas():

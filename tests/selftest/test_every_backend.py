@@ -11,8 +11,8 @@ import torch
 
 from pypar.ops import native
 from pypar.ops.backend import RefusalError, op_modules
-from pypar.selftest import check, rows
-from tests.harness.accuracy import instruction_set
+from pypar.selftest import judge, rows
+from tests.harness.native_kernels import instruction_set
 
 ISAS = native.module().supported_isas()
 OPS = {rows.op_name(module): module for module in op_modules()}
@@ -25,7 +25,7 @@ CASES = {op: rows.cases_of(op, large=False) for op in OPS}
 
 def results(op, name, case, draws):
     ours = functools.partial(CASES[op][case].ours, backend=name)
-    return [check.results(CASES[op][case], ours, draw.inputs, draw.douts) for draw in draws]
+    return [judge.results(ours, draw.inputs, draw.douts) for draw in draws]
 
 
 @pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
@@ -36,7 +36,7 @@ def results(op, name, case, draws):
 def test_every_case_on_every_backend_and_instruction_set(op, quick, dtype):
     failures, ran = [], set()
     for case in (i for i, case in enumerate(CASES[op]) if case.quick or not quick):
-        draws = check.expect(CASES[op][case], "cpu", dtype)
+        draws = judge.expect_case(CASES[op][case], "cpu", dtype)
         for name, isa in [run[1:] for run in RUNS if run[0] == op]:
             try:
                 with instruction_set(isa):
@@ -45,7 +45,7 @@ def test_every_case_on_every_backend_and_instruction_set(op, quick, dtype):
                 continue
             ran.add((name, isa))
             what = f"{name} {isa} {CASES[op][case].name} {CASES[op][case].shape}"
-            failure = check.judge(found, draws).failure
+            failure = judge.judge_draws(found, draws).failure
             failures += [f"{what}: {failure}"] if failure else []
             failures += [f"{what}: {sentence}" for sentence in unlike(found[0], draws[0])]
     assert not failures, "\n".join(failures)
@@ -70,9 +70,9 @@ def test_results_may_be_written_to(op):
     """As those of torch; attention's backward reads its result, as F.scaled_dot_product_attention's does."""
     for name in BACKENDS[op]:
         for case in CASES[op][1:3]:
-            of = check.expect(case, "cpu", torch.float32)[0]
+            of = judge.expect_case(case, "cpu", torch.float32)[0]
             try:
-                out = case.ours(**check.leaves(of.inputs, case.gradients), backend=name)
+                out = case.ours(**judge.leaves(of.inputs, case.gradients), backend=name)
             except RefusalError:
                 continue
             first = out[0] if isinstance(out, tuple) else out

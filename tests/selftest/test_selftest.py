@@ -10,11 +10,14 @@ import torch
 
 import pypar.selftest as selftest
 from pypar import cli
+from pypar.bench import timing
 from pypar.ops import native
 from pypar.ops.attention.operator import BY_NAME
 from pypar.ops.backend import op_modules
-from pypar.selftest import attention_torch, check, linear, measure, report, rows
+from pypar.selftest import judge, report, rows
 from pypar.selftest.case import Case, Peer
+from pypar.selftest.cases import linear
+from pypar.selftest.cases.attention import fused
 
 attention_module = sys.modules["pypar.ops.attention"]
 OPS = [rows.op_name(module) for module in op_modules()]
@@ -35,7 +38,7 @@ def few_cases(monkeypatch):
         rows, "cases_of", lambda op, large: [dataclasses.replace(c, quick=True) for c in cases]
     )
     monkeypatch.setattr(rows, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(measure, "_MATMUL_SIZES", {"cpu": (256, 256)})
+    monkeypatch.setattr(timing, "_MATMUL_SIZES", {"cpu": (256, 256)})
 
 
 @pytest.fixture
@@ -71,14 +74,14 @@ def test_the_options_of_attention_are_covered():
 @pytest.fixture
 def small_limits(monkeypatch):
     """The machine's rates from small products and copies."""
-    monkeypatch.setattr(measure, "_MATMUL_SIZES", {"cpu": (256, 256)})
-    monkeypatch.setattr(measure, "_COPY_BYTES", {"cpu": 1 << 22})
+    monkeypatch.setattr(timing, "_MATMUL_SIZES", {"cpu": (256, 256)})
+    monkeypatch.setattr(timing, "_COPY_BYTES", {"cpu": 1 << 22})
 
 
 @pytest.fixture
 def small_linear(monkeypatch):
     """Some processors take seconds for a product in fp16."""
-    cases_of, case = rows.cases_of, linear._case(203, 128, 160, bias=False, quick=True)
+    cases_of, case = rows.cases_of, linear.case((203,), 128, 160, bias=False, quick=True)
     monkeypatch.setattr(rows, "cases_of", lambda op, large: [case] if op == "linear" else cases_of(op, large))
 
 
@@ -135,7 +138,7 @@ def test_a_result_that_is_not_a_number_fails(tmp_path, capsys, plant):
     plant(backward=lambda *arguments: tuple(torch.full_like(x, torch.nan) for x in right(*arguments)))
     code, printed, written = run(tmp_path, capsys, ops=("attention",), backends=("native",))
     assert code == 1 and "is off by inf" in printed and written["rows"][0]["error"] == "inf"
-    assert check.largest_error(torch.tensor([torch.inf]), torch.tensor([torch.inf]).double()) == 0
+    assert judge.largest_error(torch.tensor([torch.inf]), torch.tensor([torch.inf]).double()) == 0
 
 
 def test_a_backend_that_raises_fails_its_row_and_the_others_go_on(tmp_path, capsys, plant):
@@ -191,7 +194,7 @@ def test_an_operator_without_cases_is_named(monkeypatch):
     monkeypatch.setattr(rows, "cases_of", missing)
     options = rows.Options(ops=("rope",))
     (item,) = rows.run(options, rows.Limits(options))
-    assert item == rows.NotRun("rope", "it has no cases: pypar/selftest/rope.py is missing")
+    assert item == rows.NotRun("rope", "it has no cases: pypar/selftest/cases/rope.py is missing")
 
 
 def test_nothing_run_is_no_success():
@@ -202,8 +205,8 @@ def test_nothing_run_is_no_success():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, (3, None), (None, 2), (0, 0), (2, 4)])
 def test_visible_pairs_are_counted_right(T, S, causal, window):
-    sees = attention_torch.visible(T, S, causal, window, "cpu")
-    assert attention_torch.visible_pairs(T, S, causal, window) == int(sees.sum())
+    sees = fused.visible(T, S, causal, window, "cpu")
+    assert fused.visible_pairs(T, S, causal, window) == int(sees.sum())
 
 
 def test_a_slow_contender_is_timed_once_and_a_fast_one_in_rounds():
@@ -219,7 +222,7 @@ def test_a_slow_contender_is_timed_once_and_a_fast_one_in_rounds():
         calls["fast"] += 1
         time.sleep(0.001)
 
-    found = measure.times({"slow": slow, "fast": fast}, rounds=5, budget_s=0.02)
+    found = timing.times({"slow": slow, "fast": fast}, rounds=5, budget_s=0.02)
     assert calls["slow"] == len(found["slow"]) == 1
     assert len(found["fast"]) >= 3 and 0.001 <= min(found["fast"]) < 0.02
 

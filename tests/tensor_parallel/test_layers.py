@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pypar.layout import Cut, Layout, layout_of, local_shape, local_tensor
 from pypar.mesh import Axis, Mesh
+from pypar.selftest.judge import assert_accurate
 from pypar.selftest.orders import InOrder
 from pypar.tensor_parallel import (
     ColumnParallelLinear,
@@ -17,7 +18,6 @@ from pypar.tensor_parallel import (
     VocabParallelEmbedding,
     column_parallel,
 )
-from tests.harness.accuracy import assert_accurate
 from tests.harness.samples import draw, relative
 
 WORLDS = [1, 2, 4]

@@ -10,8 +10,8 @@ from torch.nn import functional
 from pypar.comm import wire_bytes
 from pypar.layout import local_tensor
 from pypar.mesh import Mesh
+from pypar.selftest.judge import assert_accurate
 from pypar.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
-from tests.harness.accuracy import assert_accurate
 from tests.harness.samples import draw, relative
 
 WORLDS = [1, 2, 4]

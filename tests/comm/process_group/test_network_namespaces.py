@@ -3,7 +3,6 @@
 The long test has two ranks on each host.
 """
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -17,29 +16,20 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import pypar.comm  # noqa: F401 - makes the backend known
+from pypar.bench import namespaces
 from pypar.data_parallel import GradientBuckets
 from pypar.mesh import Axis
 from tests import ROOT
 
-BENCH = ROOT / "bench"
 MEGABIT = 10**6
-
-
-def _namespaces():
-    spec = importlib.util.spec_from_file_location("bench_namespaces", BENCH / "namespaces.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-REASON = _namespaces().why_not()
+REASON = namespaces.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no network namespaces: {REASON}")
 
 
 def _join(rank, size, folder, bits_per_second):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    _namespaces().enter(store, rank, rank * 2 // size, bits_per_second)
+    namespaces.enter(store, rank, rank * 2 // size, bits_per_second)
     dist.init_process_group("pypar", store=store, rank=rank, world_size=size)
 
 

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
+from pypar.selftest.judge import assert_accurate
 from tests.gpu.allreduce.peer_ranks import DTYPES, draw, norm_reference, rank_sum
 from tests.harness import ptx_attention
-from tests.harness.accuracy import assert_accurate
 
 FOLDER = os.environ.get("PYPAR_PTXRUN", "")
 pytestmark = [

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pypar.ops.attention.arguments import Positions, attention_problem
 from pypar.ops.backend import Backend
-from tests.harness.accuracy import expect
-from tests.ops.attention.plain import plain_attention
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import expect
 
 
 def draw(  # noqa: PLR0913
@@ -100,11 +100,11 @@ def check_carry(backend: Backend, tensors: dict[str, Tensor], keywords: dict, pa
         )
         pieces.append((span, piece if start == 0 else replace(piece, sinks=None)))
         assert backend.forward(pieces[-1][1], carry)[0] is carry[0]
-    for i, actual in enumerate(carry):
-        expected.check(f"output {i}", actual.to(expected.plains[0][f"output {i}"].dtype))
+    for name, actual in zip(("out", "lse"), carry, strict=True):
+        expected.check(name, actual.to(expected.plains[0][name].dtype))
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, problem.k, problem.v))
     out = carry[0].to(q.dtype)
     for span, piece in pieces:
         backend.backward(piece, douts[0], out, carry[1], douts[1], (dq, dk[:, span], dv[:, span]), None)
     for name, actual in zip("qkv", (dq, dk, dv), strict=True):
-        expected.check(name, actual.to(q.dtype), gradient=True)
+        expected.check(f"d{name}", actual.to(q.dtype))

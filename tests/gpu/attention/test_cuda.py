@@ -11,11 +11,11 @@ from torch import Tensor
 from pypar.ops.attention import native as attention_native
 from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
-from tests.harness.accuracy import expect
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import expect
 from tests.harness.simt import build as simt_build
 from tests.ops.attention import cases as attention_cases
 from tests.ops.attention.cases import AXES, Case, operands
-from tests.ops.attention.plain import plain_attention
 
 pytestmark = pytest.mark.skipif(simt_build.why_not() is not None, reason=f"{simt_build.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,8 +59,8 @@ def check(flavour: str, tensors: dict[str, Tensor], keywords: dict) -> tuple[Ten
     """(out, lse), which keep the error rule."""
     results = simt_forward(flavour, attention_problem(**tensors, **keywords))
     expected = expect(partial(plain_attention, **keywords), tensors)
-    for i, result in enumerate(results):
-        expected.check(f"output {i}", result)
+    for name, result in zip(("out", "lse"), results, strict=True):
+        expected.check(name, result)
     return results
 
 

@@ -11,12 +11,12 @@ from pypar.ops.attention import native as attention_native
 from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.ops.backend import Backend
-from tests.harness.accuracy import assert_accurate, expect
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import assert_accurate, expect
 from tests.harness.simt import build as simt_build
 from tests.ops.attention import cases as attention_cases
 from tests.ops.attention.cases import AXES, operands
 from tests.ops.attention.judge import compare, run
-from tests.ops.attention.plain import plain_attention
 
 pytestmark = pytest.mark.skipif(simt_build.why_not() is not None, reason=f"{simt_build.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -271,7 +271,7 @@ def test_bias_gradient_is_accurate_for_every_element():
     simt_backward("fast", problem, dout, out, lse, None, None, results[0])
     attention_reference.backward(problem, dout, out, lse, None, None, results[1])
     plain = expect(lambda **x: plain_attention(**x, window=(30, 30))[0], tensors, [dout])
-    plains = [found["bias"] for found in plain.plains]
+    plains = [found["dbias"] for found in plain.plains]
     assert_accurate("dbias", results[0][0], plains, results[1][0].double(), gradient=True)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pypar.ops.attention.arguments import attention_problem
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import expect
 from tests.harness import ptx_attention
-from tests.harness.accuracy import expect
-from tests.ops.attention.plain import plain_attention
 
 FOLDER = os.environ.get("PYPAR_PTXRUN", "")
 pytestmark = [
@@ -37,8 +37,8 @@ def check(tensors: dict[str, Tensor], keywords: dict, num_splits: int = 1, **opt
         FOLDER, attention_problem(**tensors, **keywords), num_splits=num_splits, **options
     )
     expected = expect(partial(plain_attention, **keywords), tensors)
-    for i, result in enumerate(results):
-        expected.check(f"output {i}", result)
+    for name, result in zip(("out", "lse"), results, strict=True):
+        expected.check(name, result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

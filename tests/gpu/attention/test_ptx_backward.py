@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import AttentionProblem, attention_problem
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import expect
 from tests.harness import ptx_attention
-from tests.harness.accuracy import expect
 from tests.harness.ptx_attention import CProblem, CTensor, c_problem, c_tensor
-from tests.ops.attention.plain import plain_attention
 
 FOLDER = os.environ.get("PYPAR_PTXRUN", "")
 pytestmark = [
@@ -159,7 +159,7 @@ def check(
         x.requires_grad_()
     expected = expect(lambda **x: plain_attention(**x, **keywords), tensors, [dout, dlse])
     for name, gradient in named.items():
-        expected.check(name, gradient, gradient=True)
+        expected.check(f"d{name}", gradient)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,9 +12,9 @@ from pypar.ops.attention import attention
 from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import attention_problem
 from pypar.ops.backend import Backend
-from tests.harness.accuracy import Expected, assert_accurate, expect, run_with_gradients
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import Expected, assert_accurate, expect, outputs_and_gradients
 from tests.ops.attention.cases import Case, operands
-from tests.ops.attention.plain import plain_attention
 
 
 def run(backend: str | Backend, case: Case, device: str = "cpu") -> None:
@@ -47,7 +47,7 @@ def ask(tensors: dict[str, Tensor], keywords: dict) -> Asked:
     dout = torch.randn(*batch, T, N, tensors["v"].shape[-1], generator=generator).to(tensors["q"].dtype)
     dlse = torch.randn(*batch, N, T, generator=generator)
     plain = functools.partial(plain_attention, **keywords)
-    return Asked(dout, dlse, expect(plain, tensors, [dout, dlse], beside=("sinks",)))
+    return Asked(dout, dlse, expect(plain, tensors, [dout, dlse], beside=("dsinks",)))
 
 
 def compare(
@@ -66,25 +66,24 @@ def compare(
         assert_accurate(
             name,
             outputs[i],
-            [plain[f"output {i}"] for plain in expected.plains],
-            expected.exact[f"output {i}"],
+            [plain[name] for plain in expected.plains],
+            expected.exact[name],
         )
     assert gradients.keys() == {name for name, x in tensors.items() if x.requires_grad}
     exact = expected.exact
     if given_out := _differences(tensors):
-        lost = (dout.double() * (exact["output 0"] - outputs[0])).sum(-1).mT
+        lost = (dout.double() * (exact["out"] - outputs[0])).sum(-1).mT
         plain = functools.partial(plain_attention, **keywords)
-        corrected = run_with_gradients(plain, tensors, [dout, dlse + lost], double=True)[1]
-        exact = exact | {name: corrected[name] for name in given_out}
+        corrected = outputs_and_gradients(plain, tensors, [dout, dlse + lost], double=True)[1]
+        exact = exact | {f"d{name}": corrected[name] for name in given_out}
     for name, gradient in gradients.items():
         if name == "sinks" and not sinks_by_the_rule:
             check_sinks(gradient, tensors["sinks"], dout, dlse, *outputs)
         else:
-            plains = [plain[name] for plain in expected.plains]
+            of = f"d{name}"
+            plains = [plain[of] for plain in expected.plains]
             # Plain attention is judged by the out that it returned itself.
-            assert_accurate(
-                f"d{name}", gradient, plains, exact[name], gradient=True, plain_exact=expected.exact[name]
-            )
+            assert_accurate(of, gradient, plains, exact[of], gradient=True, plain_exact=expected.exact[of])
 
 
 def _differences(tensors: dict[str, Tensor]) -> set[str]:
@@ -121,7 +120,7 @@ def _results(
     moved = {name: there(x.detach()).requires_grad_(x.requires_grad) for name, x in tensors.items()}
     keywords = {name: there(x) for name, x in keywords.items()}
     if isinstance(backend, str):
-        outputs, gradients = run_with_gradients(
+        outputs, gradients = outputs_and_gradients(
             lambda **x: attention(**x, **keywords, return_lse=True, backend=backend),
             moved,
             [there(x) for x in douts],

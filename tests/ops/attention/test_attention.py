@@ -1,6 +1,5 @@
 """attention on every backend; the long tests have a thousand queries and keys."""
 
-import functools
 import math
 
 import pytest
@@ -9,7 +8,9 @@ import torch
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS, attention, attention_backward, attention_forward
 from pypar.ops.attention.arguments import attention_problem
-from tests.harness.accuracy import assert_same_for_any_threads, check_operator, expect, instruction_set
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import check_operator, expect
+from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
 
 ANY = torch.zeros(1, 1, 1, 8)
 # The GPU's are tested in tests/gpu/attention.
@@ -33,30 +34,12 @@ def make(T=63, S=111, N=2, G=2, H=64, Hv=None, B=1, dtype=torch.float32):  # noq
     }
 
 
-def plain(q, k, v, causal, return_lse=True):
-    """What one writes without a fused operator, every step in the inputs' dtype."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    T, S = scores.shape[-2:]
-    if causal:
-        sees = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-        scores = scores.masked_fill(~sees, -math.inf)
-    p = scores.softmax(-1)
-    if causal and T > S:
-        p = p.masked_fill(~sees.any(-1, keepdim=True), 0.0)
-    out = (p @ v).transpose(1, 2)
-    wide = scores.double() if scores.dtype == torch.float64 else scores.float()
-    return (out, wide.logsumexp(-1)) if return_lse else out
-
-
 def check(inputs, causal, **options):
     """Compares out, lse and their gradients; without lse where rows see no key, since their lse is -inf."""
     lse = not (causal and inputs["q"].shape[1] > inputs["k"].shape[1])
     check_operator(
         lambda q, k, v: attention(q, k, v, causal=causal, return_lse=lse, **options),
-        lambda q, k, v: plain(q, k, v, causal, lse),
+        lambda q, k, v: plain_attention(q, k, v, causal=causal, return_lse=lse),
         inputs,
     )
 
@@ -273,9 +256,9 @@ def test_large_scores(name):
     with torch.no_grad():
         inputs["k"] *= torch.linspace(0, 3000, 400).reshape(1, -1, 1, 1)
     out, lse = attention(**inputs, return_lse=True, backend=name)
-    expected = expect(functools.partial(plain, causal=False), inputs)
-    expected.check("output 0", out.detach())
-    expected.check("output 1", lse.detach())
+    expected = expect(plain_attention, inputs)
+    expected.check("out", out.detach())
+    expected.check("lse", lse.detach())
 
 
 def test_infinite_and_missing_values_stay_where_they_belong():

@@ -14,7 +14,7 @@ import torch
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS
 from pypar.ops.attention.arguments import attention_problem
-from tests.harness.accuracy import instruction_set
+from tests.harness.native_kernels import instruction_set
 from tests.ops.attention.cases import AXES, DTYPES, MIDDLE_LENGTHS, SHORT_LENGTHS, operands, sample, whole
 from tests.ops.attention.judge import compare, run
 

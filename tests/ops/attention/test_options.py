@@ -9,9 +9,9 @@ import torch
 from pypar.ops.attention import attention
 from pypar.ops.attention.arguments import Positions, attention_problem
 from pypar.ops.attention.reference import sinks_gradient
-from tests.harness.accuracy import expect, run_with_gradients
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import expect, outputs_and_gradients
 from tests.ops.attention.cases import AXES, SHORT_LENGTHS, operands, sample
-from tests.ops.attention.plain import plain_attention
 from tests.ops.attention.test_matrix import BY_NAME, SHORT, device_of
 
 B, T, S, N, G, H, Hv = 2, 3, 5, 2, 1, 2, 1
@@ -99,11 +99,11 @@ def test_gradcheck_of_the_reference(name, swapped):
 def test_the_reference_in_fp64_is_plain_attention_in_fp64(case):
     """Two people's readings of one definition: they share the dropout generator and nothing else."""
     tensors, keywords = operands(case)
-    outputs = run_with_gradients(lambda **x: plain_attention(**x, **keywords), tensors, None, double=True)[0]
+    outputs = outputs_and_gradients(lambda **x: plain_attention(**x, **keywords), tensors, double=True)[0]
     douts = [doubles(*x.shape) for x in outputs]
     ask = functools.partial(attention, backend="reference", return_lse=True, **keywords)
-    ours = run_with_gradients(ask, tensors, douts, double=True)
-    exact = run_with_gradients(functools.partial(plain_attention, **keywords), tensors, douts, double=True)
+    ours = outputs_and_gradients(ask, tensors, douts, double=True)
+    exact = outputs_and_gradients(functools.partial(plain_attention, **keywords), tensors, douts, double=True)
     for a, b in zip([*ours[0], *ours[1].values()], [*exact[0], *exact[1].values()], strict=True):
         assert a.dtype == torch.float64
         torch.testing.assert_close(
@@ -193,11 +193,11 @@ def test_keys_in_parts(name, case):
     ask = functools.partial(plain_attention, **keywords)
     expected = expect(ask, tensors, [dout, dlse])
     outputs, gradients = in_parts(BY_NAME[name], tensors, keywords, cuts, dout, dlse)
-    for i, output in enumerate(outputs):
-        expected.check(f"output {i}", output)
+    for what, output in zip(("out", "lse"), outputs, strict=True):
+        expected.check(what, output)
     for what, gradient in gradients.items():
-        expected.check(what, gradient, gradient=True)
+        expected.check(f"d{what}", gradient)
 
     if "sinks" in tensors:
         dsinks = sinks_gradient(tensors["sinks"].detach(), dout, *outputs, dlse)
-        torch.testing.assert_close(dsinks, expected.exact["sinks"].float(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(dsinks, expected.exact["dsinks"].float(), rtol=2e-2, atol=2e-2)

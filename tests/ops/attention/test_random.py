@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from pypar.ops.attention import attention
-from tests.harness.accuracy import run_with_gradients
+from pypar.selftest.cases.attention.plain import plain_attention
+from pypar.selftest.judge import outputs_and_gradients
 from tests.ops.attention.judge import check_sinks
-from tests.ops.attention.plain import plain_attention
 from tests.ops.attention.test_matrix import BY_NAME, device_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -98,7 +98,7 @@ def check(name, problem):
         outputs = plain(**tensors)
     douts = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
     results = [
-        run_with_gradients(function, tensors, douts, double)
+        outputs_and_gradients(function, tensors, douts, double)
         for function, double in ((ours, False), (plain, False), (plain, True))
     ]
     for what, *three in zip(("out", "lse"), *(x[0] for x in results), strict=True):
@@ -107,7 +107,7 @@ def check(name, problem):
         check_sinks(results[0][1]["sinks"], tensors["sinks"], *douts, *results[0][0])
     # For the out that was returned: judge._differences says why.
     lost = (douts[0].double() * (results[2][0][0] - results[0][0][0])).sum(-1).mT
-    exact = run_with_gradients(plain, tensors, [douts[0], douts[1] + lost], double=True)[1]
+    exact = outputs_and_gradients(plain, tensors, [douts[0], douts[1] + lost], double=True)[1]
     for what in set(tensors) - {"sinks"}:
         # A bias that many scores share has the sum of their gradients, which cancel.
         num_scores = outputs[1].numel() * tensors["k"].shape[-3] if what == "bias" else 1

@@ -18,7 +18,7 @@ from pypar.ops.attention import triton as attention_triton
 from pypar.ops.attention.arguments import AttentionProblem, Positions
 from pypar.ops.backend import Backend, never_refuses
 from pypar.ops.scaled_dot_product_attention import scaled_dot_product_attention
-from tests.harness.accuracy import instruction_set
+from tests.harness.native_kernels import instruction_set
 from tests.harness.simt import build as simt_build
 from tests.ops.attention.unseen import POISONS, REACHED, Way, draw, make, poisoned, reach
 

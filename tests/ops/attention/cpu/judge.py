@@ -9,8 +9,8 @@ from pypar.ops import native
 from pypar.ops.attention import native as attention_native
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.ops.attention.reference import dropout_keep
+from pypar.selftest.judge import assert_accurate
 from pypar.selftest.orders import in_orders
-from tests.harness.accuracy import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -18,7 +18,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def plain(
     problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None
 ):
-    """(out, lse) of one sequence, every step in q's dtype."""
+    """(out, lse) of one sequence, every step in q's dtype.
+
+    Other than in pypar.selftest's plain attention, p is exp(x - lse), from the lse that a kernel saves: where a row
+    sees one key p then differs from 1 by rounding, as a kernel's does.
+    """
     T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     at = problem.positions or Positions(q_start=S - T)
     q_at = at.q_start + at.step * torch.arange(T)[:, None]

@@ -9,8 +9,9 @@ import torch
 from pypar.ops import native
 from pypar.ops.attention import native as attention_native
 from pypar.ops.attention.arguments import AttentionProblem, Positions
+from pypar.selftest.judge import assert_accurate
 from pypar.selftest.orders import in_orders
-from tests.harness.accuracy import assert_accurate, instruction_set
+from tests.harness.native_kernels import instruction_set
 from tests.ops.attention.cpu.judge import (
     DTYPES,
     OPTIONS,

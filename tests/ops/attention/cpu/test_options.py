@@ -5,7 +5,7 @@ import torch
 
 from pypar.ops import native
 from pypar.ops.attention import native as attention_native
-from tests.harness.accuracy import instruction_set
+from tests.harness.native_kernels import instruction_set
 from tests.ops.attention.cpu.judge import (
     DTYPES,
     OPTIONS,

@@ -8,7 +8,7 @@ import torch
 from pypar.ops import native
 from pypar.ops.attention import BY_NAME
 from pypar.ops.attention.arguments import Positions, attention_problem
-from tests.harness.accuracy import instruction_set
+from tests.harness.native_kernels import instruction_set
 
 ISAS = native.module().supported_isas()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import torch
-from context_step import SAMPLED, Problem, check, sample
-from context_workers import Workers
-from timing import DTYPES
 from torch import Tensor
 
+from pypar.bench.context_parallel.step import SAMPLED, Problem, check, sample
+from pypar.bench.context_parallel.workers import Workers
+from pypar.bench.timing import DTYPES
 from pypar.context_parallel import ring_attention
 from pypar.context_parallel.layouts import positions_of, segments_of
 from pypar.mesh import Axis
@@ -61,10 +61,10 @@ def measured_step(axis: Axis, problem: Problem) -> tuple[float, int, list[dict[i
     )
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _memory_bytes("VmRSS")
-    *leaves, dout = part_of(problem, axis.rank, axis.size)
-    leaves = [x.requires_grad_() for x in leaves]
+    q, k, v, dout = part_of(problem, axis.rank, axis.size)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
     began = time.perf_counter()
-    out = ring_attention(*leaves, axis, layout=LAYOUT)
+    out = ring_attention(q, k, v, axis, layout=LAYOUT)
     results = out.detach(), *torch.autograd.grad(out, leaves, dout)
     seconds = time.perf_counter() - began
     peak = _memory_bytes("VmHWM") - before

@@ -9,11 +9,17 @@ from __future__ import annotations
 import argparse
 import statistics
 
-import namespaces
-from context_step import Contender, Problem, check, sampled_single, sampled_step, timed_step
-from context_workers import Workers, host_of
-from timing import DTYPES
-
+from pypar.bench import namespaces
+from pypar.bench.context_parallel.step import (
+    Contender,
+    Problem,
+    check,
+    sampled_single,
+    sampled_step,
+    timed_step,
+)
+from pypar.bench.context_parallel.workers import Workers, host_of
+from pypar.bench.timing import DTYPES
 from pypar.mesh import Axis
 
 SHARES = {0.5: 1.05, 0.9: 1.1, 1.2: 1.25}  # communication / compute -> step / max of both, at most

@@ -1,15 +1,19 @@
-"""Times of functions that take turns, and the rates that limit them. Benches measure with this, too."""
+"""Times of functions that take turns, and the rates that limit them: how the benches and the self-test measure."""
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 
 Contenders = Mapping[str, Callable[[], object]]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _CPU_BATCH_S, _GPU_BATCH_S = 0.01, 0.002  # calls shorter than this are timed several at once
 _LEAST_ROUNDS = 3
@@ -51,6 +55,21 @@ def median_seconds(
         name: statistics.median(record)
         for name, record in times(contenders, device, rounds, budget_s).items()
     }
+
+
+def best_seconds(contenders: Contenders, rounds: int = 15) -> dict[str, float]:
+    """The least of each contender's times, which other processes disturb least."""
+    return {name: min(record) for name, record in times(contenders, rounds=rounds).items()}
+
+
+def bind_threads() -> None:
+    """Starts the program again with each OpenMP thread bound to a core of its own, unless the caller has decided.
+
+    Unbound, two threads may share one core for seconds, which moves every figure by a factor of two.
+    """
+    if "OMP_PROC_BIND" not in os.environ:
+        os.environ["OMP_PROC_BIND"] = "true"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def matmul_rate(

@@ -13,12 +13,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import namespaces
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 import pypar.comm  # noqa: F401 - makes the backend known
+from pypar.bench import namespaces
 from pypar.mesh import Axis
 
 
@@ -88,6 +88,7 @@ def _rank(
     if bits_per_second is not None:
         namespaces.enter(store, rank, host_of(rank, size), bits_per_second)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    assert dist.group.WORLD is not None
     _obey(pipe, Axis.of(dist.group.WORLD, "cp"))  # with one rank there is no group
     os._exit(0)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-from context_step import Contender, Problem, timed_step
-from context_workers import Workers
-from timing import DTYPES
 
+from pypar.bench.context_parallel.step import Contender, Problem, timed_step
+from pypar.bench.context_parallel.workers import Workers
+from pypar.bench.timing import DTYPES
 from pypar.context_parallel import measure_costs
 from pypar.context_parallel.auto.choose import cheapest, method_costs
 from pypar.context_parallel.auto.volume import Sizes

@@ -129,7 +129,11 @@ def _with_gradients(attend: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
 
 
 def timed_step(axis: Axis, problem: Problem, contender: Contender) -> Timed:
-    left_out = {None: contextlib.nullcontext(), False: without_communication(), True: without_attention()}
+    left_out: dict[bool | None, contextlib.AbstractContextManager] = {
+        None: contextlib.nullcontext(),
+        False: without_communication(),
+        True: without_attention(),
+    }
     parts(axis, problem, contender.layout)
     with left_out[contender.communicates]:
         step(axis, problem, contender)  # after a pause the first one is slower, on all sides

@@ -1,4 +1,4 @@
-"""Attention as one writes it without a fused operator, differentiated by autograd: the yardstick of the tests.
+"""Attention as one writes it without a fused operator, differentiated by autograd: the yardstick of its accuracy.
 
 Every step is taken in the inputs' dtype: "plain", the error that is allowed. With fp64 inputs it is "exact". It
 follows the definition of pypar.attention and shares no code with pypar's reference but the dropout generator.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pypar.ops.attention.arguments import Positions
 from pypar.ops.attention.reference import dropout_keep
+
+Window = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Options:
 
     causal: bool = False
     scale: float | None = None
-    window: tuple[int | None, int | None] | None = None
+    window: Window | None = None
     softcap: float = 0.0
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
@@ -35,11 +38,12 @@ class Options:
     positions: Positions | None = None
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> tuple[Tensor, Tensor]:
-    """(out, lse) of pypar.attention's arguments; lse in fp32, or in fp64 for fp64."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = True, **keywords: Any) -> Any:
+    """(out, lse) of pypar.attention's arguments, or out; lse in fp32, or in fp64 for fp64."""
     options = Options(**keywords)
     if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
-        return _attend(q, k, v, options, 0)
+        out, terms = _attend(q, k, v, options, 0)
+        return (out, _lse(*terms)) if return_lse else out
     # Of zero rows, so that there is something to join when there is no sequence.
     none = q[None, :0], k[None, :0], v[None, :0]
     parts = [_attend(*none, options, 0)]
@@ -47,17 +51,19 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> tupl
     for b in range(len(rows) - 1):
         row, key = slice(rows[b], rows[b + 1]), slice(keys[b], keys[b + 1])
         parts.append(_attend(q[None, row], k[None, key], v[None, key], options, b))
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, 1)[0], torch.cat(lses, 2)[0]
+    out = torch.cat([part for part, _ in parts], 1)[0]
+    return (out, torch.cat([_lse(*terms) for _, terms in parts], 2)[0]) if return_lse else out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, first: int) -> tuple[Tensor, Tensor]:
-    """With a batch dimension, whose elements are the sequences `first`, first + 1 and so on."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, first: int
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    """out, and what `_lse` needs. With a batch dimension, whose elements are the sequences `first`, first + 1, ..."""
     B, T, N, H = q.shape
     S, G = k.shape[1:3]
     at = options.positions or Positions(q_start=S - T)
-    pq = at.q_start + at.step * torch.arange(T)
-    pk = at.k_start + at.step * torch.arange(S)
+    pq = at.q_start + at.step * torch.arange(T, device=q.device)
+    pk = at.k_start + at.step * torch.arange(S, device=q.device)
     k, v = (x.repeat_interleave(N // G, 2).permute(0, 2, 1, 3) for x in (k, v))
     x = q.permute(0, 2, 1, 3) @ k.transpose(2, 3) * (H**-0.5 if options.scale is None else options.scale)
     if options.softcap > 0:
@@ -69,29 +75,40 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, first: int) -> tu
         slopes = slopes[first : first + B] if slopes.dim() == 2 else slopes[None]
         distance = (pq[:, None] - pk[None, :]).abs()
         x = (x - slopes[:, :, None, None] * distance).to(q.dtype)
-    seen = _seen(pq, pk, options) & (x != -math.inf)
-    # A row that sees nothing gets finite scores, whose results are then replaced by constants.
-    any_seen = seen.any(-1, keepdim=True) | (options.sinks is not None)
-    terms = x.masked_fill(~seen & any_seen, -math.inf).masked_fill(~any_seen, 0)
+    seen = sees(pq, pk, options.causal, options.window)
+    if options.bias is not None:
+        seen = seen & (x != -math.inf)
+    terms, blind = x.masked_fill(~seen, -math.inf), None
     if options.sinks is not None:
         terms = torch.cat((terms, options.sinks.to(q.dtype)[None, :, None, None].expand(B, N, T, 1)), -1)
-    elif S == 0:
-        terms = torch.cat((terms, terms.new_zeros(B, N, T, 1)), -1)
-    p = terms.softmax(-1)[..., :S].masked_fill(~any_seen, 0)
+    else:
+        if S == 0:
+            terms = torch.cat((terms, terms.new_zeros(B, N, T, 1)), -1)
+        if not seen.any(-1).all():
+            # A row that sees nothing gets finite scores, whose results are then replaced by constants.
+            blind = ~seen.any(-1, keepdim=True)
+            terms = terms.masked_fill(blind, 0)
+    p = terms.softmax(-1)[..., :S]
+    if blind is not None:
+        p = p.masked_fill(blind, 0)
     if options.dropout_p > 0:
-        keep = _keep((B, N, T, S), first, at, options.dropout_seed, options.dropout_p)
+        keep = _keep((B, N, T, S), first, at, options.dropout_seed, options.dropout_p, q.device)
         p = (p / (1 - options.dropout_p)).masked_fill(~keep, 0)
-    out = (p @ v).permute(0, 2, 1, 3)
+    return (p @ v).permute(0, 2, 1, 3), (terms, blind)
+
+
+def _lse(terms: Tensor, blind: Tensor | None) -> Tensor:
     wide = terms if terms.dtype == torch.float64 else terms.float()
-    return out, wide.logsumexp(-1).masked_fill(~any_seen[..., 0], -math.inf)
+    lse = wide.logsumexp(-1)
+    return lse if blind is None else lse.masked_fill(blind[..., 0], -math.inf)
 
 
-def _seen(pq: Tensor, pk: Tensor, options: Options) -> Tensor:
-    """[T, S]"""
-    left, right = (-1 if side is None else side for side in options.window or (None, None))
-    if options.causal:
+def sees(pq: Tensor, pk: Tensor, causal: bool, window: Window | None) -> Tensor:
+    """[T, S], True where the query at a position of pq [T] sees the key at one of pk [S]."""
+    left, right = (-1 if side is None else side for side in window or (None, None))
+    if causal:
         right = 0
-    seen = torch.ones(len(pq), len(pk), dtype=torch.bool)
+    seen = torch.ones(len(pq), len(pk), dtype=torch.bool, device=pq.device)
     if left >= 0:
         seen &= pk[None, :] >= pq[:, None] - left
     if right >= 0:
@@ -100,11 +117,18 @@ def _seen(pq: Tensor, pk: Tensor, options: Options) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _keep(shape: tuple[int, int, int, int], first: int, at: Positions, seed: int, p: float) -> Tensor:
+def _keep(
+    shape: tuple[int, int, int, int], first: int, at: Positions, seed: int, p: float, device: torch.device
+) -> Tensor:
     """[B, N, T, S]: which probabilities dropout keeps. Remembered, as plain and exact ask for the same."""
     B, N, T, S = shape
-    batch, head = (start + torch.arange(n) for start, n in ((at.batch_start + first, B), (at.head_start, N)))
-    pq, pk = (start + at.step * torch.arange(n) for start, n in ((at.q_start, T), (at.k_start, S)))
+    batch, head = (
+        start + torch.arange(n, device=device)
+        for start, n in ((at.batch_start + first, B), (at.head_start, N))
+    )
+    pq, pk = (
+        start + at.step * torch.arange(n, device=device) for start, n in ((at.q_start, T), (at.k_start, S))
+    )
     # Some rows at a time: the generator's many steps then stay in the cache.
     blocks = [
         dropout_keep(seed, p, batch[:, None, None, None], head[:, None, None], rows[:, None], pk)

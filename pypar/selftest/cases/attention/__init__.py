@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pypar.ops.attention import attention, attention_backward, attention_forward
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
-from pypar.selftest import attention_torch
-from pypar.selftest.attention_torch import Window
-from pypar.selftest.case import Case, Draw, Inputs, Peer
+from pypar.selftest.case import Case, Draw, Function, Inputs, Peer
+from pypar.selftest.cases.attention import fused
+from pypar.selftest.cases.attention.plain import Window, plain_attention
 
 
 def cases(large: bool) -> list[Case]:
@@ -80,11 +80,18 @@ def dense(  # noqa: PLR0913
         inputs=inputs,
         gradients=gradients,
         ours=functools.partial(attention, **options),
-        plain=functools.partial(attention_torch.plain, **options),
+        plain=_plain(options),
         peer=_peer(causal, window, T == S, sinks, slopes, bias, options),
-        flops=attention_torch.flops(B * attention_torch.visible_pairs(T, S, causal, window), N, H, Hv),
+        flops=fused.flops(B * fused.visible_pairs(T, S, causal, window), N, H, Hv),
         quick=quick,
     )
+
+
+def _plain(options: dict[str, Any]) -> Function:
+    """plain_attention with these options of pypar.attention: out, or (out, lse) with return_lse."""
+    wants_lse = options.get("return_lse", False)
+    keywords = {name: value for name, value in options.items() if name != "return_lse"}
+    return functools.partial(plain_attention, return_lse=wants_lse, **keywords)
 
 
 def _peer(
@@ -93,9 +100,8 @@ def _peer(
     """The fastest that torch has for these options."""
     name = "F.scaled_dot_product_attention"
     if sinks or options.get("softcap"):
-        steps = functools.partial(attention_torch.plain, **(options | {"return_lse": False}))
-        return Peer("matmul, softmax, matmul", steps)
-    call = functools.partial(attention_torch.sdpa, dropout_p=options.get("dropout_p", 0.0))
+        return Peer("matmul, softmax, matmul", _plain(options | {"return_lse": False}))
+    call = functools.partial(fused.sdpa, dropout_p=options.get("dropout_p", 0.0))
     if bias:
         return Peer(f"{name}, mask", lambda q, k, v, bias: call(q, k, v, bias))
     if slopes or window or (causal and not square):
@@ -109,9 +115,9 @@ def _mask_of(causal: bool, window: Window | None) -> Callable[[Inputs], Inputs]:
     def prepare(inputs: Inputs) -> Inputs:
         q, k = inputs["q"], inputs["k"]
         T, S = q.shape[1], k.shape[1]
-        mask = attention_torch.visible(T, S, causal, window, q.device)
+        mask = fused.visible(T, S, causal, window, q.device)
         if "alibi_slopes" in inputs:
-            away = attention_torch.distances(T, S, q.device)
+            away = fused.distances(T, S, q.device)
             slopes = inputs["alibi_slopes"][..., None, None]
             mask = (-slopes * away).masked_fill(~mask, -torch.inf).to(q.dtype)
         return {"q": q, "k": k, "v": inputs["v"], "mask": mask}
@@ -123,7 +129,7 @@ def lengths_causal(name: str, lengths: list[int], N: int, G: int, H: int = 64) -
     """Sequences of these lengths one after the other, causal."""
     total = sum(lengths)
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    pairs = sum(attention_torch.visible_pairs(length, length, True) for length in lengths)
+    pairs = sum(fused.visible_pairs(length, length, True) for length in lengths)
 
     def inputs(draw: Draw) -> Inputs:
         tensors = {
@@ -139,13 +145,13 @@ def lengths_causal(name: str, lengths: list[int], N: int, G: int, H: int = 64) -
         inputs=inputs,
         gradients=("q", "k", "v"),
         ours=functools.partial(attention, causal=True),
-        plain=functools.partial(attention_torch.plain, causal=True),
+        plain=_plain({"causal": True}),
         peer=Peer(
             "F.scaled_dot_product_attention, padded, mask",
-            attention_torch.sdpa,
-            functools.partial(attention_torch.padded, causal=True),
+            fused.sdpa,
+            functools.partial(fused.padded, causal=True),
         ),
-        flops=attention_torch.flops(pairs, N, H, H),
+        flops=fused.flops(pairs, N, H, H),
     )
 
 

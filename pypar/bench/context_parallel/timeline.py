@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from context_step import Contender, Problem, parts, step
-from context_workers import Workers
-from timing import DTYPES
 
+from pypar.bench.context_parallel.step import Contender, Problem, parts, step
+from pypar.bench.context_parallel.workers import Workers
+from pypar.bench.timing import DTYPES
 from pypar.comm import Handle
 from pypar.context_parallel.methods import ring, ring_buffers
 from pypar.mesh import Axis

@@ -1,0 +1,1 @@
+"""What bench/context_parallel.py measures: steps of attention over ranks, as processes run them."""
