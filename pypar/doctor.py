@@ -16,8 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pypar
-from pypar.comm.allreduce import ENGINES, MAX_RANKS
-from pypar.comm.allreduce_thresholds import choose as choose_thresholds
+from pypar.comm.allreduce.peers import ENGINES, MAX_RANKS
+from pypar.comm.allreduce.thresholds import choose as choose_thresholds
 from pypar.comm.backend import BACKENDS
 from pypar.comm.backend import register as register_backend
 from pypar.ops import native

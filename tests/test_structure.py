@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 import sys
+from collections import Counter
 
 import pytest
 import setuptools
@@ -140,6 +141,23 @@ def test_an_operator_has_one_name_in_five_rooms():
             files = [path for path in place.parent.glob(f"{place.name}.*") if path.is_file()]
             of_several = place.parent / op  # such as tests/ops/attention
             assert files or of_several.is_dir(), f"the operator {op} has no {room}"
+
+
+# About a dozen files; folders that are larger must not grow. pypar itself holds the rooms that are one file.
+MAX_FILES = 14
+LARGER = {"pypar": 18, "pypar/train": 20}
+
+
+def test_folders_stay_small():
+    """The folder carries what three files have in common, the files the idea."""
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        stems = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+        name = str(folder.relative_to(ROOT))
+        allowed = LARGER.get(name, MAX_FILES)
+        assert len(stems) <= allowed, f"{name} has {len(stems)} files, at most {allowed}: some want a folder"
+        prefixes = Counter(stem.split("_")[0] for stem in stems)
+        shared = [prefix for prefix, count in prefixes.items() if count >= 3]
+        assert not shared, f"{name}: three files begin with {shared}"
 
 
 def test_native_sources_include_no_torch_header():

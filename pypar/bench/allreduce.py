@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from pypar.bench.collectives import Plan, seconds_a_call, spawn
 from pypar.bench.timing import DTYPES
-from pypar.comm import allreduce_thresholds
-from pypar.comm.allreduce import PeerAllReduce
-from pypar.comm.allreduce_thresholds import Thresholds
+from pypar.comm.allreduce import thresholds
+from pypar.comm.allreduce.peers import PeerAllReduce
+from pypar.comm.allreduce.thresholds import Thresholds
 
 METHODS = ("one-shot", "two-shot", "group")
 Row = tuple[int, dict[str, float]]  # bytes; seconds of a call by method
@@ -92,9 +92,9 @@ def line_of(size: int, dtype: str, row: Row) -> str:
 
 def keep(peers: PeerAllReduce, size: int, rows: list[Row]) -> str:
     """Writes the best thresholds to the cache file and says so."""
-    best, path = best_thresholds(rows), allreduce_thresholds.cache_file()
-    name = allreduce_thresholds.device_name(peers.device)
-    allreduce_thresholds.store(path, name, peers.engine or "", size, best)
+    best, path = best_thresholds(rows), thresholds.cache_file()
+    name = thresholds.device_name(peers.device)
+    thresholds.store(path, name, peers.engine or "", size, best)
     return (
         f"{name}, {size} ranks, {peers.engine}: one-shot up to {best.one_shot_max_bytes} bytes, two-shot up to "
         f"{best.two_shot_max_bytes}; written to {path}"

@@ -4,7 +4,7 @@ torch.compile leaves all of it out of its graphs, and with fullgraph=True refuse
 torch.export get a ValueError: what one rank traces is not what all do.
 """
 
-from pypar.comm.allreduce import PeerAllReduce
+from pypar.comm.allreduce.peers import PeerAllReduce
 from pypar.comm.autograd import (
     copy_to,
     gather_from,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pypar import doctor
-from pypar.comm.allreduce_thresholds import Thresholds
+from pypar.comm.allreduce.thresholds import Thresholds
 from pypar.ops.backend import op_modules
 from pypar.ops.rms_norm import BACKENDS
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from pypar import shard_context
 from pypar.context_parallel import ring_attention, shard, unshard
-from pypar.context_parallel.methods import ring
+from pypar.context_parallel.methods.ring import method as ring
 from pypar.mesh import Axis
 from pypar.ops.attention import attention
 from tests.context_parallel.cases import Case, inputs

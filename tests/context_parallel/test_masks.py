@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pypar.context_parallel.layouts import LAYOUTS, num_positions, positions_of, segments_of
 from pypar.context_parallel.masks import Mask, pieces, visible, work
-from pypar.context_parallel.methods.ring_route import KEYS, SUMS, rank_route, route
+from pypar.context_parallel.methods.ring.route import KEYS, SUMS, rank_route, route
 from pypar.ops.attention.arguments import UNBOUNDED
 
 

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from pypar.comm import Handle
 from pypar.context_parallel import ring_attention, shard, unshard
 from pypar.context_parallel.layouts import LAYOUTS
-from pypar.context_parallel.methods import ring, ring_buffers, ring_parts
+from pypar.context_parallel.methods.ring import buffers as ring_buffers
+from pypar.context_parallel.methods.ring import method as ring
+from pypar.context_parallel.methods.ring import parts as ring_parts
 from pypar.mesh import Axis
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import assert_accurate

@@ -8,8 +8,10 @@ import torch
 from pypar.comm import Handle
 from pypar.context_parallel import ring_attention
 from pypar.context_parallel.layouts import LAYOUTS, Segment, cut, shard
-from pypar.context_parallel.methods import ring, ring_buffers, ring_parts
-from pypar.context_parallel.methods.ring_parts import rounds_of
+from pypar.context_parallel.methods.ring import buffers as ring_buffers
+from pypar.context_parallel.methods.ring import method as ring
+from pypar.context_parallel.methods.ring import parts as ring_parts
+from pypar.context_parallel.methods.ring.parts import rounds_of
 from tests.context_parallel.cases import CASES, Case, assert_close, inputs, many_ranks, one_device
 from tests.harness.simulated_ranks import run_ranks
 

@@ -19,7 +19,9 @@ import pypar
 from pypar.comm import Handle
 from pypar.context_parallel import ring_attention, shard
 from pypar.context_parallel.layouts import positions_of
-from pypar.context_parallel.methods import all_gather, ring, ring_buffers, same_bits, ulysses
+from pypar.context_parallel.methods import all_gather, same_bits, ulysses
+from pypar.context_parallel.methods.ring import buffers as ring_buffers
+from pypar.context_parallel.methods.ring import method as ring
 from pypar.mesh import Axis
 
 METHOD_MODULES = (ring, all_gather, same_bits, ulysses, ring_buffers)

@@ -17,7 +17,8 @@ from pypar.bench.context_parallel.step import Contender, Problem, parts, step
 from pypar.bench.context_parallel.workers import Workers
 from pypar.bench.timing import DTYPES
 from pypar.comm import Handle
-from pypar.context_parallel.methods import ring, ring_buffers
+from pypar.context_parallel.methods.ring import buffers as ring_buffers
+from pypar.context_parallel.methods.ring import method as ring
 from pypar.mesh import Axis
 
 COLORS = {"forward": "tab:blue", "backward": "tab:green", "transfer": "tab:orange", "wait": "tab:red"}

@@ -20,8 +20,8 @@ from pypar.context_parallel.auto.volume import Sizes
 from pypar.context_parallel.layouts import Segments, num_positions, unions
 from pypar.context_parallel.masks import Mask, Piece, pieces, work
 from pypar.context_parallel.methods.heads import head_share
-from pypar.context_parallel.methods.ring_parts import Part, Round, rounds_of
-from pypar.context_parallel.methods.ring_route import KEYS, SUMS, Transfer, route
+from pypar.context_parallel.methods.ring.parts import Part, Round, rounds_of
+from pypar.context_parallel.methods.ring.route import KEYS, SUMS, Transfer, route
 from pypar.cost.machine import MachineCosts
 
 # How often all-to-alls write what a rank has: they pack heads, join what came and put it in order. Backward autograd

@@ -16,7 +16,7 @@ from pypar.context_parallel.agreement import agreement_bytes as agreement_bytes
 from pypar.context_parallel.layouts import Segments, num_positions, unions
 from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.methods.heads import HeadShare, head_share
-from pypar.context_parallel.methods.ring_route import KEYS, Transfer, route
+from pypar.context_parallel.methods.ring.route import KEYS, Transfer, route
 
 
 @dataclass(frozen=True)

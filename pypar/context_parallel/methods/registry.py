@@ -16,7 +16,7 @@ def methods() -> dict[str, Method]:
     from pypar.context_parallel.auto.choose import auto
     from pypar.context_parallel.methods.all_gather import all_gather
     from pypar.context_parallel.methods.hybrid import hybrid
-    from pypar.context_parallel.methods.ring import ring
+    from pypar.context_parallel.methods.ring.method import ring
     from pypar.context_parallel.methods.ulysses import ulysses
 
     return {"all_gather": all_gather, "auto": auto, "hybrid": hybrid, "ring": ring, "ulysses": ulysses}

@@ -20,7 +20,7 @@ from pypar.comm import exchange_start
 from pypar.context_parallel.call import Call, refuse_options
 from pypar.context_parallel.layouts import Segments, num_positions, positions_in, unions
 from pypar.context_parallel.methods.heads import HeadShare, head_share
-from pypar.context_parallel.methods.ring import ring
+from pypar.context_parallel.methods.ring.method import ring
 from pypar.mesh import Axis
 from pypar.ops.uncompiled import uncompiled
 

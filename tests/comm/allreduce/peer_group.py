@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pypar.comm import allreduce
-from pypar.comm.allreduce import PeerAllReduce
-from pypar.comm.allreduce_cuda import CudaPeers
-from pypar.comm.allreduce_ranks import Ranks
+from pypar.comm.allreduce import peers as allreduce
+from pypar.comm.allreduce.cuda import CudaPeers
+from pypar.comm.allreduce.peers import PeerAllReduce
+from pypar.comm.allreduce.ranks import Ranks
 
 
 class Board:

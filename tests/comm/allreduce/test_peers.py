@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
-from pypar.comm import allreduce
-from pypar.comm.allreduce import all_reduce_reference, residual_norm_reference
-from pypar.comm.allreduce_cuda import CudaPeers
-from pypar.comm.allreduce_thresholds import Thresholds
+from pypar.comm.allreduce import peers as allreduce
+from pypar.comm.allreduce.cuda import CudaPeers
+from pypar.comm.allreduce.peers import all_reduce_reference, residual_norm_reference
+from pypar.comm.allreduce.thresholds import Thresholds
 from tests.comm.allreduce.peer_group import Recorded, peer_group, this_rank
 from tests.gpu.allreduce.definition import drawn, total
 from tests.harness.simt.build import simt_module, why_not

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from pypar.comm import allreduce_thresholds as thresholds
-from pypar.comm.allreduce_thresholds import SEEDS, SHIPPED, Thresholds
+from pypar.comm.allreduce import thresholds
+from pypar.comm.allreduce.thresholds import SEEDS, SHIPPED, Thresholds
 
 CPU = torch.device("cpu")
 

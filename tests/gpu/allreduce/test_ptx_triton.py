@@ -16,7 +16,7 @@ sys.path.insert(0, os.environ["PYPAR_PTXRUN"])
 import ptxrun
 from ptxrun.triton_aot import TritonKernel
 
-from pypar.comm.allreduce import residual_norm_reference
+from pypar.comm.allreduce.peers import residual_norm_reference
 from pypar.kernels import allreduce_launches as allreduce
 from pypar.kernels.allreduce_launches import NUM_BLOCKS, TILE_BYTES, Workspace
 from tests.gpu.allreduce.definition import drawn, total

@@ -11,7 +11,7 @@ if sys.platform != "linux":
         "Triton has wheels for Linux only", allow_module_level=True
     )  # elsewhere a missing one is an error
 
-from pypar.comm.allreduce import residual_norm_reference
+from pypar.comm.allreduce.peers import residual_norm_reference
 from pypar.kernels.allreduce_launches import describe
 from tests.gpu.allreduce.definition import drawn, total
 from tests.gpu.allreduce.interpreted_ranks import Call, run

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from pypar.comm import allreduce_cuda, allreduce_triton
-from pypar.comm.allreduce_ranks import Ranks
-from pypar.comm.allreduce_thresholds import Thresholds, choose
+from pypar.comm.allreduce import cuda, triton
+from pypar.comm.allreduce.ranks import Ranks
+from pypar.comm.allreduce.thresholds import Thresholds, choose
 from pypar.comm.shared_memory import host_identity
 from pypar.ops.native import address
 from pypar.ops.rms_norm import reference_forward
 from pypar.ops.uncompiled import uncompiled_class
 
-ENGINES: dict[str, ModuleType] = {m.NAME: m for m in (allreduce_cuda, allreduce_triton)}  # fastest first
+ENGINES: dict[str, ModuleType] = {m.NAME: m for m in (cuda, triton)}  # fastest first
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANKS = 8
 _LOG = logging.getLogger("pypar")

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pypar.comm.allreduce_ranks import Ranks
+from pypar.comm.allreduce.ranks import Ranks
 from pypar.ops import native
 
 NAME = "cuda"

@@ -1,7 +1,7 @@
 """Ring attention: keys and values travel round the ring while attention runs.
 
-Liu et al., Ring Attention with Blockwise Transformers, arXiv 2310.01889. The table of `ring_route` says
-what is sent when, `ring_parts` in which parts: the transfers of a hop are in flight while the hop computes, and are
+Liu et al., Ring Attention with Blockwise Transformers, arXiv 2310.01889. The table of `route` says
+what is sent when, `parts` in which parts: the transfers of a hop are in flight while the hop computes, and are
 waited for where what they bring is needed. Keys and values are one buffer, of key/value heads only; sums of dk and dv
 travel in fp32.
 """
@@ -27,9 +27,9 @@ from pypar.context_parallel.methods.blockwise import (
     finish,
     sinks_share,
 )
-from pypar.context_parallel.methods.ring_buffers import Block, RingBuffers
-from pypar.context_parallel.methods.ring_parts import Part, rounds_of
-from pypar.context_parallel.methods.ring_route import rank_route
+from pypar.context_parallel.methods.ring.buffers import Block, RingBuffers
+from pypar.context_parallel.methods.ring.parts import Part, rounds_of
+from pypar.context_parallel.methods.ring.route import rank_route
 from pypar.ops.rows import accumulate_dtype
 from pypar.ops.uncompiled import uncompiled
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pypar.comm.allreduce_cuda import gpu_refusal
-from pypar.comm.allreduce_ranks import Ranks
+from pypar.comm.allreduce.cuda import gpu_refusal
+from pypar.comm.allreduce.ranks import Ranks
 from pypar.ops.attention.triton import TRITON_MISSING
 
 NAME = "triton"

@@ -12,8 +12,8 @@ from pypar.comm import Handle, exchange_start
 from pypar.context_parallel.call import Call
 from pypar.context_parallel.layouts import cut, num_positions
 from pypar.context_parallel.masks import Piece, pieces
-from pypar.context_parallel.methods.ring_parts import Part, Round
-from pypar.context_parallel.methods.ring_route import KEYS, SUMS, RankRoute, Transfer
+from pypar.context_parallel.methods.ring.parts import Part, Round
+from pypar.context_parallel.methods.ring.route import KEYS, SUMS, RankRoute, Transfer
 from pypar.ops.rows import accumulate_dtype
 
 _TAG = 1 << 26  # apart from the tags of sends that the caller makes on the same group
