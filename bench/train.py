@@ -9,6 +9,7 @@ Contenders take turns, so a machine that drifts drifts for all. All of them must
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -23,6 +24,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from pypar.bench.plain_llama import PlainLlama
+from pypar.bench.timing import median_seconds
 from pypar.blocks import global_parameters
 from pypar.mesh import Mesh, parse_mesh
 from pypar.models import DecoderConfig
@@ -245,15 +247,11 @@ def main() -> None:
 def linear_gain() -> str:
     """What the choice of a matmul library gains: pypar's linear against torch's at the size of one layer."""
     x, weight = torch.randn(LENGTH, SIZES.d_model), torch.randn(SIZES.d_ff, SIZES.d_model)
-    times: dict[Callable, list[float]] = {linear: [], torch.nn.functional.linear: []}
-    for _ in range(30):
-        for function, spent in times.items():
-            start = time.perf_counter()
-            function(x, weight)
-            spent.append(time.perf_counter() - start)
-    ours, theirs = (statistics.median(spent) for spent in times.values())
+    functions = {"ours": linear, "torch": torch.nn.functional.linear}
+    contenders = {name: functools.partial(function, x, weight) for name, function in functions.items()}
+    seconds = median_seconds(contenders, rounds=30)
     size = f"[{LENGTH}, {SIZES.d_model}] x [{SIZES.d_model}, {SIZES.d_ff}]"
-    return f"pypar.ops.linear against torch's, forward of {size}: {theirs / ours:.2f}x"
+    return f"pypar.ops.linear against torch's, forward of {size}: {seconds['torch'] / seconds['ours']:.2f}x"
 
 
 def report(seconds: dict[str, list[float]]) -> None:

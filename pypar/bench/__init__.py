@@ -1,1 +1,4 @@
-"""How speed is measured: the clock of every bench, and what `pypar bench` and the programs of bench/ run by it."""
+"""How speed is measured: what `pypar bench` runs, and what the programs of bench/ have in common.
+
+timing.py is also the clock of the self-test.
+"""

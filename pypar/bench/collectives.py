@@ -20,7 +20,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 import pypar.comm  # noqa: F401  makes the backend known
-from pypar.bench.timing import DTYPES
+from pypar.bench.timing import DTYPES, median_seconds
 
 BACKENDS = ("pypar", "gloo")
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
@@ -105,12 +105,7 @@ def seconds_a_call(
 def copy_seconds(num_bytes: int) -> float:
     source = torch.empty(num_bytes, dtype=torch.uint8)
     target = torch.empty_like(source)
-    times = []
-    for _ in range(7):
-        started = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return median_seconds({"copy": lambda: target.copy_(source)}, rounds=7)["copy"]
 
 
 def _run(rank: int, size: int, store_path: str, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Operands of attention with any options, for backends too slow for tests/ops/attention/cases.py; and what
+"""Operands of attention with any options, for backends too slow for tests/ops/attention/matrix.py; and what
 judge.py there does not ask of a backend: gradients added to tensors, results continued over blocks of keys."""
 
 import math

@@ -14,8 +14,8 @@ from pypar.ops.attention.arguments import AttentionProblem, Positions, attention
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import expect
 from tests.harness.simt import build as simt_build
-from tests.ops.attention import cases as attention_cases
-from tests.ops.attention.cases import AXES, Case, operands
+from tests.ops.attention import matrix
+from tests.ops.attention.matrix import AXES, Case, operands
 
 pytestmark = pytest.mark.skipif(simt_build.why_not() is not None, reason=f"{simt_build.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ GPU_AXES = AXES | {
     "H": (64, 32, 40, 96, 128, 160, 256),
     "lengths": ((63, 111), (111, 63), (1, 700), (3, 520), (150, 97), (17, 1)),
 }
-CASES = attention_cases.sample(GPU_AXES)
+CASES = matrix.sample(GPU_AXES)
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,13 +75,13 @@ def test_features(case: Case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", attention_cases.sample(GPU_AXES, 300, seed=1), ids=str)
+@pytest.mark.parametrize("case", matrix.sample(GPU_AXES, 300, seed=1), ids=str)
 def test_every_pair_of_features(case: Case):
     check("fast", *operands(case))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", attention_cases.sample(GPU_AXES, 60, seed=2), ids=str)
+@pytest.mark.parametrize("case", matrix.sample(GPU_AXES, 60, seed=2), ids=str)
 def test_every_pair_of_features_checked(case: Case):
     check("checked", *operands(case))
 

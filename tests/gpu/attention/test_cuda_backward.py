@@ -14,9 +14,9 @@ from pypar.ops.backend import Backend
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import assert_accurate, expect
 from tests.harness.simt import build as simt_build
-from tests.ops.attention import cases as attention_cases
-from tests.ops.attention.cases import AXES, operands
+from tests.ops.attention import matrix
 from tests.ops.attention.judge import compare, run
+from tests.ops.attention.matrix import AXES, operands
 
 pytestmark = pytest.mark.skipif(simt_build.why_not() is not None, reason=f"{simt_build.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ GPU_AXES = AXES | {
     "lengths": ((63, 111), (111, 63), (9, 70), (130, 97), (17, 1)),
     "values": ("same", "other"),
 }
-GPU_CASES = attention_cases.sample(GPU_AXES)
+GPU_CASES = matrix.sample(GPU_AXES)
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,13 +109,13 @@ def test_features(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*GPU_CASES, *attention_cases.sample(GPU_AXES, 300, seed=1)], ids=str)
+@pytest.mark.parametrize("case", [*GPU_CASES, *matrix.sample(GPU_AXES, 300, seed=1)], ids=str)
 def test_every_pair_of_features(case):
     run(backend("fast"), case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", attention_cases.sample(GPU_AXES, 100, seed=2), ids=str)
+@pytest.mark.parametrize("case", matrix.sample(GPU_AXES, 100, seed=2), ids=str)
 def test_every_pair_of_features_checked(case):
     run(backend("checked"), case)
 

@@ -14,7 +14,7 @@ from pypar.ops.attention.arguments import attention_problem
 from pypar.ops.backend import Backend
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import Expected, assert_accurate, expect, outputs_and_gradients
-from tests.ops.attention.cases import Case, operands
+from tests.ops.attention.matrix import Case, operands
 
 
 def run(backend: str | Backend, case: Case, device: str = "cpu") -> None:

@@ -15,8 +15,8 @@ from pypar.ops import native
 from pypar.ops.attention import BACKENDS
 from pypar.ops.attention.arguments import attention_problem
 from tests.harness.native_kernels import instruction_set
-from tests.ops.attention.cases import AXES, DTYPES, MIDDLE_LENGTHS, SHORT_LENGTHS, operands, sample, whole
 from tests.ops.attention.judge import compare, run
+from tests.ops.attention.matrix import AXES, DTYPES, MIDDLE_LENGTHS, SHORT_LENGTHS, operands, sample, whole
 
 MIDDLE_AXES = {**AXES, "lengths": tuple(MIDDLE_LENGTHS)}
 SHORT_AXES = {**AXES, "lengths": tuple(SHORT_LENGTHS), "H": (64, 40, 59)}

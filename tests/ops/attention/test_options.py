@@ -11,7 +11,7 @@ from pypar.ops.attention.arguments import Positions, attention_problem
 from pypar.ops.attention.reference import sinks_gradient
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import expect, outputs_and_gradients
-from tests.ops.attention.cases import AXES, SHORT_LENGTHS, operands, sample
+from tests.ops.attention.matrix import AXES, SHORT_LENGTHS, operands, sample
 from tests.ops.attention.test_matrix import BY_NAME, SHORT, device_of
 
 B, T, S, N, G, H, Hv = 2, 3, 5, 2, 1, 2, 1
