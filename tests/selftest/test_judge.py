@@ -1,5 +1,6 @@
 """The error rule's yardstick: every machine's BLAS gives one verdict, and what is wrong in a kernel exceeds it."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from pypar.ops.linear import BACKENDS, linear
+from pypar.selftest.cases import rms_norm
 from pypar.selftest.cases.attention.plain import plain_attention
-from pypar.selftest.judge import expect, judge_result, largest_error
+from pypar.selftest.judge import check_case, expect, judge_result, largest_error
 from pypar.selftest.orders import InOrder, in_orders
 
 ROWS, OUTPUTS = 96, 64
@@ -134,6 +136,38 @@ def test_sums_and_softmaxes_are_those_of_another_order():
         for others in found[1:]:
             for a, b in zip(found[0], others, strict=True):
                 assert (a - b).abs().max() <= 1e-5 * a.abs().max(), name
+
+
+def test_a_case_is_held_to_the_rule_in_its_outputs_and_gradients():
+    given = rms_norm.case((7, 63))
+    check_case(given, torch.float32, "reference")
+    wrong = dataclasses.replace(given, ours=lambda x, weight, backend: 1.0001 * rms_norm.plain(x, weight))
+    with pytest.raises(AssertionError, match="out is off by"):
+        check_case(wrong, torch.float32, None)
+    without_a_row = dataclasses.replace(given, ours=lambda x, weight, backend: _WithoutARow.apply(x, weight))
+    with pytest.raises(AssertionError, match="dweight is off by"):
+        check_case(without_a_row, torch.float32, None)
+    cut_off = dataclasses.replace(given, ours=lambda x, weight, backend: rms_norm.plain(x, weight.detach()))
+    with pytest.raises(AssertionError, match=r"\['dx', 'out'\] instead of \['dweight', 'dx', 'out'\]"):
+        check_case(cut_off, torch.float32, None)
+
+
+class _WithoutARow(torch.autograd.Function):
+    """rms_norm, whose gradient of weight lacks a row's part."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return rms_norm.plain(x, weight)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = rms_norm.plain(leaf, weight)
+        (dx,) = torch.autograd.grad(out, leaf, dout)
+        return dx, (dout * rms_norm.plain(x, torch.ones_like(weight)))[1:].sum(0)
 
 
 def test_infinities_and_what_is_missing():
