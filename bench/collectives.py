@@ -7,7 +7,7 @@ import argparse
 
 import torch
 
-from pypar.bench.collectives import Plan, measure
+from pypar.bench.collectives import Sweep, measure
 from pypar.bench.timing import DTYPES
 
 
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    plan = Plan(
+    sweep = Sweep(
         dtypes=tuple(arguments.dtypes),
         sizes=tuple(arguments.bytes),
         rounds=arguments.rounds,
@@ -37,7 +37,7 @@ def main() -> None:
     )
     print(f"torch {torch.__version__}, backend pypar against its gloo", flush=True)
     for size in arguments.ranks:
-        measure(size, plan)
+        measure(size, sweep)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from pypar.bench.collectives import Plan, seconds_a_call, spawn
+from pypar.bench.collectives import Sweep, seconds_a_call, spawn
 from pypar.bench.timing import DTYPES
 from pypar.comm.allreduce import thresholds
 from pypar.comm.allreduce.peers import PeerAllReduce
@@ -32,19 +32,19 @@ def refusal() -> str | None:
     return None
 
 
-def measure(num_ranks: int, plan: Plan, backend: str | None, tune: bool) -> None:
+def measure(num_ranks: int, sweep: Sweep, backend: str | None, tune: bool) -> None:
     """Starts a rank for each GPU; rank 0 prints a line for each dtype and size, and with tune keeps the thresholds."""
-    spawn(_run, num_ranks, plan, backend, tune)
+    spawn(_run, num_ranks, sweep, backend, tune)
 
 
-def _run(rank: int, size: int, store_path: str, plan: Plan, backend: str | None, tune: bool) -> None:
+def _run(rank: int, size: int, store_path: str, sweep: Sweep, backend: str | None, tune: bool) -> None:
     torch.cuda.set_device(rank)
     store = dist.FileStore(store_path, size)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size)
-    peers = PeerAllReduce(max_bytes=max(plan.sizes), backend=backend)
+    peers = PeerAllReduce(max_bytes=max(sweep.sizes), backend=backend)
 
     def seconds(call: Callable[[], object]) -> float:
-        times = [seconds_a_call(call, plan.seconds, torch.cuda.synchronize) for _ in range(plan.rounds)]
+        times = [seconds_a_call(call, sweep.seconds, torch.cuda.synchronize) for _ in range(sweep.rounds)]
         peers.check()
         return statistics.median(times)
 
@@ -52,8 +52,8 @@ def _run(rank: int, size: int, store_path: str, plan: Plan, backend: str | None,
     if rank == 0:
         print(f"{size} x {torch.cuda.get_device_name()}, kernels: {peers.engine or peers.reason}", flush=True)
     if peers.engine is not None:
-        for name in plan.dtypes:
-            for num_bytes in plan.sizes:
+        for name in sweep.dtypes:
+            for num_bytes in sweep.sizes:
                 row = num_bytes, times_of(peers, num_bytes, DTYPES[name], seconds)
                 rows.append(row)
                 if rank == 0:

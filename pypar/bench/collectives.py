@@ -35,7 +35,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sweep:
     """What is measured. sizes: bytes of the tensors. seconds: of one round of one contender."""
 
     dtypes: tuple[str, ...]
@@ -45,9 +45,9 @@ class Plan:
     seconds: float = 0.25
 
 
-def measure(num_ranks: int, plan: Plan) -> None:
+def measure(num_ranks: int, sweep: Sweep) -> None:
     """Starts the ranks; rank 0 prints a line for each collective, dtype and size."""
-    spawn(_run, num_ranks, plan)
+    spawn(_run, num_ranks, sweep)
 
 
 def spawn(run: Callable[..., None], num_ranks: int, *arguments: object) -> None:
@@ -108,21 +108,21 @@ def copy_seconds(num_bytes: int) -> float:
     return median_seconds({"copy": lambda: target.copy_(source)}, rounds=7)["copy"]
 
 
-def _run(rank: int, size: int, store_path: str, plan: Plan) -> None:
+def _run(rank: int, size: int, store_path: str, sweep: Sweep) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store_path, size), rank=rank, world_size=size)
     groups = {backend: dist.new_group(backend=backend) for backend in BACKENDS}
-    for name in plan.dtypes:
+    for name in sweep.dtypes:
         for group in groups.values():
             check(group, DTYPES[name])
-        for num_bytes in plan.sizes:
+        for num_bytes in sweep.sizes:
             x = torch.zeros(num_bytes // DTYPES[name].itemsize // size * size, dtype=DTYPES[name])
             by_backend = {backend: calls(x, group) for backend, group in groups.items()}
-            for what in plan.collectives:
+            for what in sweep.collectives:
                 times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
-                for _ in range(plan.rounds):
+                for _ in range(sweep.rounds):
                     for backend in BACKENDS:
-                        times[backend].append(seconds_a_call(by_backend[backend][what], plan.seconds))
+                        times[backend].append(seconds_a_call(by_backend[backend][what], sweep.seconds))
                 if rank == 0:
                     print_row(size, what, name, num_bytes, [statistics.median(times[b]) for b in BACKENDS])
     dist.barrier()

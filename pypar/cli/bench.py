@@ -41,9 +41,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
             raise ValueError(
                 f"--bytes ({num_bytes}) must be a positive multiple of 64; use {num_bytes // 64 * 64 + 64}"
             )
-    plan = collectives.Plan(tuple(arguments.dtypes), tuple(sizes), ("all_reduce",))
+    sweep = collectives.Sweep(tuple(arguments.dtypes), tuple(sizes), ("all_reduce",))
     if arguments.quick:
-        plan = collectives.Plan(plan.dtypes, plan.sizes, plan.collectives, 1, 0.05)
+        sweep = collectives.Sweep(sweep.dtypes, sweep.sizes, sweep.collectives, 1, 0.05)
 
     def job() -> int:
         if reason is not None:
@@ -51,9 +51,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
             return 1
         for num_ranks in arguments.ranks or [2 if on_cpu else most]:
             if on_cpu:
-                collectives.measure(num_ranks, plan)
+                collectives.measure(num_ranks, sweep)
             else:
-                allreduce.measure(num_ranks, plan, arguments.backend, arguments.tune)
+                allreduce.measure(num_ranks, sweep, arguments.backend, arguments.tune)
         return 0
 
     return job

@@ -26,7 +26,7 @@ from pypar.pipeline_parallel.action import (
 from pypar.pipeline_parallel.forward_only import forwards_of
 from pypar.pipeline_parallel.header import Header, Value, as_value, describe
 from pypar.pipeline_parallel.mailbox import Edges, Mailbox, StageFailedError
-from pypar.pipeline_parallel.receive_plan import receive_plan
+from pypar.pipeline_parallel.receive_order import receive_order
 from pypar.pipeline_parallel.stage import InFlight, Stage, received_by
 from pypar.pipeline_parallel.validate import validate
 
@@ -87,7 +87,7 @@ class PipelineRuntime:
         self._axis = axis
         self._schedule = schedule
         self._stages = _by_place(stages, schedule, axis.rank)
-        self._plan = receive_plan(schedule, axis.rank)
+        self._receives = receive_order(schedule, axis.rank)
         self._edges = Edges(axis, torch.device(device))
         self._in_flight: dict[tuple[Place, int], InFlight] = {}
         self.peak_in_flight = 0  # most microbatches held at once in the last step, all stages together
@@ -126,7 +126,7 @@ class PipelineRuntime:
             with on_last_backward.accumulate() if on_last_backward and accumulates else nullcontext():
                 self._backward(action, mailbox)
 
-        self._run(self._schedule, self._plan, act)
+        self._run(self._schedule, self._receives, act)
         return [losses[microbatch] for microbatch in sorted(losses)]
 
     @torch.no_grad()
@@ -138,13 +138,13 @@ class PipelineRuntime:
         def act(_: int, action: Action, mailbox: Mailbox) -> None:
             self._compute(action, microbatches[action.microbatch], mailbox, losses, trains=False)
 
-        self._run(schedule, receive_plan(schedule, self._axis.rank), act)
+        self._run(schedule, receive_order(schedule, self._axis.rank), act)
         return [losses[microbatch] for microbatch in sorted(losses)]
 
     def _run(
         self,
         schedule: Schedule,
-        plan: Sequence[Sequence[Message]],
+        receives: Sequence[Sequence[Message]],
         act: Callable[[int, Action, Mailbox], None],
     ) -> None:
         """Runs this rank's list; after a failure only its messages."""
@@ -152,7 +152,7 @@ class PipelineRuntime:
         error: Exception | None = None
         header = Header()
         for position, action in enumerate(schedule.lists[self._axis.rank]):
-            mailbox.post(plan[position])
+            mailbox.post(receives[position])
             if error is None:
                 try:
                     act(position, action, mailbox)

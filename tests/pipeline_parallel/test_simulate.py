@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pypar.pipeline_parallel import schedules
 from pypar.pipeline_parallel.picture import picture, picture_of
-from pypar.pipeline_parallel.receive_plan import receive_plan
+from pypar.pipeline_parallel.receive_order import receive_order
 from pypar.pipeline_parallel.simulate import simulate
 from pypar.pipeline_parallel.stage_cost import StageCost
 from pypar.pipeline_parallel.validate import validate
@@ -135,9 +135,9 @@ def test_every_valid_schedule_simulates(schedule, seed):
 def test_receives_are_posted_in_time_in_the_senders_order_and_once(schedule):
     placement = schedule.placement
     for rank, actions in enumerate(schedule.lists):
-        plan = receive_plan(schedule, rank)
+        receives = receive_order(schedule, rank)
         posted = []
-        for action, messages in zip(actions, plan, strict=True):
+        for action, messages in zip(actions, receives, strict=True):
             posted += messages
             needed = schedule.needed_by(action)
             assert needed is None or placement[needed.sender] == rank or needed in posted
@@ -153,8 +153,8 @@ def test_receives_are_posted_in_time_in_the_senders_order_and_once(schedule):
 def test_receives_are_posted_one_ahead():
     """While a middle rank of 1F1B computes, its next activation and its next gradient are on their way."""
     schedule = schedules.build("one_f_one_b", 3, 4)
-    plan = [[f"{m.kind[0]}{m.microbatch}" for m in messages] for messages in receive_plan(schedule, 1)]
-    assert plan == [["a0", "g0", "a1"], ["a2"], ["g1"], ["a3"], ["g2"], [], ["g3"], []]
+    receives = [[f"{m.kind[0]}{m.microbatch}" for m in messages] for messages in receive_order(schedule, 1)]
+    assert receives == [["a0", "g0", "a1"], ["a2"], ["g1"], ["a3"], ["g2"], [], ["g3"], []]
 
 
 def test_picture_of_one_f_one_b():

@@ -60,24 +60,24 @@ def method_costs(
     queries, keys: what each rank holds (`layouts.segments_of`), by rank. bias_rows_bytes: of a bias with a row for
     each query, for one query of one head; 0 without.
     """
-    plan = Expected(sizes, queries, keys, mask, costs, bias_rows_bytes)
+    expected = Expected(sizes, queries, keys, mask, costs, bias_rows_bytes)
     held = (sizes, queries, keys, mask)
     size = len(keys)
     return (
-        _cost("ring", {}, plan.seconds("ring"), volume.ring(*held)),
-        _cost("all_gather", {}, plan.seconds("all_gather"), volume.all_gather(*held)),
-        _of_shared_heads("ulysses", size, plan),
-        *(_of_shared_heads("hybrid", a, plan) for a in range(2, size) if size % a == 0),
+        _cost("ring", {}, expected.seconds("ring"), volume.ring(*held)),
+        _cost("all_gather", {}, expected.seconds("all_gather"), volume.all_gather(*held)),
+        _of_shared_heads("ulysses", size, expected),
+        *(_of_shared_heads("hybrid", a, expected) for a in range(2, size) if size % a == 0),
     )
 
 
-def _of_shared_heads(method: str, a: int, plan: Expected) -> MethodCost:
+def _of_shared_heads(method: str, a: int, expected: Expected) -> MethodCost:
     options = {"ulysses_size": a} if method == "hybrid" else {}
-    if a > plan.sizes.N:
-        return MethodCost(method, options, refused=f"{plan.sizes.N} query heads are fewer than {a} ranks")
+    if a > expected.sizes.N:
+        return MethodCost(method, options, refused=f"{expected.sizes.N} query heads are fewer than {a} ranks")
     try:
-        times = plan.seconds(method, a)
-        sent = volume.hybrid(plan.sizes, plan.queries, plan.keys, plan.mask, a)
+        times = expected.seconds(method, a)
+        sent = volume.hybrid(expected.sizes, expected.queries, expected.keys, expected.mask, a)
     except ValueError as error:
         return MethodCost(method, options, refused=str(error))
     return _cost(method, options, times, sent)

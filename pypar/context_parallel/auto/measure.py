@@ -99,15 +99,15 @@ def _method(
         k = q.detach()[:, :, :2].clone().requires_grad_()
         mask = Mask(0, 0, (0, length), (0, length))
         held = tuple(segments_of(length, rank, axis.size, "contiguous") for rank in range(axis.size))
-        plan = Expected(Sizes(1, heads, 2, 64, 64, dtype), held, held, mask, unwritten)
+        expected = Expected(Sizes(1, heads, 2, 64, 64, dtype), held, held, mask, unwritten)
 
         def step(q: Tensor = q, k: Tensor = k) -> None:
             out = ring_attention(q, k, k, axis, layout="contiguous", method=method, window=(0, 0))
             torch.autograd.grad(out, (q, k), out)
 
         [step_s] = _slowest(axis, [_best(step, 5, device)], device)
-        beyond_s.append(step_s - sum(plan.seconds(method)))
-        written = sum(plan.written(method))
+        beyond_s.append(step_s - sum(expected.seconds(method)))
+        written = sum(expected.written(method))
     small_s, large_s = (max(s, 0.0) for s in beyond_s)
     return method, small_s, max(large_s - small_s, 0.0) / written
 

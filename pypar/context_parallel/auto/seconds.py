@@ -93,7 +93,7 @@ class Expected:
         return sizes.B * rows * sizes.N * of_row + sizes.keys_bytes(held)
 
     def _ring_s(self, bytes_per_s: float) -> tuple[float, float]:
-        forward, backward = (_Walk(self, bytes_per_s, backward).seconds() for backward in (False, True))
+        forward, backward = (_RingClock(self, bytes_per_s, backward).seconds() for backward in (False, True))
         return forward, backward
 
     def _all_gather_s(self) -> tuple[float, float]:
@@ -168,23 +168,23 @@ def _counts(found: tuple[Piece, ...]) -> tuple[int, int, int]:
     return work(found), sum(piece.rows.stop - piece.rows.start for piece in found), len(found)
 
 
-class _Walk:
+class _RingClock:
     """A ring's steps on all ranks. Of each rank: how far it is, when its link is free, what has come when."""
 
-    def __init__(self, plan: Expected, bytes_per_s: float, backward: bool) -> None:
-        self._plan, self._speed, self._backward = plan, bytes_per_s, backward
-        self._now = [0.0] * len(plan.keys)
-        self._free = [0.0] * len(plan.keys)
+    def __init__(self, expected: Expected, bytes_per_s: float, backward: bool) -> None:
+        self._expected, self._speed, self._backward = expected, bytes_per_s, backward
+        self._now = [0.0] * len(expected.keys)
+        self._free = [0.0] * len(expected.keys)
         self._arrived: dict[tuple[str, int, Part, int], float] = {}  # kind, source, part, receiver
         self._added: dict[tuple[int, int, Part], float] = {}  # rank, source, part
 
     def seconds(self) -> float:
         """Until the last rank is done."""
-        plan, size = self._plan, len(self._plan.keys)
-        sizes, longest = plan.sizes, max(num_positions(held) for held in plan.keys)
-        table = route(plan.queries, plan.keys, plan.mask)
+        expected, size = self._expected, len(self._expected.keys)
+        sizes, longest = expected.sizes, max(num_positions(held) for held in expected.keys)
+        table = route(expected.queries, expected.keys, expected.mask)
         transfers = table.backward if self._backward else table.forward
-        for round_ in rounds_of(sizes.N, sizes.G, size, longest, plan.costs.near >= size):
+        for round_ in rounds_of(sizes.N, sizes.G, size, longest, expected.costs.near >= size):
             for hop in reversed(range(size)) if self._backward else range(size):
                 ranks = [rank for rank in range(size) if hop in table.hops[rank]]
                 self._hop(hop, ranks, transfers[hop], round_)
@@ -207,7 +207,7 @@ class _Walk:
 
     def _send(self, transfer: Transfer, part: Part) -> None:
         kind, source, sender, receiver = transfer
-        sizes, begin_end = self._plan.sizes, part.span(num_positions(self._plan.keys[source]))
+        sizes, begin_end = self._expected.sizes, part.span(num_positions(self._expected.keys[source]))
         of_heads = replace(sizes, G=part.heads.groups.stop - part.heads.groups.start)
         num_bytes = (of_heads.keys_bytes if kind == KEYS else of_heads.sums_bytes)(
             begin_end[1] - begin_end[0]
@@ -218,15 +218,15 @@ class _Walk:
             ready = self._added[sender, source, part]
         transfer_s = num_bytes / self._speed
         self._free[sender] = max(self._free[sender], ready) + transfer_s
-        self._arrived[kind, source, part, receiver] = self._free[sender] + self._plan.costs.latency_s
+        self._arrived[kind, source, part, receiver] = self._free[sender] + self._expected.costs.latency_s
         for rank in (sender, receiver):
-            self._now[rank] += self._plan.costs.own_share * transfer_s / 2
+            self._now[rank] += self._expected.costs.own_share * transfer_s / 2
 
     def _compute(self, rank: int, source: int, part: Part) -> None:
         N = part.heads.queries.stop - part.heads.queries.start
         share = (part.end - part.begin) / part.of
         began = max(self._now[rank], self._arrived.get((KEYS, source, part, rank), 0.0))
-        ended = began + self._plan.attention_s(rank, source, self._backward, N, share)
+        ended = began + self._expected.attention_s(rank, source, self._backward, N, share)
         if source != rank:  # what came for the own block is added in the end
             ended = max(ended, self._arrived.get((SUMS, source, part, rank), 0.0))
         self._now[rank] = self._added[rank, source, part] = ended

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pypar.train.data import cache
 from pypar.train.config import DataConfig
+from pypar.train.data import cache
 from pypar.train.data.tokens import ByteTokenizer
 from pypar.train.data.windows import TokenData, open_data
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pypar.train.data import sources
 from pypar.train.config import DataConfig
+from pypar.train.data import sources
 from pypar.train.data.windows import IGNORED, TokenData, open_data, shuffled
 
 

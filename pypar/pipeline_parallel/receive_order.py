@@ -5,7 +5,7 @@ from __future__ import annotations
 from pypar.pipeline_parallel.action import Message, Schedule
 
 
-def receive_plan(schedule: Schedule, rank: int) -> list[list[Message]]:
+def receive_order(schedule: Schedule, rank: int) -> list[list[Message]]:
     """Which receives `rank` posts before each of its actions (one entry an action, plus nothing after the
     last).
 
@@ -18,15 +18,15 @@ def receive_plan(schedule: Schedule, rank: int) -> list[list[Message]]:
     order = {source: _sent(schedule, source, rank) for source in others}
     place = {message: i for messages in order.values() for i, message in enumerate(messages)}
     posted = dict.fromkeys(order, 0)
-    plan: list[list[Message]] = []
+    receives: list[list[Message]] = []
     for wanted in _wanted(schedule, rank):
         now: list[Message] = []
         for message in wanted:
             source = schedule.placement[message.sender]
             now += order[source][posted[source] : place[message] + 1]
             posted[source] = max(posted[source], place[message] + 1)
-        plan.append(now)
-    return plan
+        receives.append(now)
+    return receives
 
 
 def _wanted(schedule: Schedule, rank: int) -> list[list[Message]]:
