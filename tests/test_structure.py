@@ -142,9 +142,7 @@ def test_an_operator_has_one_name_in_five_rooms():
             assert files or of_several.is_dir(), f"the operator {op} has no {room}"
 
 
-# About a dozen files; folders that are larger must not grow.
-MAX_FILES = 14
-LARGER: dict[str, int] = {}
+MAX_FILES = 14  # about a dozen
 
 
 def test_folders_stay_small():
@@ -152,8 +150,9 @@ def test_folders_stay_small():
     for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
         stems = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
         name = str(folder.relative_to(ROOT))
-        allowed = LARGER.get(name, MAX_FILES)
-        assert len(stems) <= allowed, f"{name} has {len(stems)} files, at most {allowed}: some want a folder"
+        assert len(stems) <= MAX_FILES, (
+            f"{name} has {len(stems)} files, at most {MAX_FILES}: some want a folder"
+        )
         prefixes = Counter(stem.split("_")[0] for stem in stems)
         shared = [prefix for prefix, count in prefixes.items() if count >= 3]
         assert not shared, f"{name}: three files begin with {shared}"
