@@ -17,8 +17,8 @@ from pypar.data_parallel.store import Store
 from pypar.grid import DATA
 from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
 from pypar.mesh import Axis, Mesh, parse_mesh
-from pypar.optimizers.masters import Optimizer
-from pypar.optimizers.schedule import learning_rate
+from pypar.optimizers.learning_rate import learning_rate
+from pypar.optimizers.update import Optimizer
 from pypar.parallel import ParallelPlan
 from pypar.pipeline_parallel import PipelineRuntime, schedules
 from pypar.train import checkpoint
