@@ -1,6 +1,6 @@
 """What a plan can say of a module: the roles that rooms offer, and what they are told when a model is spread.
 
-A room that knows a way to spread a module offers a `Role` for it; `pypar.parallel.rules` registers them by name.
+A room that knows a way to spread a module offers a `Role` for it; `pypar.parallel.roles` registers them by name.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Settings: keys of a configuration whose bounds, choices and explanation stand at their field.
 
 A room that can be configured has a section: a frozen dataclass, derived from `Section`, whose fields are made by
-`setting`. The section refuses by itself what can be refused before a rank is started. This file needs no torch, so that
-a mistake in a configuration is answered at once.
+`setting`. Making a section checks nothing: `check_values` holds every value to the rule at its field, and a section's
+`check` holds the values to each other and to the mesh. `pypar.train.preflight` calls both before a rank is started.
+This file needs no torch, so that a mistake in a configuration is answered at once.
 
     @dataclass(frozen=True)
     class OptimizerConfig(Section):

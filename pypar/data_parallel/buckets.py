@@ -5,7 +5,7 @@ and runs beside the backward of the layers before (Li et al., "PyTorch Distribut
 order on all ranks, whatever the order in which gradients become ready: a rank never waits for a collective that another
 one starts later.
 
-What is plugged in, by the interfaces of reduction.py: a compressor reduces a bucket (`compressor.reduce_start(bucket,
+What is plugged in, by the interfaces of reduction.py: a reduction reduces a bucket (`reduction.reduce_start(bucket,
 axis)`, whose `wait()` leaves the result in `bucket.flat`); streams are told `wrote(bucket)` for every gradient that
 arrived, `before_communication(bucket)` before reduce_start and `after(bucket)` after wait(). An axis of one rank has
 neither.
@@ -26,7 +26,7 @@ from pypar.data_parallel.arrivals import Hook, accept, settle_rest
 from pypar.data_parallel.flat import Bucket, Slot, fill_buckets, make_slots, shard_of, take_in
 from pypar.data_parallel.power_sgd import PowerSGD
 from pypar.data_parallel.ready_order import agree_on_order
-from pypar.data_parallel.reduction import explained, make_compressor
+from pypar.data_parallel.reduction import explained, make_reduction
 from pypar.data_parallel.streams import streams_for
 from pypar.mesh import Axis, as_axis
 from pypar.ops.uncompiled import uncompiled_class
@@ -84,8 +84,8 @@ class GradientBuckets:
     ) -> None:
         check_sizes(bucket_bytes, first_bucket_bytes)
         self.axis, self.average, self.reduce_scatter = as_axis(axis), average, reduce_scatter
-        self._compressor = make_compressor(average, comm_dtype, reduce_scatter, power_sgd_rank)
-        self.power_sgd = self._compressor if isinstance(self._compressor, PowerSGD) else None
+        self._reduction = make_reduction(average, comm_dtype, reduce_scatter, power_sgd_rank)
+        self.power_sgd = self._reduction if isinstance(self._reduction, PowerSGD) else None
         named = trainable(params, self.axis)
         self._accumulating = False
         self._on_reduction: weakref.WeakMethod[Callable[[], None]] | None = None
@@ -280,7 +280,7 @@ class GradientBuckets:
             settle_rest(bucket, self._streams)  # frozen ones: not once it is under way
         if self.axis.size > 1:
             self._streams.before_communication(bucket)
-            bucket.handle = self._compressor.reduce_start(bucket, self.axis)
+            bucket.handle = self._reduction.reduce_start(bucket, self.axis)
         self._next += 1
 
     def _forget_step(self) -> None:

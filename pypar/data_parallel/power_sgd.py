@@ -37,7 +37,7 @@ def factored_shape(shape: torch.Size, rank: int) -> tuple[int, int] | None:
 
 
 class PowerSGD:
-    """Reduces buckets by factors of ``rank``: a `Compressor` of GradientBuckets.
+    """Reduces buckets by factors of ``rank``: a `Reduction` of GradientBuckets.
 
     Computes in fp32 (fp64 for gradients of that dtype), starts from a fixed seed and gives the same bits on all ranks
     whose processors are of one kind, for any bucket size. Vectors and small matrices are summed as they are. Costs, for
@@ -53,14 +53,14 @@ class PowerSGD:
         self.rank, self.average, self._seed = rank, average, seed
         self._errors: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}
-        self._open: list[_Reduction] = []  # whose second factors are not sent yet
+        self._open: list[_StartedReduction] = []  # whose second factors are not sent yet
 
     @torch.no_grad()
-    def reduce_start(self, bucket: Bucket, axis: Axis) -> _Reduction:
+    def reduce_start(self, bucket: Bucket, axis: Axis) -> _StartedReduction:
         """Sends the first factors. The second ones go out when the next bucket is started, or when a bucket is waited
         for: in one order on all ranks, and beside the backward of the next bucket's gradients.
         """
-        started = _Reduction(self, bucket, axis)
+        started = _StartedReduction(self, bucket, axis)
         self.send_second_factors()
         self._open.append(started)
         return started
@@ -124,7 +124,7 @@ class _Matrix:
     basis: Tensor | None = None  # P [m, r], orthogonal
 
 
-class _Reduction:
+class _StartedReduction:
     """One bucket under way."""
 
     def __init__(self, owner: PowerSGD, bucket: Bucket, axis: Axis) -> None:

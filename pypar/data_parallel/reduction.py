@@ -20,7 +20,7 @@ from pypar.ops.bucket import bucket as scale_and_cast
 _TRAVELS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Compressor(Protocol):
+class Reduction(Protocol):
     """What reduces a bucket. One object serves all buckets of a `GradientBuckets`.
 
     Buckets are started in one order on all ranks, and waited for in that order; between them other buckets of
@@ -78,9 +78,9 @@ class FlatReduction:
         return all_reduce_start(flat, axis, op)
 
 
-def make_compressor(
+def make_reduction(
     average: bool, comm_dtype: torch.dtype | None, scatter: bool, power_sgd_rank: int
-) -> Compressor:
+) -> Reduction:
     if not power_sgd_rank:
         return FlatReduction(average=average, comm_dtype=comm_dtype, scatter=scatter)
     if comm_dtype is not None or scatter:

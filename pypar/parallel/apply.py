@@ -89,7 +89,9 @@ def parallelize(
     state_dict and the like are those of the whole model, or refused; what reduces or gathers them is called on every
     rank of the axis. The save_pretrained of a transformers model writes whole files and is called on every rank.
 
-    Other axes change nothing here: for dp use `GradientBuckets(model.parameters(), mesh.data)`.
+    Of the other axes, cp is what the roles "attention" and "positions" are about, and without them it changes nothing
+    here, as dp and pp never do: for dp use `GradientBuckets(model.parameters(), mesh.data)`, for pp
+    `pypar.blocks.keep_stage` afterwards.
 
     Raises ValueError, and has then changed nothing: ranks with different weights, a plan that does not fit
     the model, features, vocabulary or heads that do not divide by the tp size, a cut model that does not run or

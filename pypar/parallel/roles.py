@@ -1,5 +1,7 @@
 """All roles that a plan can give, by name: a room that offers roles has a line here."""
 
+from torch import nn
+
 from pypar.context_parallel import roles as context_parallel
 from pypar.role import ROLES as EVERYWHERE
 from pypar.role import Role
@@ -11,3 +13,8 @@ ROLES: dict[str, Role] = {
     **context_parallel.ROLES,
 }
 AXES = tuple(dict.fromkeys(name for role in ROLES.values() for name in role.axes))  # that some role is about
+
+
+def kinds() -> tuple[type[nn.Module], ...]:
+    """The classes of modules that roles take, but for those that take any."""
+    return tuple(dict.fromkeys(role.kind for role in ROLES.values() if role.kind is not nn.Module))

@@ -12,7 +12,7 @@ from torch import nn
 from pypar.parallel.cuttable import half_tied, left_whole, obstacle
 from pypar.parallel.plan import ParallelPlan
 from pypar.parallel.regions import Region, check_heads, cuts_layers, find_regions, listed
-from pypar.parallel.roles import ROLES
+from pypar.parallel.roles import ROLES, kinds
 from pypar.parallel.shipped import shipped_matches
 from pypar.role import WHOLE, Match, Spreading
 from pypar.tensor_parallel.latent import num_shared_features
@@ -135,7 +135,7 @@ def _find(model: nn.Module, plan: Mapping[str, str]) -> list[Match]:
 def _named(model: nn.Module) -> Iterator[Match]:
     """All modules without children, and parameters that stand beside a module's children, such as sinks."""
     for name, module in model.named_modules():
-        if name and (not module._modules or isinstance(module, (nn.Linear, nn.Embedding))):
+        if name and (not module._modules or isinstance(module, kinds())):
             yield Match(name, module, WHOLE)
         elif name:
             yield from (
@@ -151,7 +151,7 @@ def _takes(match: Match, name: str) -> bool:
     if match.parameter is not None:
         is_small = getattr(match.module, match.parameter).dim() <= 2
         return role.of_parameters and (role.cut_dim is None or is_small)
-    return role.kind is nn.Module or isinstance(match.module, (nn.Linear, nn.Embedding))
+    return role.kind is nn.Module or isinstance(match.module, kinds())
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -194,8 +194,8 @@ def _check_found(model: nn.Module, matches: list[Match], plan: Mapping[str, str]
 
 
 def _seen(model: nn.Module) -> str:
-    kinds = (nn.Linear, nn.Embedding)
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    layers = (nn.Linear, nn.Embedding)
+    names = [name for name, module in model.named_modules() if isinstance(module, layers)]
     return (
         f"its linear layers and embeddings are called {listed(names)}" if names else "it has no linear layer"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pypar.optimizers.config import OptimizerConfig
-from pypar.optimizers.schedule import learning_rate
+from pypar.optimizers.learning_rate import learning_rate
 from pypar.settings import keys_of
 from pypar.train.checkpoint import shown_value
 from pypar.train.config import RunConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from pypar.data_parallel.store import Store
 from pypar.grid import DATA
 from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
 from pypar.mesh import Axis, Mesh, parse_mesh
-from pypar.optimizers.masters import Optimizer
-from pypar.optimizers.schedule import learning_rate
+from pypar.optimizers.learning_rate import learning_rate
+from pypar.optimizers.update import Optimizer
 from pypar.parallel import ParallelPlan
 from pypar.pipeline_parallel import PipelineRuntime, schedules
+from pypar.settings import check_values
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
 from pypar.train.data.batch import Microbatch, split_batch
@@ -46,13 +48,15 @@ class Trainer:
 
     config  a `RunConfig`, whose data, optimizer, mesh, pipeline and train sections hold for every model
     mesh    by default made as the configuration says, after the job is joined and the configuration checked as
-            `pypar train` does; the process group stays, as with torch, until destroy_process_group
+            `pypar train` does; the process group stays, as with torch, until destroy_process_group. With a mesh that
+            is given, each value of the configuration is checked by itself, and its key ``mesh`` is not looked at
     device  by default the rank's GPU, where there is one
     model   the user's own: token ids [B, T] -> what ``loss`` takes, with the same weights on every rank. The model
             section is not looked at then. With a function blocks() it can be a pipeline; with a keyword ``sequences``
             it can be spread over cp and gets packed documents. None: pypar's decoder, of which a rank only ever
             allocates its part
-    plan    how the model is spread (`pypar.parallelize`)
+    plan    how the model is spread (`pypar.parallelize`); ``train.sequence_parallel`` and the section ``context`` say
+            what it leaves out
     loss    (what the model returned, targets [B, T]) -> the sum, not the mean, of the loss over positions whose target
             is not -100, a scalar; by default the cross-entropy of logits [B, T, V]
     """
@@ -71,6 +75,7 @@ class Trainer:
             raise ValueError("plan= and loss= belong to a model of your own; pass model= as well")
         if mesh is None:
             config, mesh, device = _joined(config, has_own_model=model is not None)
+        check_values(config)
         self.config, self.mesh, self.device = config, mesh, device or torch.device("cpu")
         self.data = open_data(
             config.data, config.train.sequence_length, config.seed, config.train.packed_documents
@@ -95,6 +100,8 @@ class Trainer:
     def _stage_of(self, model: nn.Module, plan: Plan, loss: Loss | None) -> TrainingStage:
         # 2 a parameter forward, 4 backward (arXiv 2001.08361); attention is not counted.
         self.flops_per_token = 6 * sum(p.numel() for p in model.parameters())
+        if self.config.train.sequence_parallel:
+            plan = replace(ParallelPlan.of(plan), sequence_parallel=True)
         return stage_of(
             model,
             self.mesh,

@@ -4,6 +4,8 @@ A case is made for an axis of ranks and gives (function, its inputs for a sequen
 gradients are compared too).
 """
 
+import importlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,6 +16,7 @@ from pypar.ops.attention import attention_backward, attention_forward
 from pypar.ops.attention.arguments import attention_problem
 from pypar.ops.bucket import bucket, move
 from pypar.ops.linear import linear_forward, linear_input_gradient, linear_weight_gradient
+from pypar.selftest.case import Draw
 
 WIDTH, FEATURES, VOCABULARY = 8, 16, 24
 CASES = {}
@@ -45,6 +48,24 @@ def of_x(function, module=None):
         return function(x * 2) + 1
 
     return run, lambda length: (numbers(2, length, WIDTH, seed=rank),), module
+
+
+def of_case_file(op):
+    """A case of what the operator's file of cases draws: for each length another size of its first kind of case."""
+    first, *others = importlib.import_module(f"pypar.selftest.cases.{op}").cases(False)
+    sizes = [first, *(each for each in others if each.ours is first.ours)]
+
+    def make(axis):
+        drawn = [each.inputs(Draw("cpu", torch.float32, 1)) for each in sizes]
+        alike = [inputs for inputs in drawn if list(inputs) == list(drawn[0])]
+
+        def run(*given):
+            return first.ours(**dict(zip(drawn[0], given, strict=True)), backend=None)
+
+        return run, lambda length: tuple(alike[length // 2 % len(alike)].values()), None
+
+    make.__name__ = f"_{op}"
+    return make
 
 
 # ---- ops
@@ -234,3 +255,9 @@ def _peer_all_reduce(axis):
         return peers.all_reduce(x.detach()) * (peers.method(x.detach())[0] == "group") + x
 
     return of_x(run)
+
+
+# An operator of which nothing is said above is called as its file of cases calls it.
+for _op in pypar.ops.__all__:
+    if f"pypar.ops.{_op}" not in CASES:
+        case(f"pypar.ops.{_op}")(of_case_file(_op))

@@ -8,7 +8,10 @@ from torch.nn import functional
 import pypar
 from pypar.layout import layout_of, local_part, local_shape, local_tensor
 from pypar.mesh import Mesh
-from pypar.parallel import USUAL_PLAN
+from pypar.parallel import USUAL_PLAN, ParallelPlan
+from pypar.parallel.roles import ROLES
+from pypar.parallel.rules import read_plan
+from pypar.role import Role, Spreading, unchanged
 from pypar.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from tests.harness.samples import relative
 
@@ -216,6 +219,13 @@ def run_refused(what):
 def test_what_cannot_be_cut_is_refused(ranks, what):
     for message in ranks(2, run_refused, what):
         assert REFUSALS[what] in message
+
+
+def test_a_role_may_take_layers_that_are_neither_linear_nor_an_embedding(monkeypatch):
+    monkeypatch.setitem(ROLES, "channels", Role(nn.Conv1d, ("tp",), unchanged))
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Linear(2, 2))
+    reading = read_plan(ParallelPlan({"0": "channels"}), Spreading(model, None))
+    assert [(match.name, match.role) for match in reading.matches] == [("0", "channels")]
 
 
 def run_refused_twice():

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from pypar.comm import point_to_point
-from pypar.pipeline_parallel import mailbox, schedules
+from pypar.pipeline_parallel import mailbox, schedules, simulate
+from pypar.pipeline_parallel.action import BACKWARD
 from tests.pipeline_parallel.stage import microbatches, single_runtime, stage_runtime, world_axis, written
+
+# Torch's hooks on saved tensors do not see the end of a graph whose backward was in two parts.
+WHOLE_BACKWARD = [
+    name
+    for name in schedules.names()
+    if any(action.kind == BACKWARD for actions in schedules.build(name, 2, 2).lists for action in actions)
+]
 
 
 class _Recorder:
@@ -101,13 +109,12 @@ def _bytes_held(num_microbatches, name):
     return most[0], held[0]
 
 
-@pytest.mark.parametrize("name", schedules.names())
+@pytest.mark.parametrize("name", WHOLE_BACKWARD)
 def test_activations_are_freed_as_soon_as_their_backward_is_done(ranks, name):
     one = ranks(4, _bytes_held, 1, name)
     held = ranks(4, _bytes_held, 8, name)
-    for rank in range(4):
-        expected = 8 if name == "gpipe" else 4 - rank
-        assert held[rank] == (expected * one[rank][0], 0)
+    for rank, peak in enumerate(simulate(schedules.build(name, 4, 8)).peak_in_flight):
+        assert held[rank] == (peak * one[rank][0], 0)
 
 
 @pytest.mark.parametrize("lists", ["F0.0 F0.1 B0.1 B0.0", "F0.0 F0.1 I0.1 I0.0 W0.0 W0.1"])

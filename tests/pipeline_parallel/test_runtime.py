@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pypar.pipeline_parallel import PipelineRuntime, schedules
+from pypar.pipeline_parallel import PipelineRuntime, schedules, simulate
 from pypar.pipeline_parallel.action import Action, Schedule
 from pypar.pipeline_parallel.header import HEADER_BYTES
 from tests.pipeline_parallel.stage import (
@@ -80,11 +80,7 @@ def test_gradients_are_bitwise_those_of_one_process(ranks, name, num_microbatche
     else:
         results = ranks(world_size, _train, schedule, world_size, num_microbatches)
     _check(results, world_size, num_microbatches)
-    peaks = [
-        num_microbatches if name == "gpipe" else min(num_microbatches, world_size - rank)
-        for rank in range(world_size)
-    ]
-    assert [result["peak"] for result in results] == peaks
+    assert [result["peak"] for result in results] == simulate(schedule).peak_in_flight
     messages = 2 * num_microbatches + num_microbatches + 1  # activations of two steps and one evaluation
     for rank, result in enumerate(results):
         down = messages if rank < world_size - 1 else 0

@@ -34,9 +34,14 @@ def test_one_f_one_b_with_fewer_microbatches_than_ranks():
 
 @pytest.mark.parametrize("name", schedules.names())
 @pytest.mark.parametrize("p,m", SIZES)
-def test_schedule_is_valid_and_has_the_known_bubble(name, p, m):
+def test_schedule_is_valid(name, p, m):
+    validate(schedules.build(name, p, m), num_microbatches=m)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "one_f_one_b"])
+@pytest.mark.parametrize("p,m", SIZES)
+def test_gpipe_and_one_f_one_b_have_the_known_bubble(name, p, m):
     schedule = schedules.build(name, p, m)
-    validate(schedule, num_microbatches=m)
     assert schedule.placement == {(0, rank): rank for rank in range(p)}
     result = simulate(schedule)
     assert result.makespan == pytest.approx((m + p - 1) * 3)
@@ -69,10 +74,8 @@ def test_a_schedule_knows_its_stages_paths_and_microbatches():
 
 
 def test_unknown_schedule_name_suggests_the_nearest():
-    assert schedules.names() == ["gpipe", "one_f_one_b"]
-    with pytest.raises(
-        ValueError, match="'one_f_1b' is not one of gpipe, one_f_one_b; did you mean 'one_f_one_b'"
-    ):
+    known = ", ".join(schedules.names())
+    with pytest.raises(ValueError, match=f"'one_f_1b' is not one of {known}; did you mean 'one_f_one_b'"):
         schedules.build("one_f_1b", 2, 2)
     with pytest.raises(ValueError, match="is not one of"):
         schedules.build("_check", 2, 2)

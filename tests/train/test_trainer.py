@@ -223,9 +223,23 @@ def test_what_a_model_cannot_do_is_refused(text: Path) -> None:
         ValueError, match=r"returned \(1, 192\) where logits \[B, T, V\] belong to targets \(1, 24\)"
     ):
         trainer.train_step()
+    wrong = RunConfig.from_dict(_config(text, "") | {"optimizer": {"min_lr_ratio": 2.0}})
+    with pytest.raises(ValueError, match=r"optimizer.min_lr_ratio \(2.0\) must be at least 0 and at most 1"):
+        Trainer(wrong, Mesh(), CPU, model=UsersModel())
     packed = RunConfig.from_dict(_config(text, "", packed_documents=True))
     with pytest.raises(ValueError, match='forward has no keyword "sequences"'):
         Trainer(packed, Mesh(), CPU, model=nn.Embedding(256, 256))
+
+
+def run_sequence_parallel(config: dict) -> str:
+    with pytest.raises(ValueError) as caught:
+        Trainer(RunConfig.from_dict(config), Mesh(tp=2), CPU, model=UsersModel(), plan=PLAN)
+    return str(caught.value)
+
+
+def test_sequence_parallel_of_the_configuration_holds_for_a_model_of_the_users_own(ranks, text: Path) -> None:
+    for said in ranks(2, run_sequence_parallel, _config(text, "", sequence_parallel=True)):
+        assert "sequence parallelism needs a role for every parameter" in said
 
 
 def run_refused(config: dict, sizes: dict) -> str:

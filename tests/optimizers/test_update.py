@@ -6,9 +6,9 @@ import torch
 from pypar.data_parallel.replicated import Replicated
 from pypar.mesh import Mesh
 from pypar.optimizers.config import OptimizerConfig
-from pypar.optimizers.masters import Optimizer
+from pypar.optimizers.learning_rate import learning_rate
 from pypar.optimizers.registry import OPTIMIZERS
-from pypar.optimizers.schedule import learning_rate
+from pypar.optimizers.update import Optimizer
 
 
 def _made(dtype, config):
