@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor
 
 import pypar.comm  # noqa: F401 - makes the backend known, also in spawned processes
 
@@ -121,7 +122,7 @@ def _refusals():
         dist.all_reduce(torch.ones(2, device="meta"), group=group)
     mesh = dist.device_mesh.DeviceMesh("cpu", list(range(dist.get_world_size())))
     with pytest.raises(ValueError, match="a DTensor of shape \\(2,\\) has no memory"):
-        group.allreduce([dist.tensor.distribute_tensor(torch.ones(2), mesh)])
+        group.allreduce([distribute_tensor(torch.ones(2), mesh)])
     with pytest.raises(ValueError, match="must divide by the number of ranks"):
         dist.all_to_all_single(torch.ones(3), torch.ones(3), group=group)
     dist.barrier(group)  # refused before anything was sent: the group goes on
