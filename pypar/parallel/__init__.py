@@ -3,6 +3,7 @@
 from pypar.parallel.apply import parallelize
 from pypar.parallel.materialize import fill, materialize
 from pypar.parallel.plan import ParallelPlan
-from pypar.parallel.rules import USUAL_PLAN, plan_of
+from pypar.parallel.rules import plan_of
+from pypar.tensor_parallel.roles import USUAL_PLAN
 
 __all__ = ["USUAL_PLAN", "ParallelPlan", "fill", "materialize", "parallelize", "plan_of"]

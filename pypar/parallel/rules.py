@@ -16,30 +16,8 @@ from pypar.parallel.roles import ROLES, kinds
 from pypar.parallel.shipped import shipped_matches
 from pypar.role import WHOLE, Match, Spreading
 from pypar.tensor_parallel.latent import num_shared_features
+from pypar.tensor_parallel.roles import USUAL_PLAN
 from pypar.tensor_parallel.sharded import ShardedModule
-
-USUAL_PLAN = {
-    "*.q_proj": "column",
-    "*.k_proj": "column",
-    "*.v_proj": "column",
-    "*.sinks": "column",
-    "*.query_key_value": "column",
-    "*.o_proj": "row",
-    "*.out_proj": "row",
-    "*.self_attn.dense": "row",
-    "*.attention.dense": "row",
-    "*.gate_proj": "column",
-    "*.up_proj": "column",
-    "*.down_proj": "row",
-    "*.fc1": "column",
-    "*.fc2": "row",
-    "*.dense_h_to_4h": "column",
-    "*.dense_4h_to_h": "row",
-    "*.embed_tokens": "vocab",
-    "*.embed_in": "vocab",
-    "*.lm_head": "column_gather",
-    "*.embed_out": "column_gather",
-}
 
 
 class Reading(NamedTuple):

@@ -9,9 +9,11 @@ Sources: Megatron-LM (arXiv 1909.08053); sequence parallelism (arXiv 2205.05198)
 from pypar.tensor_parallel.column import ColumnParallelLinear, column_parallel
 from pypar.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
+from pypar.tensor_parallel.roles import USUAL_PLAN
 from pypar.tensor_parallel.row import RowParallelLinear, row_parallel
 
 __all__ = [
+    "USUAL_PLAN",
     "ColumnParallelLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",

@@ -107,3 +107,27 @@ ROLES = {
     "per_head": Role(nn.Module, AXES, _per_head, of_parameters=True),
     "latent_kv": Role(nn.Linear, AXES, _latent),
 }
+
+# Names that say the same in every model that has them: of OPT, GPT-NeoX, BART and their like.
+USUAL_PLAN = {
+    "*.q_proj": "column",
+    "*.k_proj": "column",
+    "*.v_proj": "column",
+    "*.sinks": "column",
+    "*.query_key_value": "column",
+    "*.o_proj": "row",
+    "*.out_proj": "row",
+    "*.self_attn.dense": "row",
+    "*.attention.dense": "row",
+    "*.gate_proj": "column",
+    "*.up_proj": "column",
+    "*.down_proj": "row",
+    "*.fc1": "column",
+    "*.fc2": "row",
+    "*.dense_h_to_4h": "column",
+    "*.dense_4h_to_h": "row",
+    "*.embed_tokens": "vocab",
+    "*.embed_in": "vocab",
+    "*.lm_head": "column_gather",
+    "*.embed_out": "column_gather",
+}
