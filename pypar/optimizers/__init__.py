@@ -1,9 +1,9 @@
 """Optimizers over this rank's parts of the parameters, and the learning rate of each step.
 
-    config.py      OptimizerConfig, the section of a run's configuration
-    schedule.py    the learning rate
-    masters.py     Optimizer: fp32 master weights, clipping, the gradient norm, what a checkpoint holds
-    registry.py    the update rules by name; one file each
+    config.py         OptimizerConfig, the section of a run's configuration
+    learning_rate.py  the learning rate of a step
+    update.py         Optimizer: the update of what a rank owns, clipping, the gradient norm, what a checkpoint holds
+    registry.py       the update rules by name; one file each
 
 A new optimizer is a file with a `Rule`, and its line in the registry.
 """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from pypar.layout import layout_of, set_layout
 from pypar.role import Match, Role, Spreading
 from pypar.sharded.partial import sum_in_backward
 from pypar.tensor_parallel.column import ColumnParallelLinear
@@ -84,8 +82,6 @@ def _norm(match: Match, spreading: Spreading) -> nn.Module:
     """Under sequence parallelism a norm sees this rank's positions, and has a part of its gradients."""
     if spreading.sequence_parallel:
         for parameter in match.parameters():
-            layout = layout_of(parameter)
-            set_layout(parameter, replace(layout, sum_over=tuple(dict.fromkeys((*layout.sum_over, *AXES)))))
             sum_in_backward(parameter, spreading.axis(ROLES[match.role]))
     return match.module
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from pypar.models import Decoder, DecoderConfig
 from pypar.ops import cross_entropy
 from pypar.parallel import ParallelPlan, materialize, parallelize
 from pypar.parallel.roles import AXES, ROLES
+from pypar.parallel.rules import own_plan
 from pypar.tensor_parallel import vocab_parallel_cross_entropy
 from pypar.train.data.batch import Microbatch
 
@@ -78,7 +80,7 @@ def stage_of(
     ValueError, the same on every rank, for what this model cannot do on this mesh.
     """
     plan = ParallelPlan.of(plan)
-    if mesh.cp.size > 1 and "attention" not in (plan.roles or getattr(model, "parallel_plan", {})).values():
+    if mesh.cp.size > 1 and "attention" not in (plan.roles or own_plan(model) or {}).values():
         raise ValueError(
             f"cp={mesh.cp.size} cuts sequences, and no module of this {type(model).__name__} has the role "
             '"attention", so that each rank would attend to its own positions only; give a plan with "attention" and '
@@ -94,8 +96,13 @@ def stage_of(
             '"sequences" (pypar.sequences.Sequences) by which it would learn of them; give it one, or leave '
             "packed_documents out"
         )
-    if plan.context == ContextConfig():
-        plan = ParallelPlan(plan.roles, plan.sequence_parallel, context)
+    if plan.context not in (ContextConfig(), context):
+        raise ValueError(
+            f"the plan spreads attention with layout={plan.context.layout!r}, method={plan.context.method!r} and the "
+            f"configuration cuts sequences with context.layout={context.layout!r}, "
+            f"context.method={context.method!r}; say it in the configuration alone"
+        )
+    plan = replace(plan, context=context)
     model.to(device=device, dtype=dtype)
     difference = first_difference(list(model.named_parameters()), mesh.world)
     if difference is not None:

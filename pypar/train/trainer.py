@@ -179,6 +179,7 @@ class Trainer:
         """Mean loss (nats a token) over the first validation batches: ``num_batches``, or as many as configured."""
         most = self.config.train.evaluate_batches if num_batches is None else num_batches
         total = count = 0.0
+        was_training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         for index in range(min(most, self.data.num_validation_batches(self.config.train.batch_size))):
             batch = self.data.validation_batch(index, self.config.train.batch_size)
@@ -186,7 +187,8 @@ class Trainer:
             losses = self.runtime.evaluate(self._microbatches(batch))
             total += self._own_loss(losses) * num_targets
             count += num_targets
-        self.model.train()
+        for module, trains in was_training.items():  # a user's model may keep some modules in eval mode
+            module.training = trains
         if not count:
             raise ValueError("the validation text has nothing to learn; raise data.validation_fraction")
         return self.sum_over_world(total)[0] / count

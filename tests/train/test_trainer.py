@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pypar.blocks import Block, global_parameters
+from pypar.context_parallel.config import ContextConfig
 from pypar.mesh import Mesh
 from pypar.models import CausalAttention, Positions
 from pypar.parallel import ParallelPlan
@@ -240,6 +241,29 @@ def run_sequence_parallel(config: dict) -> str:
 def test_sequence_parallel_of_the_configuration_holds_for_a_model_of_the_users_own(ranks, text: Path) -> None:
     for said in ranks(2, run_sequence_parallel, _config(text, "", sequence_parallel=True)):
         assert "sequence parallelism needs a role for every parameter" in said
+
+
+def test_evaluation_leaves_every_module_in_its_mode(text: Path) -> None:
+    model = UsersModel()
+    trainer = Trainer(RunConfig.from_dict(_config(text, "")), Mesh(), CPU, model=model)
+    model.layers["1"].eval()
+    before = [module.training for module in model.modules()]
+    trainer.evaluate()
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
+
+
+def run_two_contexts(config: dict) -> str:
+    plan = ParallelPlan(PLAN, context=ContextConfig(layout="striped"))
+    with pytest.raises(ValueError) as caught:
+        Trainer(RunConfig.from_dict(config), Mesh(cp=2), CPU, model=UsersModel(), plan=plan)
+    same = RunConfig.from_dict(config | {"context": {"layout": "striped"}})
+    Trainer(same, Mesh(cp=2), CPU, model=UsersModel(), plan=plan).train_step()
+    return str(caught.value)
+
+
+def test_a_plan_must_not_cut_sequences_otherwise_than_the_data_are_cut(ranks, text: Path) -> None:
+    for said in ranks(2, run_two_contexts, _config(text, "")):
+        assert "layout='striped'" in said and "context.layout='zigzag'" in said
 
 
 def run_refused(config: dict, sizes: dict) -> str:
