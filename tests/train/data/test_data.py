@@ -14,43 +14,31 @@ from hypothesis import strategies as st
 from pypar.train.config import DataConfig
 from pypar.train.data import sources
 from pypar.train.data.windows import IGNORED, TokenData, open_data, shuffled
-
-
-def _config(tmp_path: Path, path: Path | str, **more: object) -> DataConfig:
-    return DataConfig(path=str(path), cache_directory=str(tmp_path / "cache"), **more)  # type: ignore[arg-type]
+from tests.train.data.corpus import config_of, folder_of_texts
 
 
 def _stream(data: TokenData, part: str) -> bytes:
     return np.asarray(data.tokens[part]).tobytes()
 
 
-def _folder(tmp_path: Path, count: int = 40) -> Path:
-    folder = tmp_path / "texts"
-    for i in range(count):
-        file = folder / f"part{i % 3}" / f"{i:02d}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"document {i} says {i * i}\n" * 5)
-    return folder
-
-
 def test_folder_holds_every_document_once_with_its_end(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
+    folder = folder_of_texts(tmp_path)
     (folder / ".hidden").write_text("not read")
     (folder / "empty.txt").touch()
-    data = open_data(_config(tmp_path, folder, validation_fraction=0.2), 8, 0)
+    data = open_data(config_of(tmp_path, folder, validation_fraction=0.2), 8, 0)
     parts = {part: _stream(data, part).split(b"\0") for part in ("train", "validation")}
     assert parts["train"].pop() == parts["validation"].pop() == b""
     expected = sorted(f.read_bytes() for f in folder.rglob("[0-9]*.txt"))
     assert sorted(parts["train"] + parts["validation"]) == expected
     assert 1 <= len(parts["validation"]) <= 20
-    names = [f.name for f in sources.find_files(_config(tmp_path, folder))]
+    names = [f.name for f in sources.find_files(config_of(tmp_path, folder))]
     assert names == sorted(names) and names[0] == "part0/00.txt"
     assert data.cache.sizes["train"].text_bytes == sum(map(len, parts["train"]))
 
 
 def test_split_does_not_move_when_a_document_is_added(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
-    config = _config(tmp_path, folder, validation_fraction=0.3)
+    folder = folder_of_texts(tmp_path)
+    config = config_of(tmp_path, folder, validation_fraction=0.3)
     before = set(_stream(open_data(config, 8, 0), "validation").split(b"\0"))
     (folder / "new.txt").write_text("a new document\n")
     after = set(_stream(open_data(config, 8, 0), "validation").split(b"\0"))
@@ -59,24 +47,26 @@ def test_split_does_not_move_when_a_document_is_added(tmp_path: Path) -> None:
 
 def test_two_documents_give_one_to_each_side(tmp_path: Path) -> None:
     for fraction in (0.001, 0.999):
-        data = open_data(_config(tmp_path, _folder(tmp_path, 2), validation_fraction=fraction), 8, 0)
+        data = open_data(
+            config_of(tmp_path, folder_of_texts(tmp_path, 2), validation_fraction=fraction), 8, 0
+        )
         assert _stream(data, "train").count(b"\0") == _stream(data, "validation").count(b"\0") == 1
 
 
 def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     file.write_bytes(bytes(range(1, 256)) * 8)
-    data = open_data(_config(tmp_path, file, validation_fraction=0.25), 8, 0)
+    data = open_data(config_of(tmp_path, file, validation_fraction=0.25), 8, 0)
     assert _stream(data, "train") + _stream(data, "validation") == file.read_bytes() + b"\0"
     assert len(_stream(data, "validation")) == (255 * 8 + 1) // 4
 
 
 def test_glob_and_pattern(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
+    folder = folder_of_texts(tmp_path)
     (folder / "note.md").write_text("# a note")
-    found = sources.find_files(_config(tmp_path, f"{folder}/part[01]/*.txt"))
+    found = sources.find_files(config_of(tmp_path, f"{folder}/part[01]/*.txt"))
     assert len(found) == 27 and found[0].name == "part0/00.txt"
-    assert [f.name for f in sources.find_files(_config(tmp_path, folder, pattern="*.md"))] == ["note.md"]
+    assert [f.name for f in sources.find_files(config_of(tmp_path, folder, pattern="*.md"))] == ["note.md"]
 
 
 def test_python_stdlib_is_large_and_has_no_packages(tmp_path: Path) -> None:
@@ -122,14 +112,14 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, make, sentence: str) -> 
     (tmp_path / "nul.jsonl").write_text('{"text": "a"}\n{"text": "a\\u0000"}\n')
     (tmp_path / "one.txt").write_text("a")
     with pytest.raises(ValueError, match="^[^\n]*$") as refused:
-        open_data(_config(tmp_path, make(tmp_path)), 32, 0)
+        open_data(config_of(tmp_path, make(tmp_path)), 32, 0)
     assert sentence in str(refused.value)
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 def test_pattern_without_a_match_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"matches data.pattern '\*.py' \(it holds 40 .txt\)"):
-        sources.find_files(_config(tmp_path, _folder(tmp_path), pattern="*.py"))
+        sources.find_files(config_of(tmp_path, folder_of_texts(tmp_path), pattern="*.py"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -138,7 +128,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
     file.write_text("secret")
     file.chmod(0)
     with pytest.raises(ValueError, match="secret.txt cannot be read: Permission denied"):
-        open_data(_config(tmp_path, file), 2, 0)
+        open_data(config_of(tmp_path, file), 2, 0)
 
 
 def test_only_responses_and_their_ends_are_learned(tmp_path: Path) -> None:
@@ -149,7 +139,7 @@ def test_only_responses_and_their_ends_are_learned(tmp_path: Path) -> None:
         {"prompt": "é?", "response": "ü!"},
     ]
     file.write_text("\n".join(json.dumps(r) for r in records * 20))
-    data = open_data(_config(tmp_path, file, validation_fraction=0.1), 16, 0)
+    data = open_data(config_of(tmp_path, file, validation_fraction=0.1), 16, 0)
     learned: list[bytes] = []
     for part in ("train", "validation"):
         mask = data.learned[part]
@@ -169,7 +159,7 @@ def test_only_responses_and_their_ends_are_learned(tmp_path: Path) -> None:
 def test_undecodable_bytes_are_tokens_like_any_other(tmp_path: Path) -> None:
     file = tmp_path / "latin1.txt"
     file.write_bytes("straße".encode("latin-1") * 100)
-    assert _stream(open_data(_config(tmp_path, file), 8, 0), "train").startswith(b"stra\xdfe")
+    assert _stream(open_data(config_of(tmp_path, file), 8, 0), "train").startswith(b"stra\xdfe")
 
 
 def test_windows_text_files(tmp_path: Path) -> None:
@@ -180,7 +170,7 @@ def test_windows_text_files(tmp_path: Path) -> None:
     (tmp_path / "texts" / "d.jsonl").write_bytes(
         b'\xef\xbb\xbf{"text": "record"}\r\n{"text": "other"}\r\n\r\n'
     )
-    data = open_data(_config(tmp_path, tmp_path / "texts", validation_fraction=0.9), 1, 0)
+    data = open_data(config_of(tmp_path, tmp_path / "texts", validation_fraction=0.9), 1, 0)
     held = (_stream(data, "train") + _stream(data, "validation")).split(b"\0")
     assert sorted(held) == [b"", b"one\r\ntwo\r\n", b"other", b"record", b"x"]
     assert sum(size.documents for size in data.cache.sizes.values()) == 4
@@ -191,7 +181,7 @@ def test_long_files_are_cut_at_line_ends_and_between_characters(tmp_path: Path, 
     file = tmp_path / "text.txt"
     for text in ("éüß€" * 9, "a line\n" * 5 + "€" * 8, "x" * 20):
         file.write_text(text)
-        (source,) = sources.find_files(_config(tmp_path, file))
+        (source,) = sources.find_files(config_of(tmp_path, file))
         (pieces,) = [list(p) for _, p in source.documents()]
         assert "".join(p.text.decode() for p in pieces) == text
 
@@ -216,7 +206,7 @@ def test_shuffled_mixes_and_depends_on_the_key() -> None:
 def test_an_epoch_shows_every_window_once_and_the_next_cuts_elsewhere(tmp_path: Path) -> None:
     file = tmp_path / "count.txt"
     file.write_text("".join(chr(0x100 + i) for i in range(1000)))  # 2 bytes each: windows differ
-    data = open_data(_config(tmp_path, file), 10, 2)
+    data = open_data(config_of(tmp_path, file), 10, 2)
     stream = _stream(data, "train")
     count = data.num_train_windows
     epochs: list[list[int]] = []
@@ -232,7 +222,7 @@ def test_an_epoch_shows_every_window_once_and_the_next_cuts_elsewhere(tmp_path: 
 
 
 def test_batches_are_a_function_of_seed_and_sample(tmp_path: Path) -> None:
-    config = _config(tmp_path, _folder(tmp_path))
+    config = config_of(tmp_path, folder_of_texts(tmp_path))
     one, two, other = (open_data(config, 16, seed) for seed in (0, 0, 1))
     for sample in (20, 0, 12):
         a, b = one.train_batch(sample, 4), two.train_batch(sample, 4)
@@ -246,7 +236,7 @@ def test_batches_are_a_function_of_seed_and_sample(tmp_path: Path) -> None:
 
 
 def test_validation_covers_every_window_once_and_pads_the_last_batch(tmp_path: Path) -> None:
-    data = open_data(_config(tmp_path, _folder(tmp_path), validation_fraction=0.3), 16, 0)
+    data = open_data(config_of(tmp_path, folder_of_texts(tmp_path), validation_fraction=0.3), 16, 0)
     windows = data.num_validation_windows
     assert windows % 5
     seen = 0
@@ -255,13 +245,13 @@ def test_validation_covers_every_window_once_and_pads_the_last_batch(tmp_path: P
         assert tokens.shape == targets.shape == (5, 16)
         seen += int((targets != IGNORED).any(1).sum())
     assert seen == windows
-    again = open_data(_config(tmp_path, tmp_path / "texts", validation_fraction=0.3), 16, 9)
+    again = open_data(config_of(tmp_path, tmp_path / "texts", validation_fraction=0.3), 16, 9)
     assert again.validation_batch(0, 4)[0].equal(data.validation_batch(0, 4)[0])  # whatever the seed
 
 
 def test_entropies_against_a_direct_count(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pypar.train.data.windows.ENTROPY_CHUNK", 100)
-    data = open_data(_config(tmp_path, _folder(tmp_path), validation_fraction=0.3), 16, 0)
+    data = open_data(config_of(tmp_path, folder_of_texts(tmp_path), validation_fraction=0.3), 16, 0)
     text = _stream(data, "validation")
     singles, pairs = Counter(text), Counter(zip(text, text[1:], strict=False))
     befores = Counter(text[:-1])

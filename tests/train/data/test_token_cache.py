@@ -10,24 +10,12 @@ import pytest
 from pypar.train.config import DataConfig
 from pypar.train.data import cache
 from pypar.train.data.tokens import ByteTokenizer
-
-
-def _config(tmp_path: Path, path: Path | str, **more: object) -> DataConfig:
-    return DataConfig(path=str(path), cache_directory=str(tmp_path / "cache"), **more)  # type: ignore[arg-type]
-
-
-def _folder(tmp_path: Path, count: int = 40) -> Path:
-    folder = tmp_path / "texts"
-    for i in range(count):
-        file = folder / f"part{i % 3}" / f"{i:02d}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"document {i} says {i * i}\n" * 5)
-    return folder
+from tests.train.data.corpus import config_of, folder_of_texts
 
 
 def test_cache_is_reused_and_rebuilt_when_the_input_changes(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
-    config = _config(tmp_path, folder)
+    folder = folder_of_texts(tmp_path)
+    config = config_of(tmp_path, folder)
     first = cache.prepare_cache(config, ByteTokenizer())
     stamp = (first.path / "meta.json").stat().st_mtime_ns
     assert cache.prepare_cache(config, ByteTokenizer()).path == first.path
@@ -46,7 +34,7 @@ def test_cache_is_reused_and_rebuilt_when_the_input_changes(tmp_path: Path) -> N
 
 
 def test_a_damaged_cache_is_built_again(tmp_path: Path) -> None:
-    config = _config(tmp_path, _folder(tmp_path))
+    config = config_of(tmp_path, folder_of_texts(tmp_path))
     built = cache.prepare_cache(config, ByteTokenizer())
     whole = (built.path / "train.tokens").read_bytes()
     (built.path / "train.tokens").write_bytes(whole[:-5])
@@ -64,7 +52,7 @@ def test_a_damaged_cache_is_built_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_cache_that_is_none_is_built_again(tmp_path: Path, name: str, content: bytes) -> None:
-    config = _config(tmp_path, _folder(tmp_path))
+    config = config_of(tmp_path, folder_of_texts(tmp_path))
     built = cache.prepare_cache(config, ByteTokenizer())
     whole = (built.path / name).read_bytes()
     (built.path / name).write_bytes(content)
@@ -75,7 +63,7 @@ def test_a_cache_that_is_none_is_built_again(tmp_path: Path, name: str, content:
 def test_a_cache_of_another_format_is_built_again_and_the_old_one_deleted(
     tmp_path: Path, monkeypatch
 ) -> None:
-    config = _config(tmp_path, _folder(tmp_path))
+    config = config_of(tmp_path, folder_of_texts(tmp_path))
     monkeypatch.setattr(cache, "FORMAT", 1)
     old = cache.prepare_cache(config, ByteTokenizer())
     os.utime(old.path, (0, 0))
@@ -84,7 +72,7 @@ def test_a_cache_of_another_format_is_built_again_and_the_old_one_deleted(
 
 
 def test_processes_that_build_at_once_share_one_cache(tmp_path: Path) -> None:
-    config = _config(tmp_path, _folder(tmp_path))
+    config = config_of(tmp_path, folder_of_texts(tmp_path))
     program = (
         "import sys; from pypar.train.config import DataConfig; from pypar.train.data.cache import prepare_cache;"
         "from pypar.train.data.tokens import ByteTokenizer;"
@@ -100,6 +88,6 @@ def test_processes_that_build_at_once_share_one_cache(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    config = DataConfig(path=str(_folder(tmp_path)), cache_directory=str(tmp_path / "file" / "cache"))
+    config = DataConfig(path=str(folder_of_texts(tmp_path)), cache_directory=str(tmp_path / "file" / "cache"))
     with pytest.raises(ValueError, match="set data.cache_directory"):
         cache.prepare_cache(config, ByteTokenizer())
