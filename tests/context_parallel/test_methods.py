@@ -1,4 +1,7 @@
-"""Ulysses, all-gather and hybrid over simulated ranks: equal to one device; what they send; what they refuse."""
+"""Ulysses, all-gather and hybrid over simulated ranks: equal to one device; what they send; what they refuse.
+
+The long tests have every mask and option in every layout at every degree, where the quick ones have each pair.
+"""
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from tests.context_parallel.cases import (
     one_device,
     together,
 )
+from tests.harness.pairs import pairwise
 from tests.harness.simulated_ranks import axis_of, run_ranks
 
 MANY_HEADS = {name: case for name, case in CASES.items() if name != "one head"}
@@ -58,34 +62,35 @@ def _hybrid_rank(axis, case, given, layout, ulysses_size):
     return results, forward + backward
 
 
-@pytest.mark.parametrize("name", MANY_HEADS)
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("method", ["ulysses", "all_gather"])
-def test_equals_one_device_and_sends_what_the_formula_says(name, layout, method):
+@pytest.mark.parametrize(
+    ("name", "size", "layout", "method"),
+    pairwise(MANY_HEADS, (1, 2, 3, 4), sorted(LAYOUTS), ("ulysses", "all_gather")),
+)
+def test_equals_one_device_and_sends_what_the_formula_says(name, size, layout, method):
     case = CASES[name]
     given = inputs(case, torch.float32)
-    expected = one_device(case, given)
-    for size in (1, 2, 3, 4):
-        actual, sent = many_ranks(case, given, size, layout, method=method, backend="native")
-        assert_close(actual, expected, 1e-5, 1e-4)
-        if size > 1 and (method == "all_gather" or not case.bias):
-            formula = getattr(volume, method)(*_arguments(case, size, layout))
-            assert sent == _sent(formula, size)
+    actual, sent = many_ranks(case, given, size, layout, method=method, backend="native")
+    assert_close(actual, one_device(case, given), 1e-5, 1e-4)
+    if size > 1 and (method == "all_gather" or not case.bias):
+        formula = getattr(volume, method)(*_arguments(case, size, layout))
+        assert sent == _sent(formula, size)
 
 
-@pytest.mark.parametrize("name", MANY_HEADS)
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_hybrid_equals_one_device(name, layout):
-    case = CASES[name]
+@pytest.mark.parametrize(
+    ("name", "sizes", "layout"),
+    pairwise(MANY_HEADS, ((4, 2), (6, 3), (8, 4), (4, 1), (4, 4)), ("contiguous", "zigzag")),
+)
+def test_hybrid_equals_one_device(name, sizes, layout):
+    """sizes: of the whole group and of Ulysses' part."""
+    case, (size, ulysses_size) = CASES[name], sizes
     given = inputs(case, torch.float32)
-    expected = one_device(case, given)
-    for size, ulysses_size in ((4, 2), (6, 3), (8, 4), (4, 1), (4, 4)):
-        outcome = run_ranks(size, _hybrid_rank, case, given, layout, ulysses_size)
-        assert_close(together(case, layout, [results for results, _ in outcome]), expected, 1e-5, 1e-4)
-        if not case.bias:
-            formula = volume.hybrid(*_arguments(case, size, layout), ulysses_size)
-            totals = [sum(both) for both in _sent(formula, size)]
-            assert [sent for _, sent in outcome] == totals
+    outcome = run_ranks(size, _hybrid_rank, case, given, layout, ulysses_size)
+    found = together(case, layout, [results for results, _ in outcome])
+    assert_close(found, one_device(case, given), 1e-5, 1e-4)
+    if not case.bias:
+        formula = volume.hybrid(*_arguments(case, size, layout), ulysses_size)
+        totals = [sum(both) for both in _sent(formula, size)]
+        assert [sent for _, sent in outcome] == totals
 
 
 _ENDS = (0, 3, 3, 214, 229, 1000, 1037, 1100)  # of documents, which ranks hold few rows of, too
@@ -116,20 +121,18 @@ ONE_DEVICE = {
 }
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("name", ONE_DEVICE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_gather_has_the_bits_of_one_device(name, layout, dtype):
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype", "size"),
+    pairwise(ONE_DEVICE, ("contiguous", "zigzag"), (torch.float32, torch.bfloat16), (2, 3)),
+)
+def test_all_gather_has_the_bits_of_one_device(name, layout, dtype, size):
     """Of any lengths; of dk and dv the order of the sum over ranks is another."""
     case = ONE_DEVICE[name]
     given = inputs(case, dtype)
     expected = one_device(case, given, "native")
-    for size in (2, 3):
-        actual, _ = many_ranks(case, given, size, layout, method="all_gather", backend="native")
-        for result in {"out", "lse", "dq", "dbias"} & set(expected) - (
-            {"dbias"} if case.bias == "S" else set()
-        ):
-            assert torch.equal(actual[result], expected[result]), (result, size)
+    actual, _ = many_ranks(case, given, size, layout, method="all_gather", backend="native")
+    for result in {"out", "lse", "dq", "dbias"} & set(expected) - ({"dbias"} if case.bias == "S" else set()):
+        assert torch.equal(actual[result], expected[result]), result
 
 
 def test_all_gather_of_several_heads_at_once():

@@ -13,6 +13,7 @@ from pypar.context_parallel.methods.ring import method as ring
 from pypar.context_parallel.methods.ring import parts as ring_parts
 from pypar.context_parallel.methods.ring.parts import rounds_of
 from tests.context_parallel.cases import CASES, Case, assert_close, inputs, many_ranks, one_device
+from tests.harness.pairs import pairwise
 from tests.harness.simulated_ranks import run_ranks
 
 
@@ -56,22 +57,20 @@ def test_a_cut_of_what_a_rank_holds():
     assert cut(held, 4, 4) == ()
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("name", CASES)
-def test_equals_one_device_and_sends_as_much_as_whole_blocks(monkeypatch, name, layout):
+@pytest.mark.parametrize(("name", "size", "layout"), pairwise(CASES, (2, 3, 4), sorted(LAYOUTS)))
+def test_equals_one_device_and_sends_as_much_as_whole_blocks(monkeypatch, name, size, layout):
+    """The long tests have every case in every layout at every degree, the quick ones each pair."""
     case = CASES[name]
     given = inputs(case, torch.float32)
-    expected = one_device(case, given)
-    for size in (2, 3, 4):
-        monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1 << 30)
-        monkeypatch.setattr(ring_parts, "_MOST_KEYS", 1 << 30)
-        _, whole = many_ranks(case, given, size, layout, backend="native")
-        monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1)
-        monkeypatch.setattr(ring_parts, "_LEAST_KEYS_FAR", 1)
-        monkeypatch.setattr(ring_parts, "_MOST_KEYS", 4)
-        actual, sent = many_ranks(case, given, size, layout, backend="native")
-        assert_close(actual, expected, 1e-5, 1e-4)
-        assert sent == whole
+    monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1 << 30)
+    monkeypatch.setattr(ring_parts, "_MOST_KEYS", 1 << 30)
+    _, whole = many_ranks(case, given, size, layout, backend="native")
+    monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1)
+    monkeypatch.setattr(ring_parts, "_LEAST_KEYS_FAR", 1)
+    monkeypatch.setattr(ring_parts, "_MOST_KEYS", 4)
+    actual, sent = many_ranks(case, given, size, layout, backend="native")
+    assert_close(actual, one_device(case, given), 1e-5, 1e-4)
+    assert sent == whole
 
 
 def test_parts_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monkeypatch):
