@@ -31,14 +31,20 @@ def run(tmp_path, capsys, **options):
 
 
 @pytest.fixture
-def few_cases(monkeypatch):
+def small_limits(monkeypatch):
+    """The machine's rates from small products and copies."""
+    monkeypatch.setattr(timing, "_MATMUL_SIZES", {"cpu": (256, 256)})
+    monkeypatch.setattr(timing, "_COPY_BYTES", {"cpu": 1 << 22})
+
+
+@pytest.fixture
+def few_cases(monkeypatch, small_limits):
     """Two small cases of attention in fp32, so that a test takes a second."""
     cases = [case for case in rows.cases_of("attention", False) if case.name in ("large heads", "bias")]
     monkeypatch.setattr(
         rows, "cases_of", lambda op, large: [dataclasses.replace(c, quick=True) for c in cases]
     )
     monkeypatch.setattr(rows, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(timing, "_MATMUL_SIZES", {"cpu": (256, 256)})
 
 
 @pytest.fixture
@@ -69,13 +75,6 @@ def test_the_options_of_attention_are_covered():
     for word in ("causal", "grouped", "window", "several lengths", "softcap", "ALiBi", "bias", "sinks", "dropout",
                  "one query", "value heads", "two parts", "odd", "together"):  # fmt: skip
         assert word in names
-
-
-@pytest.fixture
-def small_limits(monkeypatch):
-    """The machine's rates from small products and copies."""
-    monkeypatch.setattr(timing, "_MATMUL_SIZES", {"cpu": (256, 256)})
-    monkeypatch.setattr(timing, "_COPY_BYTES", {"cpu": 1 << 22})
 
 
 @pytest.fixture
@@ -177,8 +176,16 @@ def test_the_number_of_threads_must_not_matter(tmp_path, capsys, plant, monkeypa
             out[..., 0] = torch.nextafter(out[..., 0], out[..., 0] + 1)
         return results
 
+    def in_one_thread(*arguments):  # of plain PyTorch's many small steps each would wait for a second one
+        torch.set_num_threads(1)
+        try:
+            return expect_case(*arguments)
+        finally:
+            torch.set_num_threads(2)
+
     plant(forward=threaded)
-    before = torch.get_num_threads()
+    expect_case, before = judge.expect_case, torch.get_num_threads()
+    monkeypatch.setattr(judge, "expect_case", in_one_thread)
     torch.set_num_threads(2)
     try:
         code, printed, _ = run(tmp_path, capsys, ops=("attention",), backends=("native",))

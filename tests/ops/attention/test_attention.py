@@ -1,4 +1,8 @@
-"""attention on every backend; the long tests have a thousand queries and keys."""
+"""attention on every backend.
+
+The long tests have every combination of backend, mask, type and sizes, the quick ones every pair, as test_matrix.py has
+of all options; and a thousand queries and keys.
+"""
 
 import math
 
@@ -11,6 +15,7 @@ from pypar.ops.attention.arguments import attention_problem
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import check_operator, expect
 from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
+from tests.harness.pairs import pairwise
 
 ANY = torch.zeros(1, 1, 1, 8)
 # The GPU's are tested in tests/gpu/attention.
@@ -19,7 +24,7 @@ NAMES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (T, S): from FlashAttention's test matrix, and what divides nothing.
-LENGTHS = [(63, 111), (113, 203), (203, 113), (256, 512), pytest.param((1023, 1024), marks=pytest.mark.slow)]
+LENGTHS = [(63, 111), (113, 203), (203, 113), (256, 512)]
 # (H, Hv)
 HEAD_SIZES = [(32, 32), (40, 40), (59, 59), (64, 64), (96, 128), (111, 32), (128, 128), (256, 64)]
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
@@ -44,12 +49,19 @@ def check(inputs, causal, **options):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "causal", "dtype", "lengths"), pairwise(NAMES, (False, True), DTYPES, LENGTHS)
+)
+def test_lengths(name, causal, dtype, lengths):
+    check(make(*lengths, dtype=dtype), causal, backend=name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_lengths(name, causal, dtype, lengths):
-    check(make(*lengths, dtype=dtype), causal, backend=name)
+def test_a_thousand_queries_and_keys(name, causal, dtype):
+    check(make(1023, 1024, dtype=dtype), causal, backend=name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,28 +71,26 @@ def test_few_queries(name, causal, lengths):
     check(make(*lengths, N=4, G=2), causal, backend=name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("sizes", HEAD_SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "causal", "dtype", "sizes"), pairwise(NAMES, (False, True), DTYPES[:2], HEAD_SIZES)
+)
 def test_head_sizes(name, causal, dtype, sizes):
     H, Hv = sizes
     check(make(203, 215, H=H, Hv=Hv, dtype=dtype), causal, backend=name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(
+    ("name", "causal", "dtype", "kind"), pairwise(NAMES, (False, True), DTYPES[:2], HEADS)
+)
 def test_grouped_heads(name, causal, dtype, kind):
     N, G = HEADS[kind]
     check(make(203, 301, N=N, G=G, B=2, dtype=dtype), causal, backend=name)
 
 
-@pytest.mark.parametrize("isa", native.module().supported_isas())
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(59, 64), (64, 59)], ids=str)
+@pytest.mark.parametrize(
+    ("isa", "causal", "dtype", "sizes"),
+    pairwise(native.module().supported_isas(), (False, True), DTYPES, [(59, 64), (64, 59)]),
+)
 def test_every_instruction_set(isa, causal, dtype, sizes):
     H, Hv = sizes
     with instruction_set(isa):
@@ -181,9 +191,7 @@ def test_nothing_to_do(name, lengths, batch):
     assert all(x.grad.shape == x.shape and not x.grad.any() for x in inputs.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("name", "causal", "dtype"), pairwise(NAMES, (False, True), DTYPES[:2]))
 def test_shares_of_two_blocks_of_keys_make_the_whole(name, causal, dtype):
     """What ring attention does backward: the final out and lse, one block of keys at a time, fp32 shares."""
     T, S, half = 130, 203, 101

@@ -39,16 +39,17 @@ def test_opcheck(name):
         "dropout_p": 0.2,
         "dropout_seed": 3,
     }
-    for chosen in ({"scale": 0.3}, options):
+    for chosen, with_dlse in (({"scale": 0.3}, False), (options, True)):
         problem = attention_problem(**inputs, **chosen)
         torch.library.opcheck(torch.ops.pypar.attention_forward.default, (*flat(problem), name))
         constants = {n: getattr(x, "detach", lambda x=x: x)() for n, x in (inputs | chosen).items()}
         problem = attention_problem(**constants)
         out, lse, lse_rest = torch.ops.pypar.attention_forward.default(*flat(problem), name)
         assert lse_rest.shape == (lse.shape if name == "native" else (0,))
-        for dlse, bias_needs in ((torch.randn_like(lse), problem.bias is not None), (None, False)):
-            arguments = (torch.randn_like(out), out, lse, lse_rest, dlse, bias_needs, *flat(problem), name)
-            torch.library.opcheck(torch.ops.pypar.attention_backward.default, arguments)
+        dlse = torch.randn_like(lse) if with_dlse else None
+        bias_needs = problem.bias is not None
+        arguments = (torch.randn_like(out), out, lse, lse_rest, dlse, bias_needs, *flat(problem), name)
+        torch.library.opcheck(torch.ops.pypar.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])

@@ -1,4 +1,7 @@
-"""attention's CPU kernels: sequences of several lengths, few queries, keys in parts; judged as each option is."""
+"""attention's CPU kernels: sequences of several lengths, few queries, keys in parts; judged as each option is.
+
+The long tests have every combination of lengths, types and options, the quick ones every pair.
+"""
 
 import itertools
 import math
@@ -12,6 +15,7 @@ from pypar.ops.attention.arguments import AttentionProblem, Positions
 from pypar.selftest.judge import assert_accurate
 from pypar.selftest.orders import in_orders
 from tests.harness.native_kernels import instruction_set
+from tests.harness.pairs import pairwise
 from tests.ops.attention.cpu.judge import (
     DTYPES,
     OPTIONS,
@@ -65,9 +69,10 @@ def test_rows_behind_the_last_sequence_are_zero():
 # ---- few queries
 
 
-@pytest.mark.parametrize("T", [1, 3, 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["plain", "causal", "sinks", "softcap", "dropout", "left window"])
+@pytest.mark.parametrize(
+    ("T", "dtype", "name"),
+    pairwise((1, 3, 4), DTYPES, ("plain", "causal", "sinks", "softcap", "dropout", "left window")),
+)
 def test_decoding(T, dtype, name):
     check(make(T, 1500, H=72, Hv=136, dtype=dtype, **OPTIONS[name]))
 
@@ -82,15 +87,16 @@ def test_decoding_on_every_instruction_set(isa, heads):
 
 @pytest.mark.parametrize("name", ["causal", "window", "softcap"])
 def test_few_blocks_of_rows_split_their_keys(name):
-    check(make(80, 3000, **OPTIONS[name]))
+    check(make(80, 3000, N=2, G=1, B=1, **OPTIONS[name]))
 
 
 # ---- running results
 
 
-@pytest.mark.parametrize("T", [2, 150])
-@pytest.mark.parametrize("name", ["plain", "causal", "window", "dropout", "softcap", "alibi"])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("T", "name", "dtype"),
+    pairwise((2, 150), ("plain", "causal", "window", "dropout", "softcap", "alibi"), DTYPES[:2]),
+)
 def test_carries_make_the_whole(T, name, dtype):
     """Three blocks of keys one after the other, as a ring's steps, give what all keys at once give."""
     S, ends = 700, [0, 230, 231, 700]
