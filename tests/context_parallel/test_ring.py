@@ -1,6 +1,7 @@
 """Ring attention against one process: output, gradients, rounding, overlap, bytes."""
 
 import itertools
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import assert_accurate
 from pypar.selftest.orders import InOrder
 from tests.context_parallel.cases import CASES, assert_close, inputs, on_rank, one_device, together
+from tests.harness.events import note
 
 
 def _inputs(shape, dtype, seed=3):
@@ -138,13 +140,7 @@ def _record_order():
     """What happens in forward and backward on this rank, in order."""
     events = []
 
-    def noting(word, function):
-        def noted(*args, **kwargs):
-            events.append(word)
-            return function(*args, **kwargs)
-
-        return noted
-
+    noting = partial(note, events)
     originals = ring_buffers.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward
     q, k, v, _ = (
         shard(x, 1, _axis(), "zigzag").requires_grad_() for x in _inputs((1, 24, 2, 1, 8, 8), torch.float32)
