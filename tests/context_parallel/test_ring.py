@@ -16,7 +16,7 @@ from pypar.context_parallel.methods.ring import method as ring
 from pypar.context_parallel.methods.ring import parts as ring_parts
 from pypar.mesh import Axis
 from pypar.selftest.cases.attention.plain import plain_attention
-from pypar.selftest.judge import assert_accurate
+from pypar.selftest.judge import judge_result
 from pypar.selftest.orders import InOrder
 from tests.context_parallel.cases import CASES, assert_close, inputs, on_rank, one_device, together
 from tests.harness.events import note
@@ -99,7 +99,7 @@ def test_bf16_error_is_at_most_twice_that_of_plain_bf16_attention(ranks, world_s
         plain = _expected(shape, causal, torch.bfloat16)
     actual, _ = _ring(ranks, world_size, shape, layout, causal, torch.bfloat16)
     for name, ours, theirs, reference in zip(("out", "dq", "dk", "dv"), actual, plain, exact, strict=True):
-        assert_accurate(name, ours, [theirs], reference, gradient=name != "out")
+        judge_result(name, ours, [theirs], reference, gradient=name != "out").check()
 
 
 def test_bf16_error_does_not_grow_with_the_number_of_ranks(ranks):
