@@ -13,7 +13,7 @@ from pypar.context_parallel import ring_attention, shard, unshard
 from pypar.context_parallel.layouts import LAYOUTS
 from pypar.context_parallel.methods.ring import buffers as ring_buffers
 from pypar.context_parallel.methods.ring import method as ring
-from pypar.context_parallel.methods.ring import parts as ring_parts
+from pypar.context_parallel.methods.ring import sub_blocks
 from pypar.mesh import Axis
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import judge_result
@@ -219,16 +219,16 @@ def test_every_option_between_processes(ranks, world_size, layout, name):
     assert_close(actual, one_device(case, inputs(case, torch.float32)), 1e-5, 1e-4)
 
 
-def _case_in_parts(name, layout):
-    """Several rounds, each of several parts by heads and by keys."""
+def _case_in_sub_blocks(name, layout):
+    """Several rounds, each of several sub-blocks by heads and by keys."""
     small = {"_LEAST_POSITIONS": 1, "_LEAST_KEYS": 1, "_LEAST_KEYS_FAR": 1, "_MOST_KEYS": 6}
-    with mock.patch.multiple(ring_parts, **small):
+    with mock.patch.multiple(sub_blocks, **small):
         return _case(name, layout)
 
 
 @pytest.mark.parametrize("world_size,layout", [(2, "zigzag"), (4, "striped")])
 @pytest.mark.parametrize("name", ["everything", "documents, everything"])
-def test_parts_and_rounds_between_processes(ranks, world_size, layout, name):
+def test_sub_blocks_and_rounds_between_processes(ranks, world_size, layout, name):
     case = CASES[name]
-    actual = together(case, layout, ranks(world_size, _case_in_parts, name, layout))
+    actual = together(case, layout, ranks(world_size, _case_in_sub_blocks, name, layout))
     assert_close(actual, one_device(case, inputs(case, torch.float32)), 1e-5, 1e-4)
