@@ -32,7 +32,7 @@ CXX_FLAGS = (
 )
 AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-# Poorest first, as the linker keeps the first of equal inline functions, and that one must run on every machine.
+# Lowest first, as the linker keeps the first of equal inline functions, and that one must run on every machine.
 AMX = f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
 ISA_FLAGS = {
     "x86_64": {
@@ -45,7 +45,7 @@ ISA_FLAGS = {
     },
     "aarch64": {"neon": ""},
 }
-# An instruction set that few sources use: those that contain this word. The others run with the next poorer one.
+# An instruction set that few sources use: those that contain this word. The others run with the next lower one.
 ISA_WORD = {"amx": "__AMX_BF16__", "amx_fp16": "PYPAR_FP16_TILES"}
 # Machine code for these, which their families share (80 runs on 86 and 89), and PTX of the first for all later ones.
 CUDA_ARCHS = ("80", "90a", "100a", "120")

@@ -28,7 +28,7 @@ from pypar.spans import Span, joined, part, within
 _ATTRIBUTE = "_pypar_layout"
 
 
-class Place(Protocol):
+class GridRank(Protocol):
     """A rank in a grid: a `Mesh`, an `Axis`, or a `pypar.grid.SimulatedRank`."""
 
     @property
@@ -153,8 +153,8 @@ def boxes(layout: Layout, grid: Grid, rank: int) -> tuple[Box, ...]:
         local = itertools.accumulate(lengths, initial=0)
         by_dim.append([(span[0], n, at) for span, n, at in zip(spans, lengths, local, strict=False) if n])
     return tuple(
-        Box(tuple(p[0] for p in place), tuple(p[1] for p in place), tuple(p[2] for p in place))
-        for place in itertools.product(*by_dim)
+        Box(tuple(p[0] for p in along), tuple(p[1] for p in along), tuple(p[2] for p in along))
+        for along in itertools.product(*by_dim)
     )
 
 
@@ -172,33 +172,33 @@ def answers_for(layout: Layout, grid: Grid, rank: int) -> bool:
     return all(grid.coordinate(rank, name) == 0 for name in (*copies, *shared))
 
 
-def local_shape(layout: Layout, place: Place) -> tuple[int, ...]:
+def local_shape(layout: Layout, holder: GridRank) -> tuple[int, ...]:
     """The shape of a rank's part; where another one owns the tensor, of length 0 along dim 0."""
-    shape = [sum(end - start for start, end in spans) for spans in _spans(layout, place.grid, place.rank)]
-    return tuple(shape) if _owns(layout, place.grid, place.rank) else (0, *shape[1:])
+    shape = [sum(end - start for start, end in spans) for spans in _spans(layout, holder.grid, holder.rank)]
+    return tuple(shape) if _owns(layout, holder.grid, holder.rank) else (0, *shape[1:])
 
 
-def local_slice(global_tensor: Tensor, layout: Layout, place: Place) -> Tensor:
+def local_slice(global_tensor: Tensor, layout: Layout, holder: GridRank) -> Tensor:
     """A rank's part of a whole tensor, or of one that is broadcast to it: a view where the part lies in one piece."""
     held = global_tensor
-    for dim, spans in enumerate(_spans(layout, place.grid, place.rank), start=-len(layout.global_shape)):
+    for dim, spans in enumerate(_spans(layout, holder.grid, holder.rank), start=-len(layout.global_shape)):
         length = layout.global_shape[dim]
         if -dim <= held.dim() and held.shape[dim] == length and spans != [(0, length)]:
             pieces = [held.narrow(dim, start, end - start) for start, end in spans]
             held = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-    if _owns(layout, place.grid, place.rank) or global_tensor.dim() < len(layout.global_shape):
+    if _owns(layout, holder.grid, holder.rank) or global_tensor.dim() < len(layout.global_shape):
         return held
     return held.new_empty((0, *held.shape[1:]))
 
 
-def local_part(global_tensor: Tensor, layout: Layout, place: Place) -> Tensor:
+def local_part(global_tensor: Tensor, layout: Layout, holder: GridRank) -> Tensor:
     """A rank's part of a whole tensor: a contiguous copy, or the tensor itself where nothing is cut."""
     if tuple(global_tensor.shape) != layout.global_shape:
         raise ValueError(
             f"a tensor of shape {tuple(global_tensor.shape)} does not have the layout's global shape "
             f"{layout.global_shape}; pass the whole tensor"
         )
-    held = local_slice(global_tensor, layout, place)
+    held = local_slice(global_tensor, layout, holder)
     # A copy, so that the part does not keep the whole tensor alive.
     return held if held is global_tensor else held.clone(memory_format=torch.contiguous_format)
 

@@ -34,7 +34,7 @@
 //   }
 //   #endif
 //
-// An instruction set may lack a kernel (its code under #ifdef __AVX512BF16__, say): the next poorer one is
+// An instruction set may lack a kernel (its code under #ifdef __AVX512BF16__, say): the next lower one is
 // taken. Code compiled for an instruction set must not reach another one's callers: everything stands in
 // namespace pypar::PYPAR_ISA or is static, no std:: templates (std::min, std::vector), no static
 // initialisers. tests/native/test_instruction_sets.py looks for such leaks.
@@ -45,7 +45,7 @@
 
 namespace pypar {
 
-// Poorest first. `isa_name` in module.cpp follows this order.
+// Lowest first. `isa_name` in module.cpp follows this order.
 enum Isa { kBaseline, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxFp16, kNumIsas };
 
 enum ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -131,7 +131,7 @@ struct Binding {
   Binding* next;
 };
 
-// Runs the selected instruction set's kernel, or the next poorer one's, without the GIL.
+// Runs the selected instruction set's kernel, or the next lower one's, without the GIL.
 template <class Kernels, class Arguments>
 void launch(const Arguments& arguments) {
   for (int isa = selected_isa(); isa >= 0; --isa) {

@@ -75,8 +75,8 @@ def pieces(queries: Segments, keys: Segments, mask: Mask, merge: bool = True) ->
     found: list[Piece] = []
     for first_row, q_segment in _placed(queries):
         for first_key, k_segment in _placed(keys):
-            parts = (_piece(run) for run in _runs(q_segment, k_segment, mask, first_row, first_key))
-            found += _grouped([part for part in parts if part is not None])
+            each = (_piece(run) for run in _runs(q_segment, k_segment, mask, first_row, first_key))
+            found += _grouped([piece for piece in each if piece is not None])
     return tuple(_merged(found)) if merge else tuple(found)
 
 
@@ -186,21 +186,21 @@ def _pairs_up_to(difference: int, rows: int, keys: int) -> int:
     return whole * keys + partly
 
 
-def _grouped(parts: list[Piece]) -> list[Piece]:
+def _grouped(found: list[Piece]) -> list[Piece]:
     """Documents that follow each other without a gap, at the same positions in themselves, as one piece."""
     groups: list[list[Piece]] = []
-    for part in parts:
+    for piece in found:
         before = groups[-1][-1] if groups else None
-        if before and _continues(before, part):
-            groups[-1].append(part)
+        if before and _continues(before, piece):
+            groups[-1].append(piece)
         else:
-            groups.append([part])
+            groups.append([piece])
     return [_together(group) for group in groups]
 
 
-def _continues(before: Piece, part: Piece) -> bool:
-    same = replace(before.positions, batch_start=part.positions.batch_start) == part.positions
-    return same and before.rows.stop == part.rows.start and before.keys.stop == part.keys.start
+def _continues(before: Piece, piece: Piece) -> bool:
+    same = replace(before.positions, batch_start=piece.positions.batch_start) == piece.positions
+    return same and before.rows.stop == piece.rows.start and before.keys.stop == piece.keys.start
 
 
 def _together(group: list[Piece]) -> Piece:
@@ -208,17 +208,17 @@ def _together(group: list[Piece]) -> Piece:
         return group[0]
     first, last = group[0], group[-1]
     ends_q, ends_k = [0], [0]
-    for before, part in zip([None, *group], group, strict=False):
+    for before, piece in zip([None, *group], group, strict=False):
         # Documents in between have neither rows nor keys here, but count.
-        between = 0 if before is None else part.positions.batch_start - before.positions.batch_start - 1
-        ends_q += [ends_q[-1]] * between + [part.rows.stop - first.rows.start]
-        ends_k += [ends_k[-1]] * between + [part.keys.stop - first.keys.start]
+        between = 0 if before is None else piece.positions.batch_start - before.positions.batch_start - 1
+        ends_q += [ends_q[-1]] * between + [piece.rows.stop - first.rows.start]
+        ends_k += [ends_k[-1]] * between + [piece.keys.stop - first.keys.start]
     return Piece(
         slice(first.rows.start, last.rows.stop),
         slice(first.keys.start, last.keys.stop),
         first.positions,
-        any(part.masked for part in group),
-        sum(part.pairs for part in group),
+        any(piece.masked for piece in group),
+        sum(piece.pairs for piece in group),
         tuple(ends_q),
         tuple(ends_k),
     )

@@ -3,7 +3,7 @@
 Tensors reach native code through `run` alone, which passes their addresses.
 
 The instruction set is the best that the CPU has; the environment variable PYPAR_ISA (baseline, avx2, avx512,
-avx512_bf16, amx, amx_fp16; neon) names a poorer one, for tests and comparisons. Threads are those of torch: as many as
+avx512_bf16, amx, amx_fp16; neon) names a lower one, for tests and comparisons. Threads are those of torch: as many as
 `torch.get_num_threads()`, from the OpenMP pool that torch itself uses.
 """
 

@@ -5,5 +5,5 @@
     update.py         Optimizer: the update of what a rank owns, clipping, the gradient norm, what a checkpoint holds
     registry.py       the update rules by name; one file each
 
-A new optimizer is a file with a `Rule`, and its line in the registry.
+A new optimizer is a file with an `UpdateRule`, and its line in the registry.
 """

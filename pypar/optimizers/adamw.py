@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pypar.optimizers.config import OptimizerConfig
-from pypar.optimizers.rule import Rule
+from pypar.optimizers.rule import UpdateRule
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -14,4 +14,4 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
-RULE = Rule(adamw, moments=("exp_avg", "exp_avg_sq"))
+RULE = UpdateRule(adamw, moments=("exp_avg", "exp_avg_sq"))

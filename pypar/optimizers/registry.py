@@ -2,14 +2,14 @@
 
 from pypar.ops.backend import unknown_name
 from pypar.optimizers import adamw
-from pypar.optimizers.rule import Rule
+from pypar.optimizers.rule import UpdateRule
 
-OPTIMIZERS: dict[str, Rule] = {
+OPTIMIZERS: dict[str, UpdateRule] = {
     "adamw": adamw.RULE,
 }
 
 
-def rule_named(name: str) -> Rule:
+def rule_named(name: str) -> UpdateRule:
     """ValueError where there is none of that name."""
     if name not in OPTIMIZERS:
         raise ValueError(unknown_name("optimizer", name, sorted(OPTIMIZERS)))

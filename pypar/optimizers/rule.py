@@ -10,7 +10,7 @@ from pypar.optimizers.config import OptimizerConfig
 
 
 @dataclass(frozen=True)
-class Rule:
+class UpdateRule:
     """How an optimizer turns gradients into updates.
 
     make(groups, config)   a torch optimizer over ``groups``, whose tensors are fp32 masters with their gradients in

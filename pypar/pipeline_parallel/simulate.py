@@ -46,11 +46,6 @@ class Simulation:
         """
         return 1.0 - sum(self.busy) / len(self.busy) / self.span
 
-    @property
-    def makespan_bubble(self) -> float:
-        """Idle share of the makespan: (makespan - mean busy time of the ranks) / makespan."""
-        return 1.0 - sum(self.busy) / len(self.busy) / self.makespan
-
 
 def simulate(
     schedule: Schedule,
@@ -110,8 +105,3 @@ def _delay(schedule: Schedule, message: Message, communication: float | Callable
     if callable(communication):
         return communication(message.sender[1], message.stage)
     return communication
-
-
-def bubble_by_formula(num_ranks: int, num_microbatches: int) -> float:
-    """Idle share of `gpipe` and `one_f_one_b` with equal stages and no communication time: (p-1)/(m+p-1)."""
-    return (num_ranks - 1) / (num_microbatches + num_ranks - 1)

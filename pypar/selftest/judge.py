@@ -39,6 +39,10 @@ class Judgement:
     allowed: float
     failure: str | None
 
+    def check(self) -> None:
+        """AssertionError where something is wrong with it."""
+        assert self.failure is None, self.failure
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -56,8 +60,7 @@ class Expected:
 
     def check(self, name: str, actual: Tensor) -> None:
         """AssertionError where the result of this name exceeds the rule."""
-        failure = self.judge(name, actual).failure
-        assert failure is None, failure
+        self.judge(name, actual).check()
 
 
 def expect(
@@ -212,20 +215,6 @@ def judge_result(
         allowed += 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().item()
     wrong = f"{name} is off by {error:.3g}, allowed {allowed:.3g}"
     return Judgement(name, error, allowed, wrong if error > allowed else None)
-
-
-def assert_accurate(
-    name: str,
-    actual: Tensor,
-    plains: Sequence[Tensor],
-    exact: Tensor,
-    *,
-    gradient: bool = False,
-    plain_exact: Tensor | None = None,
-) -> None:
-    """AssertionError where judge_result finds a failure."""
-    judgement = judge_result(name, actual, plains, exact, gradient=gradient, plain_exact=plain_exact)
-    assert judgement.failure is None, judgement.failure
 
 
 def largest_error(x: Tensor, exact: Tensor) -> float:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pypar.layout import Box, Layout, Place, boxes, local_shape
+from pypar.layout import Box, GridRank, Layout, boxes, local_shape
 
 
-def held_boxes(layout: Layout, place: Place) -> tuple[Box, ...]:
+def held_boxes(layout: Layout, holder: GridRank) -> tuple[Box, ...]:
     """The boxes of a rank; of a tensor without elements one empty box, so that its name is known."""
     if 0 not in layout.global_shape:
-        return boxes(layout, place.grid, place.rank)
+        return boxes(layout, holder.grid, holder.rank)
     zeros = (0,) * len(layout.global_shape)
     return (Box(zeros, layout.global_shape, zeros),)
 
 
-def write_items(fqn: str, part: Tensor, layout: Layout, place: Place) -> list[Any]:
+def write_items(fqn: str, part: Tensor, layout: Layout, holder: GridRank) -> list[Any]:
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
     from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -34,22 +34,22 @@ def write_items(fqn: str, part: Tensor, layout: Layout, place: Place) -> list[An
             WriteItemType.SHARD,
             tensor_data=TensorWriteData(chunk, properties, size),
         )
-        for chunk in chunk_list(layout, place)
+        for chunk in chunk_list(layout, holder)
     ]
 
 
-def chunk_list(layout: Layout, place: Place) -> list[Any]:
+def chunk_list(layout: Layout, holder: GridRank) -> list[Any]:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
     return [
         ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths))
-        for box in held_boxes(layout, place)
+        for box in held_boxes(layout, holder)
     ]
 
 
-def tensor_at(part: Tensor, layout: Layout, place: Place, offsets: torch.Size | None) -> Tensor:
+def tensor_at(part: Tensor, layout: Layout, holder: GridRank, offsets: torch.Size | None) -> Tensor:
     """The box of this rank's part that lies at ``offsets`` of the whole tensor, sharing memory."""
-    for box in held_boxes(layout, place):
+    for box in held_boxes(layout, holder):
         if offsets is None or tuple(offsets) == box.offsets:
             return part[box.local_slices]
     raise ValueError(f"this rank holds nothing at {tuple(offsets or ())} of a {layout}")
@@ -62,19 +62,19 @@ class Stored(Tensor):
     """
 
     _layout: Layout
-    _place: Place
+    _holder: GridRank
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(part: Tensor, layout: Layout, place: Place) -> Stored:
-        expected = local_shape(layout, place)
+    def of(part: Tensor, layout: Layout, holder: GridRank) -> Stored:
+        expected = local_shape(layout, holder)
         if tuple(part.shape) != expected:
             raise ValueError(
                 f"this rank's part of a {layout} has shape {expected}, but the tensor has {tuple(part.shape)}; pass "
                 "the part that `local_part` gives"
             )
         made: Stored = Tensor._make_subclass(Stored, part.detach())  # type: ignore[assignment]
-        made._layout, made._place = layout, place
+        made._layout, made._holder = layout, holder
         return made
 
     def size(self, dim: int | None = None) -> Any:
@@ -86,10 +86,10 @@ class Stored(Tensor):
         return self.as_subclass(Tensor)
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[Any]:
-        return write_items(fqn, self._part(), self._layout, self._place)
+        return write_items(fqn, self._part(), self._layout, self._holder)
 
     def __create_chunk_list__(self) -> list[Any]:
-        return chunk_list(self._layout, self._place)
+        return chunk_list(self._layout, self._holder)
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return tensor_at(self._part(), self._layout, self._place, index.offset)
+        return tensor_at(self._part(), self._layout, self._holder, index.offset)

@@ -14,6 +14,7 @@ import pytest
 from pypar.cli import main
 from pypar.train.config import load_config
 from pypar.train.preflight import check
+from tests.harness.small_run import pairs, set_arguments, small_run
 
 # Put first on PYTHONPATH: every Python process that is a rank leaves a file, so a test sees if one started.
 TELL_TALE = """
@@ -41,25 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _sets(place: Path, **sets: object) -> list[str]:
     """Arguments of `pypar train` for a very small run."""
-    values = {
-        "directory": place / "runs",
-        "data.path": place / "text.txt",
-        "data.cache_directory": place / "cache",
-        "model.num_layers": 2,
-        "model.d_model": 32,
-        "model.num_heads": 4,
-        "model.num_kv_heads": 2,
-        "model.d_ff": 48,
-        "train.steps": 4,
-        "train.batch_size": 4,
-        "train.microbatch_size": 1,
-        "train.sequence_length": 32,
-        "train.evaluate_every": 0,
-        "train.sample_tokens": 4,
-        "train.threads": 1,
-    }
-    values |= {key.replace("__", "."): value for key, value in sets.items()}
-    return [argument for key, value in values.items() for argument in ("--set", f"{key}={value}")]
+    return set_arguments(small_run(place, **sets))
 
 
 def _path(place: Path) -> str:
@@ -191,14 +174,13 @@ def test_a_mesh_that_does_not_fit_the_ranks_of_torchrun(place: Path) -> None:
 )
 def test_checks(place: Path, sets: dict[str, object], sentence: str) -> None:
     sets = {key: str(value).replace("{place}", str(place)) for key, value in sets.items()}
-    arguments = ["train", *_sets(place, **sets)]
     with pytest.raises(ValueError) as refused:
-        check(load_config(None, [a for a in arguments if "=" in a]))
+        check(load_config(None, pairs(small_run(place, **sets))))
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_what_may_run_is_filled_in(place: Path) -> None:
-    sets = [a for a in _sets(place, mesh="pp=2", train__batch_size=1, name="planned") if "=" in a]
+    sets = pairs(small_run(place, mesh="pp=2", train__batch_size=1, name="planned"))
     plan = check(load_config(None, sets))
     assert plan.num_ranks == 2 and plan.config.mesh == "pp=2"
     assert any("2 stages with 1 microbatch a step leave each rank idle 50%" in note for note in plan.notes)

@@ -1,6 +1,7 @@
 """Ring attention against one process: output, gradients, rounding, overlap, bytes."""
 
 import itertools
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -12,12 +13,13 @@ from pypar.context_parallel import ring_attention, shard, unshard
 from pypar.context_parallel.layouts import LAYOUTS
 from pypar.context_parallel.methods.ring import buffers as ring_buffers
 from pypar.context_parallel.methods.ring import method as ring
-from pypar.context_parallel.methods.ring import parts as ring_parts
+from pypar.context_parallel.methods.ring import sub_blocks
 from pypar.mesh import Axis
 from pypar.selftest.cases.attention.plain import plain_attention
-from pypar.selftest.judge import assert_accurate
+from pypar.selftest.judge import judge_result
 from pypar.selftest.orders import InOrder
 from tests.context_parallel.cases import CASES, assert_close, inputs, on_rank, one_device, together
+from tests.harness.events import note
 
 
 def _inputs(shape, dtype, seed=3):
@@ -97,7 +99,7 @@ def test_bf16_error_is_at_most_twice_that_of_plain_bf16_attention(ranks, world_s
         plain = _expected(shape, causal, torch.bfloat16)
     actual, _ = _ring(ranks, world_size, shape, layout, causal, torch.bfloat16)
     for name, ours, theirs, reference in zip(("out", "dq", "dk", "dv"), actual, plain, exact, strict=True):
-        assert_accurate(name, ours, [theirs], reference, gradient=name != "out")
+        judge_result(name, ours, [theirs], reference, gradient=name != "out").check()
 
 
 def test_bf16_error_does_not_grow_with_the_number_of_ranks(ranks):
@@ -138,13 +140,7 @@ def _record_order():
     """What happens in forward and backward on this rank, in order."""
     events = []
 
-    def noting(word, function):
-        def noted(*args, **kwargs):
-            events.append(word)
-            return function(*args, **kwargs)
-
-        return noted
-
+    noting = partial(note, events)
     originals = ring_buffers.exchange_start, Handle.wait, Handle.is_done, ring.add_forward, ring.add_backward
     q, k, v, _ = (
         shard(x, 1, _axis(), "zigzag").requires_grad_() for x in _inputs((1, 24, 2, 1, 8, 8), torch.float32)
@@ -223,16 +219,16 @@ def test_every_option_between_processes(ranks, world_size, layout, name):
     assert_close(actual, one_device(case, inputs(case, torch.float32)), 1e-5, 1e-4)
 
 
-def _case_in_parts(name, layout):
-    """Several rounds, each of several parts by heads and by keys."""
+def _case_in_sub_blocks(name, layout):
+    """Several rounds, each of several sub-blocks by heads and by keys."""
     small = {"_LEAST_POSITIONS": 1, "_LEAST_KEYS": 1, "_LEAST_KEYS_FAR": 1, "_MOST_KEYS": 6}
-    with mock.patch.multiple(ring_parts, **small):
+    with mock.patch.multiple(sub_blocks, **small):
         return _case(name, layout)
 
 
 @pytest.mark.parametrize("world_size,layout", [(2, "zigzag"), (4, "striped")])
 @pytest.mark.parametrize("name", ["everything", "documents, everything"])
-def test_parts_and_rounds_between_processes(ranks, world_size, layout, name):
+def test_sub_blocks_and_rounds_between_processes(ranks, world_size, layout, name):
     case = CASES[name]
-    actual = together(case, layout, ranks(world_size, _case_in_parts, name, layout))
+    actual = together(case, layout, ranks(world_size, _case_in_sub_blocks, name, layout))
     assert_close(actual, one_device(case, inputs(case, torch.float32)), 1e-5, 1e-4)

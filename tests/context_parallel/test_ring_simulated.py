@@ -18,7 +18,7 @@ from pypar.context_parallel.masks import Mask
 from pypar.context_parallel.methods.ring import method as ring
 from pypar.ops.attention.arguments import check_window
 from pypar.selftest.cases.attention.plain import plain_attention
-from pypar.selftest.judge import assert_accurate
+from pypar.selftest.judge import judge_result
 from pypar.selftest.orders import InOrder
 from tests.context_parallel.cases import CASES, Case, assert_close, inputs, many_ranks, one_device, options
 from tests.harness.pairs import pairwise
@@ -99,7 +99,9 @@ def test_bf16_error_is_at_most_twice_that_of_plain_bf16_attention(name):
     for size, layout in ((2, "zigzag"), (3, "striped"), (8, "contiguous"), (16, "zigzag")):
         actual, _ = many_ranks(case, given, size, layout)
         for result in exact:
-            assert_accurate(result, actual[result], [plain[result]], exact[result], gradient=result != "out")
+            judge_result(
+                result, actual[result], [plain[result]], exact[result], gradient=result != "out"
+            ).check()
 
 
 @pytest.mark.parametrize(

@@ -11,24 +11,9 @@ import pytest
 
 from tests import ROOT
 from tests.documents.blocks import BLOCKS, PROGRAMS, num_ranks
+from tests.harness.small_run import SMALL, set_arguments
 
 Run = Callable[[Path, int], dict]
-
-# Appended to every `pypar train` of the documents: the same command, a small model.
-SMALL = {
-    "model.num_layers": 2,
-    "model.d_model": 32,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.d_ff": 48,
-    "train.batch_size": 4,
-    "train.microbatch_size": 1,
-    "train.sequence_length": 32,
-    "train.evaluate_every": 0,
-    "train.final_evaluate_batches": 2,
-    "train.sample_tokens": 4,
-    "train.threads": 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +87,12 @@ def test_commands_of_a_page_run_in_their_order(document: str, place: Path) -> No
     for index, words in enumerate(words for words in commands if words[0] == "pypar"):
         arguments = words[1:]
         if arguments[0] == "train":
-            small = SMALL | {"train.steps": 2 + index, "data.cache_directory": place / "cache"}
+            # The same command, a small model.
+            small = SMALL | {"train.steps": 2 + index, "train.final_evaluate_batches": 2}
+            small |= {"data.cache_directory": place / "cache"}
             small |= {} if "--data" in arguments else {"data.path": place / "corpus"}
             small |= {} if "examples/run.toml" in arguments else {"name": f"{Path(document).stem}-{index}"}
-            arguments = arguments + [
-                word for key, value in small.items() for word in ("--set", f"{key}={value}")
-            ]
+            arguments = arguments + set_arguments(small)
         command = [sys.executable, "-m", "pypar.cli", *arguments]
         result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"

@@ -20,7 +20,6 @@ from pypar.ops.attention.arguments import AttentionProblem
 from tests import ROOT
 
 CSRC = ROOT / "csrc"
-BLOCKS_PER_MULTIPROCESSOR = 2
 WORK_BYTES = 64
 
 

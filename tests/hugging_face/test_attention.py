@@ -6,17 +6,15 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
-    Gemma2Config,
     GenerationConfig,
-    GptOssConfig,
     LlamaConfig,
-    MistralConfig,
     Qwen2Config,
 )
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 import pypar
 from pypar.hugging_face import attention as attention_interface
+from tests.harness.decoders import decoders
 
 SIZES = {
     "vocab_size": 64,
@@ -28,16 +26,8 @@ SIZES = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-    "mistral with a window": MistralConfig(**SIZES, sliding_window=8),
-    "gemma2 with softcap and window": Gemma2Config(
-        **SIZES, sliding_window=8, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=8
-    ),
-    "gpt-oss with sinks and window": GptOssConfig(
-        **SIZES, sliding_window=8, head_dim=8, num_local_experts=2, num_experts_per_tok=1
-    ),
+CONFIGS = decoders(SIZES, window=8, head_dim=8) | {
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
 }
 
 

@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
-from pypar.ops import native
 from pypar.ops.cross_entropy import BACKENDS, cross_entropy
 from pypar.selftest.cases.cross_entropy import case
 from pypar.selftest.judge import check_case, draw_inputs
-from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
+from tests.harness.native_kernels import assert_same_for_any_threads
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,13 +25,6 @@ def make(shape, dtype, strided=False):
 @pytest.mark.parametrize("strided", [False, True])
 def test_accuracy(name, dtype, shape, strided):
     check_case(case(shape, ignored=True, strided=strided), dtype, name)
-
-
-@pytest.mark.parametrize("isa", native.module().supported_isas())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instruction_set(isa, dtype):
-    with instruction_set(isa):
-        check_case(case((7, 2111), ignored=True), dtype, "native")
 
 
 @pytest.mark.parametrize("name", NAMES)

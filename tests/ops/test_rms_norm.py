@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from pypar.ops import native
 from pypar.ops.rms_norm import BACKENDS, rms_norm
 from pypar.selftest.cases.rms_norm import case
 from pypar.selftest.judge import check_case, draw_inputs
-from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
+from tests.harness.native_kernels import assert_same_for_any_threads
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,13 +22,6 @@ def make(shape, dtype):
 @pytest.mark.parametrize("strided", [False, True])
 def test_accuracy(name, dtype, shape, strided):
     check_case(case(shape, strided), dtype, name)
-
-
-@pytest.mark.parametrize("isa", native.module().supported_isas())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instruction_set(isa, dtype):
-    with instruction_set(isa):
-        check_case(case((7, 111)), dtype, "native")
 
 
 @pytest.mark.parametrize("name", NAMES)

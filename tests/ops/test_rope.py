@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from pypar.ops import native
 from pypar.ops.rope import BACKENDS, rope
 from pypar.selftest.cases.rope import case
 from pypar.selftest.judge import check_case, draw_inputs
-from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
+from tests.harness.native_kernels import assert_same_for_any_threads
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,13 +22,6 @@ def make(shape, dtype, memory="contiguous"):
 @pytest.mark.parametrize("memory", ["contiguous", "heads before positions", "some heads", "every second"])
 def test_accuracy(name, dtype, shape, memory):
     check_case(case(shape, memory), dtype, name)
-
-
-@pytest.mark.parametrize("isa", native.module().supported_isas())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instruction_set(isa, dtype):
-    with instruction_set(isa):
-        check_case(case((2, 7, 3, 46)), dtype, "native")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from pypar.ops import native
 from pypar.ops.swiglu import BACKENDS, swiglu
 from pypar.selftest.cases.swiglu import case
 from pypar.selftest.judge import check_case, draw_inputs
-from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
+from tests.harness.native_kernels import assert_same_for_any_threads
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,13 +22,6 @@ def make(shape, dtype, halves=False):
 @pytest.mark.parametrize("halves", [False, True])
 def test_accuracy(name, dtype, shape, halves):
     check_case(case(shape, halves), dtype, name)
-
-
-@pytest.mark.parametrize("isa", native.module().supported_isas())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instruction_set(isa, dtype):
-    with instruction_set(isa):
-        check_case(case((7, 111)), dtype, "native")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -214,7 +214,7 @@ def test_deleted_source_leaves_the_module(small_tree):
     assert "two" not in next(small_tree.glob("build/*/build.ninja")).read_text()
 
 
-def test_every_operator_is_compiled_once_per_instruction_set_poorest_first():
+def test_every_operator_is_compiled_once_per_instruction_set_lowest_first():
     """The linker keeps the first copy of a header's inline function, and that one must run everywhere."""
     setup = load_setup()
     for arch, isas in setup.ISA_FLAGS.items():

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from pypar.comm import point_to_point
 from pypar.pipeline_parallel import mailbox, schedules, simulate
 from pypar.pipeline_parallel.action import BACKWARD
+from tests.harness.events import note
 from tests.pipeline_parallel.stage import microbatches, single_runtime, stage_runtime, world_axis, written
 
 # Torch's hooks on saved tensors do not see the end of a graph whose backward was in two parts.
@@ -56,13 +58,7 @@ def _record_order():
     runtime.step(microbatches(3))
     events = []
 
-    def noting(word, function):
-        def noted(*args, **kwargs):
-            events.append(word)
-            return function(*args, **kwargs)
-
-        return noted
-
+    noting = partial(note, events)
     mailbox.send_start = noting("send", point_to_point.send_start)
     mailbox.receive_start = noting("post", point_to_point.receive_start)
     take, finish = mailbox.Mailbox.take, mailbox.Mailbox.finish

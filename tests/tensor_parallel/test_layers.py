@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pypar.layout import Cut, Layout, layout_of, local_shape, local_tensor
 from pypar.mesh import Axis, Mesh
-from pypar.selftest.judge import assert_accurate
+from pypar.selftest.judge import judge_result
 from pypar.selftest.orders import InOrder
 from pypar.tensor_parallel import (
     ColumnParallelLinear,
@@ -123,7 +123,7 @@ def test_block_in_bf16_obeys_the_error_rule(ranks, world_size, sequence_parallel
         peer = dense_block(tensors)
     exact = dense_block({name: t.double() for name, t in tensors.items()})
     for name, actual in assemble(results, sequence_parallel).items():
-        assert_accurate(name, actual, [peer[name]], exact[name], gradient=name != "out")
+        judge_result(name, actual, [peer[name]], exact[name], gradient=name != "out").check()
 
 
 # ---- gathered output

@@ -14,33 +14,25 @@ from pathlib import Path
 import pytest
 
 from pypar.train.metrics import Metrics
+from tests.harness.small_run import set_arguments, small_run
 
 STEPS = 30
 
 
 def _command(text: Path, directory: Path, name: str, *more: str) -> list[str]:
-    sets = {
-        "directory": directory,
-        "data.path": text,
-        "data.cache_directory": directory / "cache",
-        "model.num_layers": 2,
-        "model.d_model": 64,
-        "model.num_heads": 4,
-        "model.num_kv_heads": 2,
-        "model.d_ff": 128,
-        "train.steps": STEPS,
-        "train.batch_size": 4,
-        "train.microbatch_size": 2,
-        "train.sequence_length": 64,
-        "train.evaluate_every": 0,
-        "train.checkpoint_every": 5,
-        "train.sample_tokens": 8,
-        "train.threads": 1,
-    }
+    run = small_run(
+        directory,
+        directory=directory,
+        data__path=text,
+        model__d_model=64,
+        model__d_ff=128,
+        train__steps=STEPS,
+        train__microbatch_size=2,
+        train__sequence_length=64,
+        train__checkpoint_every=5,
+    )
     command = [sys.executable, "-m", "pypar.cli", "train", "--name", name, "--mesh", "dp=2", *more]
-    for key, value in sets.items():
-        command += ["--set", f"{key}={value}"]
-    return command
+    return command + set_arguments(run)
 
 
 def _processes(mark: str) -> dict[int, dict[str, str]]:

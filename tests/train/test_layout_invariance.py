@@ -14,6 +14,7 @@ import torch
 
 from pypar.blocks import global_parameters
 from pypar.mesh import Mesh
+from pypar.pipeline_parallel import schedules
 from pypar.sharded import Sharded
 from pypar.train.config import RunConfig
 from pypar.train.trainer import Trainer
@@ -38,6 +39,8 @@ QUICK = (
     "cp4-zigzag",
     "tp4-sp",
 )
+# A schedule that none of these names runs too.
+QUICK += tuple(f"pp4-{name}" for name in schedules.names() if not any(name in quick for quick in QUICK))
 
 
 def _factorisations(world_size: int) -> list[dict[str, int]]:
@@ -52,7 +55,7 @@ def _cases() -> list:
         for mesh in _factorisations(world_size):
             for sequence_parallel, schedule, layout in itertools.product(
                 (False, True) if mesh["tp"] > 1 else (False,),
-                ("one_f_one_b", "gpipe") if mesh["pp"] > 1 else ("one_f_one_b",),
+                schedules.names() if mesh["pp"] > 1 else (RunConfig().pipeline.schedule,),
                 ("zigzag", "contiguous") if mesh["cp"] > 1 else ("zigzag",),
             ):
                 name = "-".join([f"{axis}{size}" for axis, size in mesh.items() if size > 1] or ["one"])

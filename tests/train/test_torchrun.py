@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +14,9 @@ from pypar.mesh import Mesh
 from pypar.train.config import load_config
 from pypar.train.metrics import Metrics
 from pypar.train.trainer import Trainer
+from tests.harness.small_run import pairs, set_arguments, small_run
 
-SIZES = {
-    "model.num_layers": 2,
-    "model.d_model": 32,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 2,
-    "model.d_ff": 48,
-    "train.steps": 4,
-    "train.batch_size": 4,
-    "train.sequence_length": 32,
-    "train.evaluate_every": 0,
-    "train.sample_tokens": 0,
-}
+NUM_STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +27,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(place: Path, name: str, *more: str) -> list[str]:
-    sets = SIZES | {
-        "directory": place,
-        "data.path": place / "text.txt",
-        "data.cache_directory": place / "cache",
-    }
-    command = ["-m", "pypar.cli", "train", "--name", name, *more]
-    return command + [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    return ["-m", "pypar.cli", "train", "--name", name, *more, *set_arguments(_run(place))]
+
+
+def _run(place: Path) -> dict[str, Any]:
+    return small_run(place, directory=place, train__steps=NUM_STEPS, train__sample_tokens=0)
 
 
 def _torchrun(*arguments: str) -> subprocess.Popen:
@@ -60,13 +49,13 @@ def _losses(place: Path, name: str) -> list[float]:
 def _alone(sets: list[str]) -> list[float]:
     run = load_config(None, sets)
     trainer = Trainer(run, Mesh(), torch.device("cpu"))
-    return [trainer.train_step()["loss"] for _ in range(SIZES["train.steps"])]
+    return [trainer.train_step()["loss"] for _ in range(NUM_STEPS)]
 
 
 @pytest.fixture
 def alone(ranks, place: Path) -> list[float]:
     """The losses of one process."""
-    return ranks(1, _alone, [word for word in _train(place, "alone") if "=" in word])[0]
+    return ranks(1, _alone, pairs(_run(place)))[0]
 
 
 def test_two_nodes_train_like_one_process(place: Path, alone: list[float]) -> None:

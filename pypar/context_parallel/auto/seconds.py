@@ -20,8 +20,8 @@ from pypar.context_parallel.auto.volume import Sizes
 from pypar.context_parallel.layouts import Segments, num_positions, unions
 from pypar.context_parallel.masks import Mask, Piece, pieces, work
 from pypar.context_parallel.methods.heads import head_share
-from pypar.context_parallel.methods.ring.parts import Part, Round, rounds_of
 from pypar.context_parallel.methods.ring.route import KEYS, SUMS, Transfer, route
+from pypar.context_parallel.methods.ring.sub_blocks import Round, SubBlock, rounds_of
 from pypar.cost.machine import MachineCosts
 
 # How often all-to-alls write what a rank has: they pack heads, join what came and put it in order. Backward autograd
@@ -175,8 +175,8 @@ class _RingClock:
         self._expected, self._speed, self._backward = expected, bytes_per_s, backward
         self._now = [0.0] * len(expected.keys)
         self._free = [0.0] * len(expected.keys)
-        self._arrived: dict[tuple[str, int, Part, int], float] = {}  # kind, source, part, receiver
-        self._added: dict[tuple[int, int, Part], float] = {}  # rank, source, part
+        self._arrived: dict[tuple[str, int, SubBlock, int], float] = {}  # kind, source, sub-block, receiver
+        self._added: dict[tuple[int, int, SubBlock], float] = {}  # rank, source, sub-block
 
     def seconds(self) -> float:
         """Until the last rank is done."""
@@ -194,39 +194,39 @@ class _RingClock:
         """ranks: those that compute."""
         keys = [t for t in transfers if t.kind == KEYS]
         for transfer in transfers:
-            for part in round_.parts if transfer.kind == SUMS else ():
-                self._send(transfer, part)
+            for sub_block in round_.sub_blocks if transfer.kind == SUMS else ():
+                self._send(transfer, sub_block)
         # The forward sends all of its own block before it computes.
         whole = hop == 0 and not self._backward
-        for step in [round_.whole] if whole else round_.parts:
-            for part in round_.parts if whole else (step,):
+        for step in [round_.whole] if whole else round_.sub_blocks:
+            for sub_block in round_.sub_blocks if whole else (step,):
                 for transfer in keys:
-                    self._send(transfer, part)
+                    self._send(transfer, sub_block)
             for rank in ranks:
                 self._compute(rank, (rank - hop) % len(self._now), step)
 
-    def _send(self, transfer: Transfer, part: Part) -> None:
+    def _send(self, transfer: Transfer, sub_block: SubBlock) -> None:
         kind, source, sender, receiver = transfer
-        sizes, begin_end = self._expected.sizes, part.span(num_positions(self._expected.keys[source]))
-        of_heads = replace(sizes, G=part.heads.groups.stop - part.heads.groups.start)
+        sizes, begin_end = self._expected.sizes, sub_block.span(num_positions(self._expected.keys[source]))
+        of_heads = replace(sizes, G=sub_block.heads.groups.stop - sub_block.heads.groups.start)
         num_bytes = (of_heads.keys_bytes if kind == KEYS else of_heads.sums_bytes)(
             begin_end[1] - begin_end[0]
         )
         if kind == KEYS:
-            ready = max(self._now[sender], self._arrived.get((kind, source, part, sender), 0.0))
+            ready = max(self._now[sender], self._arrived.get((kind, source, sub_block, sender), 0.0))
         else:
-            ready = self._added[sender, source, part]
+            ready = self._added[sender, source, sub_block]
         transfer_s = num_bytes / self._speed
         self._free[sender] = max(self._free[sender], ready) + transfer_s
-        self._arrived[kind, source, part, receiver] = self._free[sender] + self._expected.costs.latency_s
+        self._arrived[kind, source, sub_block, receiver] = self._free[sender] + self._expected.costs.latency_s
         for rank in (sender, receiver):
             self._now[rank] += self._expected.costs.own_share * transfer_s / 2
 
-    def _compute(self, rank: int, source: int, part: Part) -> None:
-        N = part.heads.queries.stop - part.heads.queries.start
-        share = (part.end - part.begin) / part.of
-        began = max(self._now[rank], self._arrived.get((KEYS, source, part, rank), 0.0))
+    def _compute(self, rank: int, source: int, sub_block: SubBlock) -> None:
+        N = sub_block.heads.queries.stop - sub_block.heads.queries.start
+        share = (sub_block.end - sub_block.begin) / sub_block.of
+        began = max(self._now[rank], self._arrived.get((KEYS, source, sub_block, rank), 0.0))
         ended = began + self._expected.attention_s(rank, source, self._backward, N, share)
         if source != rank:  # what came for the own block is added in the end
-            ended = max(ended, self._arrived.get((SUMS, source, part, rank), 0.0))
-        self._now[rank] = self._added[rank, source, part] = ended
+            ended = max(ended, self._arrived.get((SUMS, source, sub_block, rank), 0.0))
+        self._now[rank] = self._added[rank, source, sub_block] = ended

@@ -89,12 +89,12 @@ class _AllGather(torch.autograd.Function):
             share = heads.bias(dbias)
             sums = gathered.empty_sums(wide)
             for block, into in zip(gathered.blocks(), gathered.blocks(sums), strict=True):
-                parts, k_here, v_here = block
+                seen, k_here, v_here = block
                 _, dk_here, dv_here = into
                 operands, totals = (q[rows], k_here, v_here), (dq[rows], dk_here, dv_here)
                 rest = None if lse_rest is None else lse_rest[rows]
                 add = same_bits.backward if gathered.in_order else add_backward
-                add(parts, operands, results, totals, share, heads.call(call), rest)
+                add(seen, operands, results, totals, share, heads.call(call), rest)
             gathered.scatter(sums, dk[..., heads.groups, :], dv[..., heads.groups, :])
         gathered.arrive()
         dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None
@@ -121,9 +121,9 @@ def _forward_once(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> Resu
     lse_rest, makes_rest = torch.zeros_like(lse), False
     for heads in gathered.in_turn():
         rows = heads.rows
-        for parts, k_here, v_here in gathered.blocks():
+        for seen, k_here, v_here in gathered.blocks():
             results = (out[rows], lse[rows], lse_rest[rows])
-            makes_rest |= same_bits.forward(parts, q[rows], k_here, v_here, results, heads.call(call))
+            makes_rest |= same_bits.forward(seen, q[rows], k_here, v_here, results, heads.call(call))
     return out, lse, lse_rest if makes_rest else None
 
 
@@ -131,8 +131,8 @@ def _forward_by_rank(gathered: _Gathered, q: Tensor, v: Tensor, call: Call) -> R
     sums = empty_sums(q, v)
     for heads in gathered.in_turn():
         rows = heads.rows
-        for parts, k_here, v_here in gathered.blocks():
-            add_forward(parts, q[rows], k_here, v_here, (sums[0][rows], sums[1][rows]), heads.call(call))
+        for seen, k_here, v_here in gathered.blocks():
+            add_forward(seen, q[rows], k_here, v_here, (sums[0][rows], sums[1][rows]), heads.call(call))
     return *finish(sums, call.sinks, q.dtype), None
 
 
@@ -148,11 +148,11 @@ class _Gathered:
         self.in_order = all(segment.step == 1 for segments in call.keys for segment in segments)
         if self.in_order:  # one block, the whole sequence as one device has it
             whole = (Segment(0, sum(self._counts)),) if self._most else ()
-            parts = pieces(call.queries[rank], whole, call.mask, call.merges)
-            self._parts = [same_bits.as_whole(parts, call.mask, q.shape[-2] // k.shape[-2])]
+            of_whole = pieces(call.queries[rank], whole, call.mask, call.merges)
+            self._pieces = [same_bits.as_whole(of_whole, call.mask, q.shape[-2] // k.shape[-2])]
             rows = rows[torch.cat([positions_in(segments) for segments in call.keys]).argsort()]
         else:  # one after the other, as the ranks hold them
-            self._parts = [call.pieces(rank, source) for source in range(call.axis.size)]
+            self._pieces = [call.pieces(rank, source) for source in range(call.axis.size)]
         self._rows = rows.to(k.device)  # of the padded parts
         N, G = q.shape[-2], k.shape[-2]
         chunks = [slice(g, min(g + at_once, G)) for g in range(0, G, at_once)]
@@ -175,9 +175,9 @@ class _Gathered:
         x = self._here if x is None else x
         H, first = self._k.shape[-1], 0
         counts = [x.shape[-3]] if self.in_order else self._counts
-        for parts, count in zip(self._parts, counts, strict=True):
+        for seen, count in zip(self._pieces, counts, strict=True):
             block = x.narrow(-3, first, count)
-            yield parts, block[..., :H], block[..., H:]
+            yield seen, block[..., :H], block[..., H:]
             first += count
 
     def empty_sums(self, dtype: torch.dtype) -> Tensor:

@@ -26,19 +26,19 @@ FEW_ROWS = 16
 """So many rows of one key/value head are few (kDecodeRows there): positions times the query heads that share it."""
 
 
-def as_whole(parts: Pieces, mask: Mask, heads: int) -> Pieces:
+def as_whole(pieces: Pieces, mask: Mask, heads: int) -> Pieces:
     """The same pieces, for calls of the op as the whole's. heads: query heads of each key/value head."""
     if not _is_few(mask.length_q, len(mask.queries) - 1, heads):
-        parts = tuple(piece for part in parts for piece in _without_few(part, heads))
-    return tuple(_from_block(piece) for piece in parts)
+        pieces = tuple(narrow for piece in pieces for narrow in _without_few(piece, heads))
+    return tuple(_from_block(piece) for piece in pieces)
 
 
 def forward(
-    parts: Pieces, q: Tensor, k: Tensor, v: Tensor, results: tuple[Tensor, Tensor, Tensor], call: Call
+    pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, results: tuple[Tensor, Tensor, Tensor], call: Call
 ) -> bool:
     """`forward_once` of pieces from `as_whole`."""
     makes_rest = False
-    for piece in parts:
+    for piece in pieces:
         more = _missing_rows(piece, q, k, call)
         if not more:
             makes_rest |= forward_once((piece,), q, k, v, results, call)
@@ -54,7 +54,7 @@ def forward(
 
 
 def backward(
-    parts: Pieces,
+    pieces: Pieces,
     operands: tuple[Tensor, Tensor, Tensor],
     results: tuple[Tensor, Tensor, Tensor, Tensor | None],
     into: tuple[Tensor, Tensor, Tensor],
@@ -64,7 +64,7 @@ def backward(
 ) -> None:
     """`add_backward` of pieces from `as_whole`."""
     (q, k, v), (dout, out, lse, dlse), (dq, dk, dv) = operands, results, into
-    for piece in parts:
+    for piece in pieces:
         more = _missing_rows(piece, q, k, call)
         if not more:
             add_backward((piece,), operands, results, into, dbias, call, lse_rest)

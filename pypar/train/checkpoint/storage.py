@@ -52,8 +52,8 @@ from pypar.train.checkpoint.index import (
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class SafetensorsWriter(StorageWriter):
-    """Writes a new checkpoint into ``folder``, which may exist but must hold no index."""
+class _InFolder:
+    """A checkpoint is a folder, which torch calls its id."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
@@ -65,6 +65,10 @@ class SafetensorsWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         if checkpoint_id is not None:
             self.folder = Path(checkpoint_id)
+
+
+class SafetensorsWriter(_InFolder, StorageWriter):
+    """Writes a new checkpoint into ``folder``, which may exist but must hold no index."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
@@ -154,28 +158,26 @@ def _contents(items: list[WriteItem], planner: SavePlanner) -> Iterator[np.ndarr
 
 
 @dataclass(frozen=True)
-class _Place:
+class _StoredBox:
+    """A box, and its dtype by the files' name of it."""
+
     box: Box
     dtype: str
 
 
-class SafetensorsReader(StorageReader):
+class SafetensorsReader(_InFolder, StorageReader):
     """Reads from a checkpoint the slices that this rank needs; ValueError where its index cannot be right.
 
     The index is read when the reader is made, so that a damaged one is refused before any rank waits for another.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.index: Index = read_index(self.folder)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
-
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        super().reset(checkpoint_id)
         if checkpoint_id is not None:
-            self.folder = Path(checkpoint_id)
             self.index = read_index(self.folder)
 
     def read_metadata(self) -> Metadata:
@@ -188,13 +190,13 @@ class SafetensorsReader(StorageReader):
                 [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths)) for box in full],
             )
             for box in full:
-                places[MetadataIndex(name, box.offsets)] = _Place(box, tensor.dtype)
+                places[MetadataIndex(name, box.offsets)] = _StoredBox(box, tensor.dtype)
         return Metadata(dict(tensors), storage_data=places)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        self.places: dict[MetadataIndex, _Place] = metadata.storage_data
+        self.places: dict[MetadataIndex, _StoredBox] = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan

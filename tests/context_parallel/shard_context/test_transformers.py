@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig
 
 import pypar
 from pypar.mesh import Axis
@@ -14,18 +13,10 @@ from tests.context_parallel.shard_context.transformers_cases import (
     results,
     tokens,
 )
+from tests.harness.decoders import decoders
 from tests.harness.simulated_ranks import run_ranks
 
-CONFIGS = {
-    "llama": LlamaConfig(**DECODER),
-    "mistral with a window": MistralConfig(**DECODER, sliding_window=6),
-    "gemma2 with softcap and window": Gemma2Config(
-        **DECODER, sliding_window=6, head_dim=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=4
-    ),
-    "gpt-oss with sinks and window": GptOssConfig(
-        **DECODER, sliding_window=6, head_dim=4, num_local_experts=2, num_experts_per_tok=1
-    ),
-}
+CONFIGS = decoders(DECODER, window=6, head_dim=4)
 
 
 @pytest.fixture(autouse=True, scope="module")

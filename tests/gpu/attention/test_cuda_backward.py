@@ -12,7 +12,7 @@ from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.ops.backend import Backend
 from pypar.selftest.cases.attention.plain import plain_attention
-from pypar.selftest.judge import assert_accurate, expect
+from pypar.selftest.judge import expect, judge_result
 from tests.harness.simt import build as simt_build
 from tests.ops.attention import matrix
 from tests.ops.attention.judge import compare, run
@@ -272,7 +272,7 @@ def test_bias_gradient_is_accurate_for_every_element():
     attention_reference.backward(problem, dout, out, lse, None, None, results[1])
     plain = expect(lambda **x: plain_attention(**x, window=(30, 30))[0], tensors, [dout])
     plains = [found["dbias"] for found in plain.plains]
-    assert_accurate("dbias", results[0][0], plains, results[1][0].double(), gradient=True)
+    judge_result("dbias", results[0][0], plains, results[1][0].double(), gradient=True).check()
 
 
 def test_operands_are_what_the_cases_say():

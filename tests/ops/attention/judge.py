@@ -13,7 +13,7 @@ from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import attention_problem
 from pypar.ops.backend import Backend
 from pypar.selftest.cases.attention.plain import plain_attention
-from pypar.selftest.judge import Expected, assert_accurate, expect, outputs_and_gradients
+from pypar.selftest.judge import Expected, expect, judge_result, outputs_and_gradients
 from tests.ops.attention.matrix import Case, operands
 
 
@@ -63,12 +63,12 @@ def compare(
     dout, dlse, expected = asked.dout, asked.dlse, asked.expected
     outputs, gradients = _results(backend, tensors, keywords, [dout, dlse], device)
     for i, name in enumerate(("out", "lse")):
-        assert_accurate(
+        judge_result(
             name,
             outputs[i],
             [plain[name] for plain in expected.plains],
             expected.exact[name],
-        )
+        ).check()
     assert gradients.keys() == {name for name, x in tensors.items() if x.requires_grad}
     exact = expected.exact
     if given_out := _differences(tensors):
@@ -83,7 +83,9 @@ def compare(
             of = f"d{name}"
             plains = [plain[of] for plain in expected.plains]
             # Plain attention is judged by the out that it returned itself.
-            assert_accurate(of, gradient, plains, exact[of], gradient=True, plain_exact=expected.exact[of])
+            judge_result(
+                of, gradient, plains, exact[of], gradient=True, plain_exact=expected.exact[of]
+            ).check()
 
 
 def _differences(tensors: dict[str, Tensor]) -> set[str]:

@@ -77,7 +77,7 @@ def test_sample_of_every_length(case):
 
 
 @pytest.mark.parametrize(("isa", "case"), ISAS, ids=str)
-def test_sample_on_poorer_instruction_sets(isa, case):
+def test_sample_on_lower_instruction_sets(isa, case):
     with instruction_set(isa):
         run("native", case)
 

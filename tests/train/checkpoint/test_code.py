@@ -10,6 +10,7 @@ import pytest
 
 from pypar.cli import main
 from pypar.train import checkpoint
+from tests.harness.small_run import set_arguments, small_run
 from tests.train.checkpoint.forged import INDEX, RANK_0, agree, change_json
 
 
@@ -28,24 +29,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of `pypar train` for a small run that is there already, of two steps."""
     place = tmp_path_factory.mktemp("run")
     (place / "text.txt").write_text("".join(f"line {i} is {i * i % 97}\n" for i in range(500)))
-    sets = {
-        "directory": place,
-        "data.path": place / "text.txt",
-        "data.cache_directory": place / "cache",
-        "model.num_layers": 1,
-        "model.d_model": 16,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 2,
-        "model.d_ff": 16,
-        "train.steps": 2,
-        "train.sequence_length": 16,
-        "train.sample_tokens": 0,
-        "train.evaluate_every": 0,
-    }
-    arguments = ["train", "--name", "a"]
-    arguments += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-    assert main(arguments) == 0
-    return arguments
+    command = [
+        "train",
+        "--name",
+        "a",
+        *set_arguments(small_run(place, train__steps=2, train__sample_tokens=0)),
+    ]
+    assert main(command) == 0
+    return command
 
 
 @pytest.mark.parametrize("where", [".metadata", "alone", INDEX, RANK_0, checkpoint.MANIFEST])
@@ -70,12 +61,12 @@ def test_no_command_runs_code_of_a_checkpoint(
         "--set",
         f"directory={tmp_path / 'runs'}",
     ]
-    for arguments in (["generate", str(hostile), "--tokens", "2"], [*run, *longer]):
+    for command in (["generate", str(hostile), "--tokens", "2"], [*run, *longer]):
         if where == ".metadata":  # beside a whole checkpoint: nobody looks at it
-            assert main(arguments) == 0
+            assert main(command) == 0
             continue
         with pytest.raises(SystemExit) as ended:
-            main(arguments)
+            main(command)
         assert ended.value.code == 2
         said = capsys.readouterr().err
         assert said.startswith("pypar: ") and said.count("\n") == 1
@@ -105,11 +96,11 @@ def test_a_run_with_a_checkpoint_of_before_is_not_written_over(
     ("change", "sentence"),
     [
         (lambda c: c["model"].update(num_layers=10**9), "weights but the model of the configuration has"),
-        (lambda c: c["model"].update(d_model=1 << 40), "shape [256, 16] but the model has"),
+        (lambda c: c["model"].update(d_model=1 << 40), "shape [256, 32] but the model has"),
         (lambda c: c["model"].update(num_kv_heads=0), "model.num_kv_heads (0) must be at least 1"),
         (lambda c: c["model"].update(d_ff="16"), "must be a whole number, not '16'"),
         (lambda c: c["data"].update(tokenizer="../gone.json"), "is neither 'bytes' nor a file"),
-        (lambda c: c.clear(), "shape [256, 16] but the model has"),
+        (lambda c: c.clear(), "shape [256, 32] but the model has"),
     ],
 )
 def test_generate_makes_no_model_that_the_weights_do_not_fill(

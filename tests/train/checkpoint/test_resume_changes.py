@@ -14,6 +14,7 @@ from pypar.train import checkpoint
 from pypar.train.config import RunConfig, load_config
 from pypar.train.data.windows import Batch
 from pypar.train.trainer import Trainer
+from tests.harness.small_run import pairs, set_arguments, small_run
 
 LENGTH = 8
 
@@ -26,30 +27,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def _sets(place: Path, **more: Any) -> list[str]:
-    values = {
-        "directory": place / "runs",
-        "data.path": place / "text.txt",
-        "data.cache_directory": place / "cache",
-        "model.num_layers": 1,
-        "model.d_model": 16,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 2,
-        "model.d_ff": 16,
-        "train.steps": 20,
-        "train.batch_size": 8,
-        "train.sequence_length": LENGTH,
-        "train.evaluate_every": 0,
-        "train.sample_tokens": 0,
-        "train.log_every": 1000,
-    }
-    values |= {key.replace("__", "."): value for key, value in more.items()}
-    values.setdefault("train.microbatch_size", values["train.batch_size"])
-    return [f"{key}={value}" for key, value in values.items()]
+def _run(place: Path, **more: Any) -> dict[str, Any]:
+    sizes = {"train__steps": 20, "train__batch_size": 8, "train__sequence_length": LENGTH} | more
+    sizes = {"train__microbatch_size": sizes["train__batch_size"]} | sizes
+    return small_run(place, train__sample_tokens=0, train__log_every=1000, **sizes)
 
 
 def _trainer(place: Path, **more: Any) -> Trainer:
-    return Trainer(load_config(None, _sets(place, **more)), Mesh(), torch.device("cpu"))
+    return Trainer(load_config(None, pairs(_run(place, **more))), Mesh(), torch.device("cpu"))
 
 
 def _windows(trainer: Trainer, num_steps: int) -> list[str]:
@@ -173,7 +158,7 @@ def test_a_checkpoint_that_does_not_say_what_it_has_seen_is_refused(place: Path,
 def test_the_command_says_what_changed_and_refuses_before_a_rank_starts(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["train", "--name", "a", *(word for pair in _sets(place) for word in ("--set", pair))]
+    run = ["train", "--name", "a", *set_arguments(_run(place))]
     assert main(run) == 0
     capsys.readouterr()
     longer = [*run, "--resume", "--set", "train.steps=22"]

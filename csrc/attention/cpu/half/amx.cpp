@@ -1,5 +1,5 @@
 // Attention in bf16 (amx) and in fp16 (amx_fp16) with the tile registers of AMX. Everything else runs with
-// the next poorer instruction set, so this file is all that is compiled for the two.
+// the next lower instruction set, so this file is all that is compiled for the two.
 #include "attention/arguments.h"
 
 namespace pypar {

@@ -1,7 +1,7 @@
 """Ring attention: keys and values travel round the ring while attention runs.
 
-Liu et al., Ring Attention with Blockwise Transformers, arXiv 2310.01889. The table of `route` says
-what is sent when, `parts` in which parts: the transfers of a hop are in flight while the hop computes, and are
+Liu et al., Ring Attention with Blockwise Transformers, arXiv 2310.01889. The table of `route` says what is sent when,
+`sub_blocks` into what a block is divided for it: the transfers of a hop are in flight while the hop computes, and are
 waited for where what they bring is needed. Keys and values are one buffer, of key/value heads only; sums of dk and dv
 travel in fp32.
 """
@@ -28,8 +28,8 @@ from pypar.context_parallel.methods.blockwise import (
     sinks_share,
 )
 from pypar.context_parallel.methods.ring.buffers import Block, RingBuffers
-from pypar.context_parallel.methods.ring.parts import Part, rounds_of
 from pypar.context_parallel.methods.ring.route import rank_route
+from pypar.context_parallel.methods.ring.sub_blocks import SubBlock, rounds_of
 from pypar.ops.rows import accumulate_dtype
 from pypar.ops.uncompiled import uncompiled
 
@@ -65,7 +65,7 @@ class _Ring(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=dq.dtype) if ctx.needs_input_grad[4] else None
         results, into = (dout, out, lse, dlse), (dq, dk, dv)
         for buffers in _rounds("backward", q, k, v, call):
-            buffers.keep([kept.pop(0) for _ in buffers.parts if kept])
+            buffers.keep([kept.pop(0) for _ in buffers.sub_blocks if kept])
             _backward(buffers, q, results, into, dbias, call)
         dsinks = sinks_share(sinks, dout, out, lse, dlse) if ctx.needs_input_grad[3] else None
         return (
@@ -79,7 +79,7 @@ class _Ring(torch.autograd.Function):
 
 
 def _rounds(direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[RingBuffers]:
-    """One after the other."""
+    """The buffers of each round, one after the other."""
     axis = call.axis
     route = rank_route(call.queries, call.keys, call.mask, axis.rank)
     longest = max(num_positions(held) for held in call.keys)
@@ -90,13 +90,13 @@ def _rounds(direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iter
 def _forward(buffers: RingBuffers, q: Tensor, sums: Block, call: Call) -> list[Tensor]:
     """Continue (out, lse) of all queries. Returns what backward begins with."""
     for hop in buffers.hops():
-        for part in [buffers.whole] if hop == 0 else buffers.parts:
-            buffers.start(buffers.outgoing(part))
+        for sub_block in [buffers.whole] if hop == 0 else buffers.sub_blocks:
+            buffers.start(buffers.outgoing(sub_block))
             if buffers.sees:
-                rows = part.heads.rows
-                operands, into = (q[rows], *buffers.block(part)), (sums[0][rows], sums[1][rows])
-                add_forward(buffers.pieces(part), *operands, into, part.heads.call(call))
-            buffers.release(part)
+                rows = sub_block.heads.rows
+                operands, into = (q[rows], *buffers.block(sub_block)), (sums[0][rows], sums[1][rows])
+                add_forward(buffers.pieces(sub_block), *operands, into, sub_block.heads.call(call))
+            buffers.release(sub_block)
     return buffers.kept()
 
 
@@ -110,29 +110,29 @@ def _backward(
 ) -> None:
     """results: dout, out, lse, dlse. Adds to dq, writes dk and dv of the round's keys, adds to dbias."""
     dq, *own = into
-    summed: deque[tuple[Part, Block]] = deque()  # of the own block
+    summed: deque[tuple[SubBlock, Block]] = deque()  # the own block's
     for hop in buffers.hops():
-        for part in buffers.parts:
-            buffers.start(buffers.incoming(part))
+        for sub_block in buffers.sub_blocks:
+            buffers.start(buffers.incoming(sub_block))
             if buffers.sees:
-                rows, share = part.heads.rows, buffers.empty_share(part)
+                rows, share = sub_block.heads.rows, buffers.empty_share(sub_block)
                 dout, out, lse = (x[rows] for x in results[:3])
                 dlse = None if results[3] is None else results[3][rows]
                 add_backward(
-                    buffers.pieces(part),
-                    (q[rows], *buffers.block(part)),
+                    buffers.pieces(sub_block),
+                    (q[rows], *buffers.block(sub_block)),
                     (dout, out, lse, dlse),
                     (dq[rows], *share),
-                    part.heads.bias(dbias),
-                    part.heads.call(call),
+                    sub_block.heads.bias(dbias),
+                    sub_block.heads.call(call),
                 )
                 if hop > 0:
-                    buffers.add_arrived(part, share)
+                    buffers.add_arrived(sub_block, share)
                 else:
-                    summed.append((part, share))
-            buffers.release(part)
-            # Parts of the own block are done when the other ranks' sums are there, which may be late without harm.
-            while summed and (part is buffers.parts[-1] or buffers.has_arrived(summed[0][0])):
+                    summed.append((sub_block, share))
+            buffers.release(sub_block)
+            # Sub-blocks of the own block are done when the other ranks' sums are there, which may be late without harm.
+            while summed and (sub_block is buffers.sub_blocks[-1] or buffers.has_arrived(summed[0][0])):
                 buffers.add_arrived(*summed[0])
                 for x, y in zip(own, summed[0][1], strict=True):
                     buffers.cut(x, summed[0][0]).copy_(y)

@@ -44,11 +44,11 @@ class Route(NamedTuple):
 
     def of(self, rank: int) -> RankRoute:
         """What concerns one rank."""
-        rounds = [
+        forward, backward = (
             tuple(tuple(t for t in transfers if rank in (t.sender, t.receiver)) for transfers in direction)
             for direction in (self.forward, self.backward)
-        ]
-        return RankRoute(rounds[0], rounds[1], self.hops[rank])
+        )
+        return RankRoute(forward, backward, self.hops[rank])
 
 
 class RankRoute(NamedTuple):
@@ -91,5 +91,5 @@ def route(queries: tuple[Segments, ...], keys: tuple[Segments, ...], mask: Mask)
     return Route(_ordered(forward), _ordered(backward), hops)
 
 
-def _ordered(rounds: list[list[Transfer]]) -> tuple[tuple[Transfer, ...], ...]:
-    return tuple(tuple(sorted(transfers)) for transfers in rounds)
+def _ordered(of_hops: list[list[Transfer]]) -> tuple[tuple[Transfer, ...], ...]:
+    return tuple(tuple(sorted(transfers)) for transfers in of_hops)

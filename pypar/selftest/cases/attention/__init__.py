@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pypar.ops.attention import attention, attention_backward, attention_forward
-from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
+from pypar.ops.attention.arguments import AttentionProblem, Positions, Window, attention_problem
 from pypar.selftest.case import Case, Draw, Function, Inputs, Peer
 from pypar.selftest.cases.attention import fused
-from pypar.selftest.cases.attention.plain import Window, plain_attention
+from pypar.selftest.cases.attention.plain import plain_attention
 
 
 def cases(large: bool) -> list[Case]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pypar.ops.attention.arguments import Window
 from pypar.selftest.case import Inputs
-from pypar.selftest.cases.attention.plain import Window, sees
+from pypar.selftest.cases.attention.plain import sees
 
 
 def visible(T: int, S: int, causal: bool, window: Window | None, device: torch.device | str) -> Tensor:

@@ -1,7 +1,8 @@
 """Attention as one writes it without a fused operator, differentiated by autograd: the yardstick of its accuracy.
 
 Every step is taken in the inputs' dtype: "plain", the error that is allowed. With fp64 inputs it is "exact". It
-follows the definition of pypar.attention and shares no code with pypar's reference but the dropout generator.
+follows the definition of pypar.attention and shares no code with pypar's reference but the dropout generator and the
+names of the options.
 """
 
 from __future__ import annotations
@@ -14,24 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pypar.ops.attention.arguments import Positions
+from pypar.ops.attention.arguments import Positions, ScoreOptions, Window
 from pypar.ops.attention.reference import dropout_keep
 
-Window = tuple[int | None, int | None]
 
-
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, eq=False)
+class Options(ScoreOptions):
     """The keywords of pypar.attention, and positions; None: the last query is at the last key's position."""
 
-    causal: bool = False
-    scale: float | None = None
-    window: Window | None = None
-    softcap: float = 0.0
-    sinks: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    bias: Tensor | None = None
-    dropout_p: float = 0.0
     dropout_seed: int = 0
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None

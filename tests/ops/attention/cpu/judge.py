@@ -9,7 +9,7 @@ from pypar.ops import native
 from pypar.ops.attention import native as attention_native
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.ops.attention.reference import dropout_keep
-from pypar.selftest.judge import assert_accurate
+from pypar.selftest.judge import judge_result
 from pypar.selftest.orders import in_orders
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,9 +134,9 @@ def check(problem: AttentionProblem) -> None:
     fewest = min(x.numel() for x in exact.values())
     plains = in_orders(lambda: run_plain(problem, douts, problem.q.dtype), problem.q.dtype, fewest)
     for name, x in actual.items():
-        assert_accurate(
+        judge_result(
             name, x, [found[name].to(x.dtype) for found in plains], exact[name], gradient=name[0] == "d"
-        )
+        ).check()
 
 
 def make(  # noqa: PLR0913

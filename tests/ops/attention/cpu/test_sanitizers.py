@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "thread": {"TSAN_OPTIONS": "exitcode=77:halt_on_error=1"},
 }
 SUPPORTED = native.module().supported_isas()
-# The poorest is the quickest to compile.
+# The lowest is the quickest to compile.
 POOREST = SUPPORTED[-1]
 
 

@@ -1,9 +1,9 @@
-"""The rounds in which a ring goes over long blocks, and the parts in which it sends and computes them.
+"""The rounds in which a ring goes over long blocks, and the sub-blocks in which it sends and computes them.
 
-With few hops a block goes in several parts: the first one is used while the others arrive, and goes on while the
-others compute. Otherwise the only hop of two ranks would have to wait for the whole block. Parts by key/value heads
-cost nothing: each has its own queries. Parts by keys go over the same queries again, so they are made where heads
-do not suffice, and smaller ones where messages leave the host.
+With few hops a block goes in several sub-blocks: the first one is used while the others arrive, and goes on while the
+others compute. Otherwise the only hop of two ranks would have to wait for the whole block. Sub-blocks by key/value
+heads cost nothing: each has its own queries. Sub-blocks by keys go over the same queries again, so they are made where
+heads do not suffice, and smaller ones where messages leave the host.
 Of long blocks each round takes some of the keys all the way round, so that what travels takes little memory.
 """
 
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pypar.context_parallel.methods.heads import HeadGroup
 
 _MOST_STEPS = 4  # that a block's way round the ring is split into, where hops are fewer
-_LEAST_POSITIONS = 1024  # of a block that is split
-# Of a part by keys: over fewer keys attention is slower. Two ranks with 8,192 tokens in bf16 and whole heads reached
-# 80, 88 and 91 % of the ideal with parts of 1,024, 2,048 and 4,096.
+_LEAST_POSITIONS = 1024  # in a block that is split
+# In a sub-block by keys: over fewer keys attention is slower. Two ranks with 8,192 tokens in bf16 and whole heads
+# reached 80, 88 and 91 % of the ideal with sub-blocks of 1,024, 2,048 and 4,096 keys.
 _LEAST_KEYS, _LEAST_KEYS_FAR = 4096, 2048
-_MOST_KEYS = 8192  # of a round
+_MOST_KEYS = 8192  # in a round
 
 
 @dataclass(frozen=True, eq=False)  # known by identity
-class Part:
-    """Some heads, and of their keys those between begin / of and end / of of all."""
+class SubBlock:
+    """Some heads of a block, and of their keys those between the shares begin / of and end / of of all."""
 
     heads: HeadGroup
     begin: int
@@ -31,7 +31,7 @@ class Part:
     of: int
 
     def span(self, positions: int) -> tuple[int, int]:
-        """Where it begins and ends among so many."""
+        """Where the sub-block begins and ends among so many positions."""
         return positions * self.begin // self.of, positions * self.end // self.of
 
     @property
@@ -41,17 +41,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Round:
-    """parts make up the whole."""
+    """One way of some of the keys round the ring: all of them as one sub-block, and the sub-blocks that make it up."""
 
-    whole: Part
-    parts: tuple[Part, ...]
+    whole: SubBlock
+    sub_blocks: tuple[SubBlock, ...]
 
 
 def rounds_of(N: int, G: int, size: int, positions: int, in_one_host: bool) -> tuple[Round, ...]:
-    """Of blocks of at most so many positions with G heads, for N query heads, on an axis of `size` ranks."""
+    """The rounds for blocks of at most so many positions of G heads, and N query heads, on an axis of `size` ranks."""
     everything = HeadGroup.of(N, G, slice(0, G))
     if size == 1 or positions < _LEAST_POSITIONS:
-        whole = Part(everything, 0, 1, 1)
+        whole = SubBlock(everything, 0, 1, 1)
         return (Round(whole, (whole,)),)
     num_rounds = -(-positions // _MOST_KEYS)
     wanted = -(-_MOST_STEPS // (size - 1))
@@ -63,8 +63,8 @@ def rounds_of(N: int, G: int, size: int, positions: int, in_one_host: bool) -> t
     of = num_rounds * each
     return tuple(
         Round(
-            Part(everything, first, first + each, of),
-            tuple(Part(heads, i, i + 1, of) for i in range(first, first + each) for heads in groups),
+            SubBlock(everything, first, first + each, of),
+            tuple(SubBlock(heads, i, i + 1, of) for i in range(first, first + each) for heads in groups),
         )
         for first in range(0, of, each)
     )

@@ -1,4 +1,4 @@
-"""A ring whose blocks are sent and computed in several parts."""
+"""A ring whose blocks are sent and computed in several sub-blocks."""
 
 import threading
 
@@ -10,21 +10,21 @@ from pypar.context_parallel import ring_attention
 from pypar.context_parallel.layouts import LAYOUTS, Segment, cut, shard
 from pypar.context_parallel.methods.ring import buffers as ring_buffers
 from pypar.context_parallel.methods.ring import method as ring
-from pypar.context_parallel.methods.ring import parts as ring_parts
-from pypar.context_parallel.methods.ring.parts import rounds_of
+from pypar.context_parallel.methods.ring import sub_blocks
+from pypar.context_parallel.methods.ring.sub_blocks import rounds_of
 from tests.context_parallel.cases import CASES, Case, assert_close, inputs, many_ranks, one_device
 from tests.harness.pairs import pairwise
 from tests.harness.simulated_ranks import run_ranks
 
 
 def shape(*arguments):
-    """Of (N, G, ranks, positions, in one host): rounds, groups of heads in each, parts of their keys."""
+    """How many rounds, groups of heads in each and sub-blocks by keys of each, for the arguments of `rounds_of`."""
     found = rounds_of(*arguments)
-    groups = {part.heads.groups.start for part in found[0].parts}
-    return len(found), len(groups), len(found[0].parts) // len(groups)
+    groups = {sub_block.heads.groups.start for sub_block in found[0].sub_blocks}
+    return len(found), len(groups), len(found[0].sub_blocks) // len(groups)
 
 
-def test_how_many_parts():
+def test_how_many_sub_blocks():
     # By heads as far as they go; by keys where messages leave the host or there are enough of them.
     assert shape(8, 2, 2, 4096, True) == (1, 2, 1)
     assert shape(8, 2, 2, 4096, False) == (1, 2, 2)
@@ -38,14 +38,18 @@ def test_how_many_parts():
     assert shape(8, 8, 2, 1023, False) == shape(8, 8, 1, 1 << 20, False) == (1, 1, 1)
 
 
-def test_parts_are_the_whole():
+def test_sub_blocks_are_the_whole():
     for positions in (0, 1, 2047, 8191, 20000):
         held, wholes = torch.zeros(6, positions), torch.zeros(6, positions)
         for round_ in rounds_of(12, 6, 2, positions, False):
-            for part, to in [(round_.whole, wholes), *((part, held) for part in round_.parts)]:
-                begin, end = part.span(positions)
-                to[part.heads.groups, begin:end] += 1
-                assert part.heads.queries == slice(2 * part.heads.groups.start, 2 * part.heads.groups.stop)
+            for sub_block, to in [
+                (round_.whole, wholes),
+                *((sub_block, held) for sub_block in round_.sub_blocks),
+            ]:
+                begin, end = sub_block.span(positions)
+                to[sub_block.heads.groups, begin:end] += 1
+                heads = sub_block.heads
+                assert heads.queries == slice(2 * heads.groups.start, 2 * heads.groups.stop)
         assert (held == 1).all() and (wholes == 1).all()
 
 
@@ -62,20 +66,20 @@ def test_equals_one_device_and_sends_as_much_as_whole_blocks(monkeypatch, name, 
     """The long tests have every case in every layout at every degree, the quick ones each pair."""
     case = CASES[name]
     given = inputs(case, torch.float32)
-    monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1 << 30)
-    monkeypatch.setattr(ring_parts, "_MOST_KEYS", 1 << 30)
+    monkeypatch.setattr(sub_blocks, "_LEAST_POSITIONS", 1 << 30)
+    monkeypatch.setattr(sub_blocks, "_MOST_KEYS", 1 << 30)
     _, whole = many_ranks(case, given, size, layout, backend="native")
-    monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1)
-    monkeypatch.setattr(ring_parts, "_LEAST_KEYS_FAR", 1)
-    monkeypatch.setattr(ring_parts, "_MOST_KEYS", 4)
+    monkeypatch.setattr(sub_blocks, "_LEAST_POSITIONS", 1)
+    monkeypatch.setattr(sub_blocks, "_LEAST_KEYS_FAR", 1)
+    monkeypatch.setattr(sub_blocks, "_MOST_KEYS", 4)
     actual, sent = many_ranks(case, given, size, layout, backend="native")
     assert_close(actual, one_device(case, given), 1e-5, 1e-4)
     assert sent == whole
 
 
-def test_parts_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monkeypatch):
-    monkeypatch.setattr(ring_parts, "_LEAST_POSITIONS", 1)
-    monkeypatch.setattr(ring_parts, "_LEAST_KEYS_FAR", 1)
+def test_sub_blocks_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monkeypatch):
+    monkeypatch.setattr(sub_blocks, "_LEAST_POSITIONS", 1)
+    monkeypatch.setattr(sub_blocks, "_LEAST_KEYS_FAR", 1)
     events = threading.local()
 
     def noting(word, function):
@@ -105,10 +109,10 @@ def test_parts_leave_as_soon_as_they_are_computed_and_are_used_as_they_come(monk
         return forward, events.seen
 
     for forward, backward in run_ranks(2, attend):
-        # All parts are on their way while the own block computes, and the last ones while the first compute.
+        # All sub-blocks are on their way while the own block computes, and the last ones while the first compute.
         sent = ["wait"] * 4
         assert forward == ["exchange", "compute", *["wait", "compute"] * 4, *sent]
-        # The sums of a part go home while the next part computes, the last ones while the own block does.
-        # No part of that waits for sums to arrive.
+        # The sums of a sub-block go home while the next one computes, the last ones while the own block does.
+        # Nothing of that waits for sums to arrive.
         arrived = ["wait"] * 4
         assert backward == ["compute", *["exchange", "compute"] * 4, *["compute"] * 3, *arrived, *sent]
