@@ -73,7 +73,7 @@ def run_config(mesh: str, *, sequence_parallel: bool = False) -> RunConfig:
 
 
 def pypar_steps(mesh: str, **options: bool) -> Iterator[float]:
-    trainer = Trainer(run_config(mesh, **options), Mesh(**parse_mesh(mesh)), torch.device("cpu"))
+    trainer = Trainer(run_config(mesh, **options), Mesh.of(parse_mesh(mesh)), torch.device("cpu"))
     while True:
         yield trainer.train_step()["loss"]
 

@@ -7,10 +7,9 @@ needs no ranks; a Mesh adds the process groups.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,31 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pypar.axis import Axis, as_axis
 from pypar.comm.traffic import Traffic
-from pypar.grid import DATA, TIED, Grid, check_size
+from pypar.grid import DATA, TIED, Grid
+from pypar.mesh_shape import AXIS_NAMES, Fold, MeshShape, Split, check_mesh, mesh_shape, parse_mesh
 
-__all__ = ["AXIS_NAMES", "Axis", "Mesh", "as_axis", "check_mesh", "format_mesh", "mesh_grid", "parse_mesh"]
-
-AXIS_NAMES = ("pp", "dp", "cp", "tp")  # outermost first
-Split = Mapping[str, Mapping[str, int]]
-Fold = Mapping[str, tuple[int, tuple[str, ...]]]
-
-
-def mesh_grid(sizes: Mapping[str, int], split: Split | None = None, fold: Fold | None = None) -> Grid:
-    """The arithmetic of a `Mesh` of these sizes, without its ranks: to plan, refuse and test before they start.
-
-    sizes: of pp, dp, cp, tp and ep, 1 where they are not named; ep folds dp x cp. ValueError for sizes, refinements or
-    folds that cannot be.
-    """
-    ep, folds = sizes.get("ep", 1), dict(fold or {})
-    check_size("ep", ep)
-    if "ep" in folds and ep > 1:
-        raise ValueError(f"ep={ep} and fold={folds} both say how experts are spread; give one of them")
-    return Grid(
-        {name: sizes.get(name, 1) for name in AXIS_NAMES},
-        split={name: dict(parts) for name, parts in (split or {}).items()},
-        fold={"ep": (ep, DATA)} | folds,
-        stages="pp",
-    )
+__all__ = ["AXIS_NAMES", "Axis", "Mesh", "MeshShape", "as_axis", "parse_mesh"]
 
 
 class Mesh:
@@ -92,16 +70,14 @@ class Mesh:
         products: Iterable[tuple[str, ...]] = (),
         device_type: str | None = None,
     ) -> None:
-        self.grid = mesh_grid({"dp": dp, "pp": pp, "cp": cp, "tp": tp, "ep": ep}, split, fold)
+        shape = mesh_shape({"dp": dp, "pp": pp, "cp": cp, "tp": tp, "ep": ep}, split, fold)
+        self.grid = shape.grid
         self.sizes = dict(self.grid.sizes)
-        for name in self.grid.names:
-            if name not in Mesh.__annotations__ and (hasattr(Mesh, name) or not name.isidentifier()):
-                raise ValueError(f"an axis of a mesh cannot be called {name!r}; use another name")
         if dist.is_available() and dist.is_initialized():
-            check_mesh(self.sizes, dist.get_world_size())
+            check_mesh(shape, dist.get_world_size())
         elif self.grid.num_ranks > 1:
             raise ValueError(
-                f"mesh {format_mesh(self.sizes)} needs {self.grid.num_ranks} ranks but torch.distributed is not "
+                f"mesh {shape} needs {self.grid.num_ranks} ranks but torch.distributed is not "
                 "initialised; call torch.distributed.init_process_group first, under torchrun"
             )
         self.rank = dist.get_rank() if self.grid.num_ranks > 1 else 0
@@ -116,6 +92,12 @@ class Mesh:
         self.world = self._make(AXIS_NAMES, "world")
         if products := tuple(products):
             self.declare(*products)
+
+    @classmethod
+    def of(cls, shape: MeshShape, *, device_type: str | None = None) -> Mesh:
+        """The mesh that a text like "dp=4,tp=4(row=2,column=2)" describes: Mesh.of(parse_mesh(text))."""
+        sizes: Any = shape.sizes
+        return cls(**sizes, split=shape.split, fold=shape.fold, device_type=device_type)
 
     def _take_groups(self, device_type: str) -> None:
         """The groups of the four axes and of all ranks, which torch makes."""
@@ -189,47 +171,6 @@ class Mesh:
 
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())})"
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Read "tp=2,pp=2" into the sizes of all four axes, and of ep where it is above 1; those not named are 1.
-
-    Raises ValueError on an unknown or repeated axis and on a size that is not a positive integer.
-    """
-    sizes: dict[str, int] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if name not in (*AXIS_NAMES, "ep"):
-            close = difflib.get_close_matches(name, AXIS_NAMES, n=1, cutoff=0.5)
-            remedy = f"did you mean {close[0]!r}" if close else f"use some of {', '.join(AXIS_NAMES)}"
-            raise ValueError(f"mesh {text!r} names an unknown axis {name!r}; {remedy}, as in tp=2,pp=2")
-        if name in sizes:
-            raise ValueError(f"mesh {text!r} gives axis {name} twice; give each axis once")
-        if not equals or not value.isdecimal():
-            raise ValueError(
-                f"mesh {text!r} must give axis {name} a positive whole number, not {value!r}; write {name}=2"
-            )
-        sizes[name] = int(value)
-        check_size(name, sizes[name])
-    folded = {"ep": sizes["ep"]} if sizes.get("ep", 1) > 1 else {}
-    return {name: sizes.get(name, 1) for name in AXIS_NAMES} | folded
-
-
-def format_mesh(sizes: Mapping[str, int]) -> str:
-    """The text that `parse_mesh` reads, axes of size 1 left out: "tp=2,pp=2"; "tp=1" for one rank."""
-    return ",".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "tp=1"
-
-
-def check_mesh(sizes: Mapping[str, int], world_size: int) -> None:
-    """Raise ValueError unless the sizes are positive, multiply to world_size, and ep divides dp x cp."""
-    num_ranks = mesh_grid(sizes).num_ranks
-    if num_ranks != world_size:
-        were = "was" if world_size == 1 else "were"
-        raise ValueError(
-            f"mesh {format_mesh(sizes)} needs {num_ranks} rank{'s' * (num_ranks > 1)} but {world_size} "
-            f"{were} started; start {num_ranks} (torchrun --nproc-per-node {num_ranks}) or use a mesh whose "
-            f"sizes multiply to {world_size}"
-        )
 
 
 def _device_type() -> str:

@@ -79,8 +79,9 @@ def section_of(cls: type) -> Any:
 class Run:
     """What a section may ask about the run that it is part of.
 
-    axes: the size of every axis of the mesh. num_heads: query heads of the whole model; it and num_layers are None for
-    a model that the configuration does not describe. num_microbatches: of one data rank in a step.
+    axes: the size of every axis of the mesh, of refinements and folds too. num_heads: query heads of the whole model;
+    it and num_layers are None for a model that the configuration does not describe. num_microbatches: of one data rank
+    in a step.
     """
 
     axes: Mapping[str, int]

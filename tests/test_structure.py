@@ -18,7 +18,7 @@ PACKAGE = ROOT / "pypar"
 BASE, WINGS = 2, 3
 ORDER = (
     ("kernels", "_native", "settings", "lazy", "grid", "spans"),
-    ("files", "ops"),
+    ("files", "ops", "mesh_shape"),
     (
         "comm",
         "mesh",

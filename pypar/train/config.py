@@ -42,7 +42,11 @@ class RunConfig:
     )
     directory: str = setting("runs", help="the folder that holds runs", resumed=None)
     seed: int = setting(0, help="of initial weights, of the order of the data and of the sample")
-    mesh: str = setting("", help='sizes of the axes, like "tp=2,pp=2"; "": every rank is on the dp axis')
+    mesh: str = setting(
+        "",
+        help='sizes of the axes, like "tp=2,pp=2"; refined and folded ones, like "tp=4(row=2,column=2),ep=2"; '
+        '"": every rank is on the dp axis',
+    )
     model: ModelConfig = section_of(ModelConfig)
     data: DataConfig = section_of(DataConfig)
     optimizer: OptimizerConfig = section_of(OptimizerConfig)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pypar.mesh_shape import MeshShape, check_mesh, parse_mesh
 from pypar.settings import Run, check_values, multiples_near, sections_of
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
@@ -42,18 +43,13 @@ def check(
     has_own_model: the model is the user's, and the section ``model`` is not looked at.
     """
     check_values(config)
-    from pypar.mesh import check_mesh, format_mesh, mesh_grid, parse_mesh  # slow: torch
-
-    sizes = parse_mesh(config.mesh or f"dp={world_size or 1}")
-    if "ep" in sizes:
-        raise ValueError(
-            f"ep={sizes['ep']} asks for expert parallelism, which pypar does not have yet; use ep=1"
-        )
-    num_ranks = mesh_grid(sizes).num_ranks
-    check_mesh(sizes, num_ranks if world_size is None else world_size)
+    shape = parse_mesh(config.mesh or f"dp={world_size or 1}")
+    num_ranks = shape.grid.num_ranks
+    check_mesh(shape, num_ranks if world_size is None else world_size)
+    _check_views(shape)
     tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
     model = None if has_own_model else config.decoder_config(tokenizer.vocab_size)
-    notes = _check_sections(config, model, sizes)
+    notes = _check_sections(config, model, {name: shape.grid.size(name) for name in shape.grid.names})
     _check_run_directory(config, overwrite)
     resume, note = _find_checkpoint(config)
     if resume is not None:  # before the data are prepared, which may take long
@@ -70,13 +66,28 @@ def check(
     )
     filled = dataclasses.replace(
         config,
-        mesh=format_mesh(sizes),
+        mesh=str(shape),
         data=data,
         train=dataclasses.replace(config.train, resume="" if resume is None else os.path.abspath(resume)),
     )
     if resume is not None:
         resumption(resume, manifest, filled, tokens)
     return Ready(filled, num_ranks, tuple(notes + note))
+
+
+def _check_views(shape: MeshShape) -> None:
+    """ValueError for a refinement or a fold over which nothing is spread, as it would change nothing."""
+    if not shape.views:
+        return
+    from pypar.parallel.roles import AXES  # slow: torch
+
+    used = {text for name, text in shape.views.items() if name in AXES}
+    for name, text in shape.views.items():
+        if text not in used:
+            raise ValueError(
+                f"mesh {shape} has an axis {name!r} by {text}, over which nothing is spread: the roles of a plan are "
+                f"about {', '.join(AXES)}; leave it out"
+            )
 
 
 def _check_sections(config: RunConfig, model: "DecoderConfig | None", axes: Mapping[str, int]) -> list[str]:

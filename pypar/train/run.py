@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pypar.mesh import Mesh, parse_mesh
 from pypar.train.config import RunConfig
@@ -15,8 +14,7 @@ from pypar.train.trainer import Trainer
 def run(config: RunConfig) -> None:
     """Train as ``config`` says, from the checkpoint that it names, if any; writes <directory>/<name>/."""
     with process_group(config.train.threads) as device:
-        sizes: Any = parse_mesh(config.mesh)
-        mesh = Mesh(**sizes, device_type=device.type)
+        mesh = Mesh.of(parse_mesh(config.mesh), device_type=device.type)
         trainer = Trainer(config, mesh, device)
         saved = trainer.fit()
     entropies = trainer.data.validation_entropies() if mesh.world.rank == 0 else {}

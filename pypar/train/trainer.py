@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -228,8 +227,7 @@ def _joined(config: RunConfig, *, has_own_model: bool) -> tuple[RunConfig, Mesh,
 
     ready = check(config, joined_world_size() or 1, has_own_model=has_own_model).config
     device = join_job(ready.train.threads)
-    sizes: Any = parse_mesh(ready.mesh)
-    return ready, Mesh(**sizes, device_type=device.type), device
+    return ready, Mesh.of(parse_mesh(ready.mesh), device_type=device.type), device
 
 
 def _check_same_data(data: TokenData, mesh: Mesh) -> None:

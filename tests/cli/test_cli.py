@@ -166,7 +166,6 @@ def test_a_mesh_that_does_not_fit_the_ranks_of_torchrun(place: Path) -> None:
             },
             "use 32 or 40",
         ),
-        ({"mesh": "tp=2,ep=2"}, "expert parallelism"),
         ({"name": "''"}, "name must not be empty"),
         ({"directory": "{place}/text.txt"}, "cannot be written"),
         ({"data__tokenizer": "nothing.json"}, "tokenizer 'nothing.json' is neither 'bytes' nor a file"),

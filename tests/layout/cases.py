@@ -9,7 +9,7 @@ from hypothesis import strategies as some
 
 from pypar.grid import TIED, Grid
 from pypar.layout import Cut, Layout, Owner
-from pypar.mesh import mesh_grid
+from pypar.mesh_shape import mesh_grid
 
 MOST_RANKS = 64
 # Cores are shared with other tests: time says nothing of an example.

@@ -11,7 +11,7 @@ from pypar.axis import Axis
 from pypar.comm.traffic import Traffic
 from pypar.grid import SimulatedRank
 from pypar.layout import Cut, Layout, Owner, answers_for, assemble, boxes, local_part, local_shape
-from pypar.mesh import mesh_grid
+from pypar.mesh_shape import mesh_grid
 from tests.layout.cases import UNHURRIED, cut_directly, grids, holders, layouts, whole_of
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from pypar.grid import Grid
-from pypar.mesh import mesh_grid
+from pypar.mesh_shape import mesh_grid
 from tests.layout.cases import UNHURRIED, grids, views
 
 
@@ -98,7 +98,7 @@ def test_the_meshes_of_the_design():
         ),
         (
             lambda: mesh_grid({"dp": 4, "ep": 2}, fold={"ep": (2, ("dp",))}),
-            "ep=2 and fold={'ep': (2, ('dp',))} both say how experts are spread; give one of them",
+            "ep=2 and fold={'ep': (2, ('dp',))} both say what ep is; give one of them",
         ),
         (
             lambda: mesh_grid({"dp": 4}, split={"dp": {"replicate": 2, "shard": 2}}).groups("dp", "shard"),

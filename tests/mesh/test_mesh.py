@@ -1,4 +1,4 @@
-"""Axes, groups and rank order of meshes; texts that describe a mesh; refusals."""
+"""Axes, groups and rank order of meshes; refusals."""
 
 import copy
 import itertools
@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from pypar.comm import all_reduce_start
-from pypar.mesh import AXIS_NAMES, Axis, Mesh, as_axis, check_mesh, format_mesh, parse_mesh
+from pypar.mesh import AXIS_NAMES, Axis, Mesh, as_axis, parse_mesh
+from pypar.mesh_shape import RESERVED, MeshShape, check_mesh
 
 
 def _factorisations(world_size):
@@ -135,43 +136,13 @@ def test_copies_of_a_module_share_its_axis():
     assert copy.copy(axis) is axis
 
 
-def test_parse_mesh():
-    assert parse_mesh("tp=2,pp=4") == {"pp": 4, "dp": 1, "cp": 1, "tp": 2}
-    assert parse_mesh(" dp = 3 , ep=1 ") == {"pp": 1, "dp": 3, "cp": 1, "tp": 1}
-    assert parse_mesh("") == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
-    assert format_mesh(parse_mesh("tp=2,pp=4")) == "pp=4,tp=2"
-    assert format_mesh(parse_mesh("")) == "tp=1"
-    assert format_mesh(parse_mesh("ep=2,dp=4")) == "dp=4,ep=2"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tpp=2", "mesh 'tpp=2' names an unknown axis 'tpp'; did you mean 'tp', as in tp=2,pp=2"),
-        (
-            "model=2",
-            "mesh 'model=2' names an unknown axis 'model'; use some of pp, dp, cp, tp, as in tp=2,pp=2",
-        ),
-        ("tp=2,tp=4", "mesh 'tp=2,tp=4' gives axis tp twice; give each axis once"),
-        ("tp", "mesh 'tp' must give axis tp a positive whole number, not ''; write tp=2"),
-        ("tp=-2", "mesh 'tp=-2' must give axis tp a positive whole number, not '-2'; write tp=2"),
-        ("tp=2.5", "mesh 'tp=2.5' must give axis tp a positive whole number, not '2.5'; write tp=2"),
-        ("tp=0", "mesh axis tp=0 must be a positive whole number; use tp=1 to leave the axis out"),
-        ("ep=0", "mesh axis ep=0 must be a positive whole number; use ep=1 to leave the axis out"),
-    ],
-)
-def test_bad_mesh_texts_are_refused(text, message):
-    with pytest.raises(ValueError) as error:
-        parse_mesh(text)
-    assert str(error.value) == message
-
-
 def test_mesh_that_does_not_fit_the_ranks_is_refused():
-    check_mesh({"tp": 3, "pp": 2}, 6)
+    shape = MeshShape({"tp": 3, "pp": 2})
+    check_mesh(shape, 6)
     with pytest.raises(ValueError) as error:
-        check_mesh({"tp": 3, "pp": 2}, 4)
+        check_mesh(shape, 4)
     assert str(error.value) == (
-        "mesh tp=3,pp=2 needs 6 ranks but 4 were started; start 6 (torchrun --nproc-per-node 6) or use a "
+        "mesh pp=2,tp=3 needs 6 ranks but 4 were started; start 6 (torchrun --nproc-per-node 6) or use a "
         "mesh whose sizes multiply to 4"
     )
     with pytest.raises(ValueError, match="mesh tp=1 needs 1 rank but 4 were started"):
@@ -196,3 +167,21 @@ def test_wrong_mesh_is_refused_on_every_rank(ranks):
     messages = ranks(2, _wrong_mesh_in_ranks)
     assert messages[0] == messages[1]
     assert messages[0].startswith("mesh tp=4 needs 4 ranks but 2 were started")
+
+
+def test_no_axis_takes_the_name_of_something_else_of_a_mesh():
+    mesh = Mesh()
+    public = {name for name in {*vars(mesh), *dir(type(mesh))} if not name.startswith("_")}
+    assert public - set(mesh.grid.names) == RESERVED
+
+
+def _described():
+    mesh = Mesh.of(parse_mesh("tp=4(row=2,column=2),pair=2(tp)"))
+    return mesh.row.ranks, mesh.column.ranks, mesh.pair.ranks, mesh.pairdp.ranks
+
+
+def test_a_text_makes_a_mesh_of_refinements_and_folds(ranks):
+    assert ranks(4, _described)[1:3] == [
+        ((1, 3), (0, 1), (0, 1), (1, 3)),
+        ((0, 2), (2, 3), (2, 3), (0, 2)),
+    ]

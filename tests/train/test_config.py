@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from pypar.mesh_shape import parse_mesh
 from pypar.optimizers.config import OptimizerConfig
 from pypar.settings import check_values, keys_of
 from pypar.train.config import RunConfig, all_keys, load_config
 from pypar.train.keys import page
+from pypar.train.preflight import check
 from pypar.train.sections import TrainConfig, filled_model
 from tests import ROOT
 
@@ -170,3 +172,29 @@ def test_what_is_wrong_in_a_configuration_is_found_without_torch() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n" and "optimizer.lr (0.0) must be greater than 0" in ended.stderr
+
+
+def test_a_mesh_is_a_text_or_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[mesh]\ndp = 4\ntp = "4(row=2,column=2)"\nep = 2\n')
+    mesh = parse_mesh(load_config(file).mesh)
+    assert mesh == parse_mesh(load_config(None, ["mesh=dp=4,ep=2,tp=4(row=2,column=2)"]).mesh)
+    assert mesh.split == {"tp": {"row": 2, "column": 2}} and mesh.grid.size("ep") == 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sentence"),
+    [
+        (
+            "dp=2,ep=2",
+            "mesh dp=2,ep=2 has an axis 'ep' by ep=2, over which nothing is spread: the roles of a plan are about tp, "
+            "cp; leave it out",
+        ),
+        ("tp=4(row=2,column=2)", "has an axis 'row' by tp=4(row=2,column=2), over which nothing is spread"),
+        ("tp=2,ep=2", "ep=2 must divide dp x cp (1), whose ranks it folds; use one of 1"),
+    ],
+)
+def test_a_mesh_has_no_axis_that_changes_nothing(mesh: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        check(load_config(None, [f"mesh={mesh}"]))
+    assert sentence in str(refused.value)

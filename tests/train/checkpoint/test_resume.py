@@ -39,7 +39,7 @@ def _config(directory: Path, mesh: str, precision: str = "fp32", tied: bool = Tr
 def run_part(config: dict, load: str | None, save: str | None, num_steps: int) -> list[float]:
     """In each rank: train ``num_steps`` from ``load`` (or the start) and save to ``save``; the losses."""
     run = RunConfig.from_dict(config)
-    trainer = Trainer(run, Mesh(**parse_mesh(run.mesh)), torch.device("cpu"))
+    trainer = Trainer(run, Mesh.of(parse_mesh(run.mesh)), torch.device("cpu"))
     if load is not None:
         trainer.load(Path(load))
     losses = [trainer.train_step()["loss"] for _ in range(num_steps)]
@@ -49,8 +49,7 @@ def run_part(config: dict, load: str | None, save: str | None, num_steps: int) -
 
 
 def _ranks_of(mesh: str) -> int:
-    sizes = parse_mesh(mesh)
-    return sizes.get("dp", 1) * sizes.get("pp", 1) * sizes.get("cp", 1) * sizes.get("tp", 1)
+    return parse_mesh(mesh).grid.num_ranks
 
 
 @pytest.fixture(scope="module")
