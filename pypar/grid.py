@@ -25,7 +25,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-DATA = ("dp", "cp")  # each rank's samples and positions: dense gradients are summed over them
+# What is spread over an axis wherever a job has it; what tensor parallelism cuts, its roles say.
+STAGES = "pp"  # layers: parameters live on one rank each
+SAMPLES = "dp"  # sequences of a batch
+POSITIONS = "cp"  # positions of a sequence
+DATA = (SAMPLES, POSITIONS)  # dense gradients are summed over them
 TIED = "tied"  # the first and the last rank of the stages axis
 
 

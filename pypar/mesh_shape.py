@@ -18,10 +18,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pypar.grid import DATA, Grid, check_size, rest_of_fold
+from pypar.grid import DATA, POSITIONS, SAMPLES, STAGES, Grid, check_size, rest_of_fold
 
-AXIS_NAMES = ("pp", "dp", "cp", "tp")  # outermost first
-STAGES = "pp"  # the axis on which each rank has parameters of its own
+AXIS_NAMES = (STAGES, SAMPLES, POSITIONS, "tp")  # outermost first
 # Folds that every mesh has, and the axes whose ranks they fold: of size 1 where nothing else is said.
 FOLDS = {"ep": DATA}
 # What a Mesh has beside its axes.

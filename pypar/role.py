@@ -43,9 +43,14 @@ class Spreading:
     instead: Mapping[tuple[str, ...], Axis] = field(default_factory=dict)
 
     def axis(self, role: Role) -> Axis:
-        if role.axes in self.instead:
-            return self.instead[role.axes]
-        return Axis.single(" x ".join(role.axes)) if self.mesh is None else self.mesh.axis(*role.axes)
+        """The axis that a role is about."""
+        return self.over(role.axes)
+
+    def over(self, axes: tuple[str, ...]) -> Axis:
+        """A product of axes of the mesh, or what stands in its place."""
+        if axes in self.instead:
+            return self.instead[axes]
+        return Axis.single(" x ".join(axes)) if self.mesh is None else self.mesh.axis(*axes)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,14 @@ class Role:
                 it also takes a bare parameter, which `replace` finds in the match
     is_optional where it is left out, the model is as right, only larger
     join        is told the replacements that stand beside each other in one module
+    check       raises ValueError, before the model is changed, for a match that cannot have the role
+    sees_positions
+                under sequence parallelism its parameters see this rank's positions, and the role sums their gradients
+    serves_heads
+                its parameters, whole on every rank, work on this rank's features beside cut layers, so that each rank
+                has a part of their gradients
+    joins_sequences
+                with it a model sees all of a sequence that is cut over the axes
     """
 
     kind: type[nn.Module]
@@ -76,6 +89,15 @@ class Role:
     of_parameters: bool = False
     is_optional: bool = False
     join: Callable[[list[nn.Module]], None] | None = None
+    check: Callable[[Match, Spreading], object] | None = None
+    sees_positions: bool = False
+    serves_heads: bool = False
+    joins_sequences: bool = False
+
+    @property
+    def is_cut_inside(self) -> bool:
+        """Whether what it makes begins or ends a region in which each rank has its own features."""
+        return self.gives_part or self.takes_part
 
 
 def unchanged(match: Match, spreading: Spreading) -> nn.Module:

@@ -79,15 +79,16 @@ def section_of(cls: type) -> Any:
 class Run:
     """What a section may ask about the run that it is part of.
 
-    axes: the size of every axis of the mesh, of refinements and folds too. num_heads: query heads of the whole model;
-    it and num_layers are None for a model that the configuration does not describe. num_microbatches: of one data rank
-    in a step.
+    axes: the size of every axis of the mesh, of refinements and folds too. num_heads: query heads of one rank; it and
+    num_layers are None for a model that the configuration does not describe. num_positions: of each rank that shares a
+    sequence with others. num_microbatches: of one data rank in a step.
     """
 
     axes: Mapping[str, int]
     num_layers: int | None
     num_heads: int | None
     sequence_length: int
+    num_positions: Sequence[int]
     num_microbatches: int
 
 

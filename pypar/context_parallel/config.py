@@ -1,8 +1,9 @@
 """What a run's configuration says about context parallelism: the section ``context``."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pypar.grid import POSITIONS
 from pypar.settings import Run, Section, setting
 
 
@@ -39,9 +40,18 @@ class ContextConfig(Section):
         """The options of `pypar.ring_attention` that belong to the method."""
         return {"ulysses_size": self.ulysses_size} if self.method == "hybrid" and self.ulysses_size else {}
 
+    def num_positions(self, length: int, axes: Mapping[str, int]) -> list[int]:
+        """How many of a sequence's positions each rank of the axis has."""
+        if axes[POSITIONS] == 1:
+            return [length]
+        from pypar.context_parallel.layouts import num_positions, segments_of
+
+        size = axes[POSITIONS]
+        return [num_positions(segments_of(length, rank, size, self.layout)) for rank in range(size)]
+
     def check(self, run: Run) -> Sequence[str]:
         """Every rank holds a position, and there are heads for the ranks that share them."""
-        cp = run.axes["cp"]
+        cp = run.axes[POSITIONS]
         if cp == 1:
             return ()
         if run.sequence_length < cp:
@@ -55,10 +65,10 @@ class ContextConfig(Section):
             raise ValueError(
                 f"context.ulysses_size ({sharing}) must divide the cp size ({cp}); use one of {divisors}"
             )
-        heads = run.num_heads and run.num_heads // run.axes["tp"]
+        heads = run.num_heads
         if heads is not None and sharing > heads:
             raise ValueError(
-                f"context.method {self.method!r} shares the {heads} query heads of a tp rank between {sharing} cp "
+                f"context.method {self.method!r} shares the {heads} query heads of a rank between {sharing} cp "
                 'ranks, which are more; use context.method "ring" or "hybrid" with a smaller context.ulysses_size'
             )
         if self.method == "hybrid" and self.layout == "striped" and sharing < cp:

@@ -9,8 +9,12 @@ from pypar.axis import Axis
 from pypar.context_parallel.attention import ring_attention
 from pypar.context_parallel.config import ContextConfig
 from pypar.context_parallel.layouts import positions
+from pypar.grid import POSITIONS
+from pypar.mesh import Mesh
 from pypar.role import Match, Role, Spreading
 from pypar.sequences import Sequences
+
+AXES = (POSITIONS,)
 
 
 class ContextParallelAttention(nn.Module):
@@ -48,7 +52,7 @@ class ContextParallelAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"cp={self.axis.size}, layout={self.context.layout!r}, method={self.context.method!r}"
+        return f"{self.axis.name}={self.axis.size}, layout={self.context.layout!r}, method={self.context.method!r}"
 
 
 class RankPositions(nn.Module):
@@ -64,8 +68,9 @@ class RankPositions(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences | None = None, start: int = 0) -> Tensor:
         if start:
             raise ValueError(
-                f"{start} earlier positions are given to a model that is spread over cp={self.axis.size}, whose ranks "
-                "have positions of one whole sequence; generate with a model that is not spread over cp"
+                f"{start} earlier positions are given to a model that is spread over {self.axis.name}="
+                f"{self.axis.size}, whose ranks have positions of one whole sequence; generate with a model that is "
+                f"not spread over {self.axis.name}"
             )
         length = x.shape[1] * self.axis.size if sequences is None else sequences.length
         return positions(length, self.axis, self.layout).to(x.device)
@@ -84,6 +89,17 @@ def _positions(match: Match, spreading: Spreading) -> nn.Module:
 
 
 ROLES = {
-    "attention": Role(nn.Module, ("cp",), _attention),
-    "positions": Role(nn.Module, ("cp",), _positions),
+    "attention": Role(nn.Module, AXES, _attention, joins_sequences=True),
+    "positions": Role(nn.Module, AXES, _positions),
 }
+
+
+def check_joins_nothing(mesh: Mesh, kind: str) -> None:
+    """ValueError where a mesh cuts sequences and no module of a model of this kind sees the whole of them."""
+    axis = mesh.axis(*AXES)
+    if axis.size > 1:
+        raise ValueError(
+            f"{axis.name}={axis.size} cuts sequences, and no module of this {kind} has the role "
+            '"attention", so that each rank would attend to its own positions only; give a plan with "attention" and '
+            f'"positions" (pypar.models.CausalAttention, Positions), or use {axis.name}=1'
+        )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
-from pypar.axis import Axis
 from pypar.comm.identical import first_difference
 from pypar.layout import local_part
 from pypar.mesh import Mesh
 from pypar.ops.uncompiled import uncompiled
 from pypar.parallel.plan import ParallelPlan
 from pypar.parallel.regions import head_counts
-from pypar.parallel.roles import ROLES
+from pypar.parallel.roles import ROLES, axes_of
 from pypar.parallel.rules import Reading, read_plan
 from pypar.parallel.trial.examples import Verify, example_call
 from pypar.parallel.trial.numbers import partial_gradients
@@ -98,11 +97,11 @@ def parallelize(
     computes something else than the whole one.
     """
     plan = ParallelPlan.of(plan)
-    axis = mesh.axis(*ROLES["column"].axes)
-    spreading = Spreading(model, mesh, plan.sequence_parallel and axis.size > 1, plan.context)
+    spreading = Spreading(model, mesh, plan.sequence_parallel, plan.context)
     reading = read_plan(plan, spreading)
+    axis = spreading.over(reading.axes)
     call = example_call(model, verify)
-    _check_same_model(model, () if _is_meta(model) else (axis, mesh.data))
+    _check_same_model(model, mesh)
     partial: list[nn.Parameter] = []
     notes = list(reading.notes)
     if axis.size > 1:
@@ -111,7 +110,7 @@ def parallelize(
         partial = partial_gradients(spreading, reading, verify, call, _spread, notes)
     _spread(spreading, reading)
     if axis.size > 1:
-        write_whole_files(model, mesh)
+        write_whole_files(model, axis, mesh.world)
         for parameter in partial:
             sum_in_backward(parameter, axis)
         for note in notes if mesh.world.rank == 0 else ():
@@ -123,8 +122,9 @@ def _is_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _check_same_model(model: nn.Module, axes: Iterable[Axis]) -> None:
-    for axis in axes:
+def _check_same_model(model: nn.Module, mesh: Mesh) -> None:
+    others = [axis for axis in axes_of(mesh) if not set(axis.ranks) <= set(mesh.data.ranks)]
+    for axis in () if _is_meta(model) else (*others, mesh.data):
         difference = first_difference(list(model.named_parameters()), axis)
         if difference is not None:
             raise ValueError(
@@ -160,7 +160,7 @@ def _spread(spreading: Spreading, reading: Reading) -> None:
             join(modules)
     for region in reading.regions:
         for name, count in head_counts(region.module).items():
-            setattr(region.module, name, count // spreading.axis(ROLES["column"]).size)
+            setattr(region.module, name, count // spreading.over(reading.axes).size)
 
 
 def _give_parts(new: ShardedModule, old: nn.Module, name: str, shared: dict[int, nn.Parameter]) -> None:

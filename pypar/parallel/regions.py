@@ -46,7 +46,7 @@ class Region(NamedTuple):
 
 def is_cut_inside(match: Match) -> bool:
     """Whether a match begins or ends a region."""
-    return ROLES[match.role].gives_part or ROLES[match.role].takes_part
+    return ROLES[match.role].is_cut_inside
 
 
 def cuts_layers(match: Match) -> bool:
@@ -54,13 +54,29 @@ def cuts_layers(match: Match) -> bool:
     return is_cut_inside(match) or ROLES[match.role].cut_dim == 1
 
 
+def cut_axes(matches: list[Match]) -> tuple[str, ...]:
+    """The product of axes over which a plan cuts features; () where it cuts none.
+
+    ValueError where it cuts them over several: what one cut layer gives, another takes.
+    """
+    names: dict[tuple[str, ...], str] = {}
+    for match in matches:
+        role = ROLES[match.role]
+        if role.is_cut_inside or role.cut_dim is not None:
+            names.setdefault(role.axes, match.name)
+    if len(names) > 1:
+        said = " and ".join(f"{name} over {' x '.join(axes)}" for axes, name in names.items())
+        raise ValueError(f"the plan cuts {said}; cut the layers of a model over the same axes")
+    return next(iter(names), ())
+
+
 def find_regions(model: nn.Module, matches: list[Match]) -> list[Region]:
     by_parent: dict[str, list[Match]] = {}
     for match in matches:
         if is_cut_inside(match) and match.parameter is None:
             by_parent.setdefault(match.name.rpartition(".")[0], []).append(match)
-    declared = {id(p) for m in matches if m.role == "per_head" for p in m.parameters()}
-    settled = {id(p) for m in matches if m.role != "per_head" for p in m.parameters()}
+    declared = {id(p) for m in matches if ROLES[m.role].serves_heads for p in m.parameters()}
+    settled = {id(p) for m in matches if not ROLES[m.role].serves_heads for p in m.parameters()}
     cut = {id(m.module) for members in by_parent.values() for m in members}
     regions = []
     for name, members in by_parent.items():

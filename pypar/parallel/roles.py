@@ -3,6 +3,7 @@
 from torch import nn
 
 from pypar.context_parallel import roles as context_parallel
+from pypar.mesh import Axis, Mesh
 from pypar.role import ROLES as EVERYWHERE
 from pypar.role import Role
 from pypar.tensor_parallel import roles as tensor_parallel
@@ -13,6 +14,11 @@ ROLES: dict[str, Role] = {
     **context_parallel.ROLES,
 }
 AXES = tuple(dict.fromkeys(name for role in ROLES.values() for name in role.axes))  # that some role is about
+
+
+def axes_of(mesh: Mesh) -> list[Axis]:
+    """The axes of a mesh that some role is about."""
+    return [mesh.axis(name) for name in AXES if name in mesh.grid.names]
 
 
 def kinds() -> tuple[type[nn.Module], ...]:

@@ -11,11 +11,10 @@ from torch import nn
 
 from pypar.parallel.cuttable import half_tied, left_whole, obstacle
 from pypar.parallel.plan import ParallelPlan
-from pypar.parallel.regions import Region, check_heads, cuts_layers, find_regions, listed
+from pypar.parallel.regions import Region, check_heads, cut_axes, cuts_layers, find_regions, listed
 from pypar.parallel.roles import ROLES, kinds
 from pypar.parallel.shipped import shipped_matches
 from pypar.role import WHOLE, Match, Spreading
-from pypar.tensor_parallel.latent import num_shared_features
 from pypar.tensor_parallel.roles import USUAL_PLAN
 from pypar.tensor_parallel.sharded import ShardedModule
 
@@ -24,6 +23,7 @@ class Reading(NamedTuple):
     """What a plan means for one model.
 
     matches      the modules and parameters that have a role
+    axes         the product of axes over which features are cut
     regions      where each rank has its own features
     is_complete  the plan comes with the model and leaves nothing beside the cut layers open
     is_given     the plan is the user's
@@ -31,6 +31,7 @@ class Reading(NamedTuple):
     """
 
     matches: list[Match]
+    axes: tuple[str, ...]
     regions: list[Region]
     is_complete: bool
     is_given: bool
@@ -64,8 +65,8 @@ def read_plan(plan: ParallelPlan, spreading: Spreading) -> Reading:
     for match in matches:
         if (reason := obstacle(match, spreading)) is not None:
             raise ValueError(reason)
-        if match.role == "latent_kv":
-            num_shared_features(model, match.name)
+        if (check := ROLES[match.role].check) is not None:
+            check(match, spreading)
     untied = half_tied(model, matches)
     if untied is not None:
         raise ValueError(
@@ -75,12 +76,12 @@ def read_plan(plan: ParallelPlan, spreading: Spreading) -> Reading:
         )
     if plan.sequence_parallel:
         _check_all_have_roles(model, matches)
-    regions = find_regions(model, matches)
+    regions, axes = find_regions(model, matches), cut_axes(matches)
     for region in regions:
-        check_heads(region, spreading.axis(ROLES["column"]))
+        check_heads(region, spreading.over(axes))
     is_open = any(inside.certainty != "declared" for region in regions for inside in region.insides)
     is_complete = (shipped is not None or own is not None) and not is_open
-    return Reading(matches, regions, is_complete, roles is not None, notes)
+    return Reading(matches, axes, regions, is_complete, roles is not None, notes)
 
 
 def plan_of(model: nn.Module) -> dict[str, str]:
@@ -143,13 +144,14 @@ def _check_all_have_roles(model: nn.Module, matches: list[Match]) -> None:
         id(p)
         for m in matches
         for p in m.parameters()
-        if ROLES[m.role].cut_dim is not None or m.role == "norm"
+        if ROLES[m.role].cut_dim is not None or ROLES[m.role].sees_positions
     }
     silent = [name for name, p in model.named_parameters() if id(p) not in said]
     if silent:
+        fitting = " or ".join(f'"{name}"' for name, role in ROLES.items() if role.sees_positions)
         raise ValueError(
             f"sequence parallelism needs a role for every parameter, and the plan says nothing of {listed(silent)}: "
-            'give what sees a part of the positions the role "norm", or leave sequence_parallel out'
+            f"give what sees a part of the positions the role {fitting}, or leave sequence_parallel out"
         )
 
 

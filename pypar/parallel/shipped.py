@@ -14,30 +14,8 @@ from typing import Any
 from torch import nn
 
 from pypar.parallel.regions import cuts_layers
-from pypar.role import Match
-
-STYLES = {
-    "colwise": "column",
-    "colwise_rep": "column_gather",
-    "colwise_gather_output": "column_gather",
-    "rowwise": "row",
-    "rowwise_rep": "row_split",
-    "rowwise_split_input": "row_split",
-    "embedding_rowwise": "vocab",
-    "replicated_with_grad_allreduce": "per_head",
-    "mla_kv_a_proj": "latent_kv",
-    # What stays whole on every rank is right as it is.
-    "replicate": "whole",
-    "replicated": "whole",
-    "embedding_colwise": "whole",
-    "sequence_parallel": "whole",
-    # Experts and the layers around them in versions before 5, each set of which ends in a sum of its own.
-    **dict.fromkeys(("local", "local_colwise", "local_rowwise", "local_packed_rowwise", "gather"), "whole"),
-    # The parameters of this module have entries of their own.
-    "local_params": "whole",
-}
-# Styles of a block of experts, for which pypar has no cut: the experts and all inside them stay whole.
-EXPERTS = ("moe_tp_experts", "moe_identity_expert", "grouped_gemm", "packed_colwise", "packed_rowwise")
+from pypar.role import WHOLE, Match
+from pypar.tensor_parallel.shipped_styles import EXPERTS, STYLES, role_of_style
 
 
 def shipped_matches(model: nn.Module) -> list[Match] | None:
@@ -60,14 +38,12 @@ def shipped_matches(model: nn.Module) -> list[Match] | None:
                 "pypar.parallel.USUAL_PLAN"
             )
         owner, _, last = name.rpartition(".")
-        module, ours = modules.get(name), STYLES[style]
+        module = modules.get(name)
         if module is None:
-            matches.append(Match(name, modules[owner], ours, last))
-        elif isinstance(module, nn.Embedding) and ours in ("row", "row_split"):
-            matches.append(Match(name, module, "vocab"))  # as older versions call it
+            matches.append(Match(name, modules[owner], role_of_style(style), last))
         else:
-            matches.append(Match(name, module, ours))
-    matches = [match for match in matches if match.role != "whole"]
+            matches.append(Match(name, module, role_of_style(style, module)))
+    matches = [match for match in matches if match.role != WHOLE]
     return matches if any(map(cuts_layers, matches)) else None
 
 

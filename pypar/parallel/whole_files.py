@@ -1,8 +1,8 @@
 """save_pretrained of a transformers model that is cut: whole files, gathered and written one tensor at a time.
 
-The mesh's first rank writes; the others of its tp axis send it their parts. None holds more than one whole tensor,
-except where transformers stores weights in another form than it computes with (experts, adapters): then the first rank
-gathers the whole model in its host's memory and hands it to transformers.
+The mesh's first rank writes; the others of the axis over which the model is cut send it their parts. None holds more
+than one whole tensor, except where transformers stores weights in another form than it computes with (experts,
+adapters): then the first rank gathers the whole model in its host's memory and hands it to transformers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pypar.axis import Axis
 from pypar.comm import all_reduce_start
 from pypar.files.tensors import Entry, TensorFile, dtype_name
-from pypar.mesh import Axis, Mesh
 from pypar.sharded import Sharded
 
 _POLL_S = 0.02
@@ -32,18 +32,21 @@ _KNOWN = {"max_shard_size", "variant", "save_original_format", "save_peft_format
 _REFUSED = ("push_to_hub", "distributed_checkpoint")
 
 
-def write_whole_files(model: nn.Module, mesh: Mesh) -> None:
-    """Let save_pretrained of the transformers models in ``model`` write whole files; resizing is refused."""
+def write_whole_files(model: nn.Module, axis: Axis, world: Axis) -> None:
+    """Let save_pretrained of the transformers models in ``model`` write whole files; resizing is refused.
+
+    axis: over which the model is cut. world: the ranks that call it.
+    """
     model_class = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     for part in model.modules():
         if model_class is not None and isinstance(part, model_class):
-            part.save_pretrained = SavePretrained(part, mesh.tp, mesh.world)  # type: ignore[assignment]
+            part.save_pretrained = SavePretrained(part, axis, world)  # type: ignore[assignment]
             part.resize_token_embeddings = _refuse_resize  # type: ignore[assignment]
 
 
 def _refuse_resize(*args: Any, **kwargs: Any) -> NoReturn:
     raise ValueError(
-        "resize_token_embeddings of a model that is cut over tp would resize one rank's part; resize the model before "
+        "resize_token_embeddings of a cut model would resize one rank's part; resize the model before "
         "pypar.parallelize"
     )
 
@@ -57,7 +60,7 @@ class SavePretrained:
     """
 
     model: Any
-    tp: Axis
+    axis: Axis
     world: Axis
     wait_s: float = 60.0
 
@@ -72,14 +75,14 @@ class SavePretrained:
         for option in _REFUSED:
             if options.pop(option, False):
                 raise ValueError(
-                    f"save_pretrained of a model that is cut over tp has no {option}; save to a folder, and upload that"
+                    f"save_pretrained of a cut model has no {option}; save to a folder, and upload that"
                 )
         self._wait_for_all()
         given = self.model.state_dict(keep_vars=True) if state_dict is None else state_dict
         ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
         tensors = {name: x for name, x in _each_once(given).items() if name not in ignored}
         problem: Exception | None = None
-        if self.world.ranks[0] in self.tp.ranks:
+        if self.world.ranks[0] in self.axis.ranks:
             problem = self._gather_and_write(tensors, Path(save_directory), options)
         device = next(self.model.parameters()).device
         failed = torch.tensor(problem is not None, dtype=torch.uint8, device=device)
@@ -106,7 +109,7 @@ class SavePretrained:
             if time.monotonic() > end:
                 store.add(own, -1)
                 raise RuntimeError(
-                    f"save_pretrained of a model that is cut over tp was called on this rank, but ranks {missing} did "
+                    f"save_pretrained of a cut model was called on this rank, but ranks {missing} did "
                     f"not call it within {self.wait_s:g} s; call it on every rank, not under `if rank == 0`"
                 )
             time.sleep(_POLL_S)

@@ -9,13 +9,12 @@ from torch import nn
 from pypar.role import Match, Role, Spreading
 from pypar.sharded.partial import sum_in_backward
 from pypar.tensor_parallel.column import ColumnParallelLinear
+from pypar.tensor_parallel.config import AXES
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.heads import give_heads
 from pypar.tensor_parallel.latent import LatentKeyValueLinear, num_shared_features
 from pypar.tensor_parallel.row import RowParallelLinear
 from pypar.tensor_parallel.unit import join
-
-AXES = ("tp",)
 
 
 def _column(match: Match, spreading: Spreading) -> nn.Module:
@@ -74,8 +73,13 @@ def _vocab(match: Match, spreading: Spreading) -> nn.Module:
 
 def _latent(match: Match, spreading: Spreading) -> nn.Module:
     assert isinstance(match.module, nn.Linear)
-    num_shared = num_shared_features(spreading.model, match.name)
-    return LatentKeyValueLinear(match.module, num_shared, spreading.axis(ROLES[match.role]))
+    return LatentKeyValueLinear(
+        match.module, _num_shared(match, spreading), spreading.axis(ROLES[match.role])
+    )
+
+
+def _num_shared(match: Match, spreading: Spreading) -> int:
+    return num_shared_features(spreading.model, match.name)
 
 
 def _norm(match: Match, spreading: Spreading) -> nn.Module:
@@ -99,9 +103,9 @@ ROLES = {
     "vocab": Role(nn.Embedding, AXES, _vocab, 0, "num_embeddings", is_optional=True),
     "column_gather": Role(nn.Linear, AXES, _column_gather, 0, "out_features", is_optional=True),
     "row_split": Role(nn.Linear, AXES, _row_split, 1, "in_features", is_optional=True),
-    "norm": Role(nn.Module, AXES, _norm),
-    "per_head": Role(nn.Module, AXES, _per_head, of_parameters=True),
-    "latent_kv": Role(nn.Linear, AXES, _latent),
+    "norm": Role(nn.Module, AXES, _norm, sees_positions=True),
+    "per_head": Role(nn.Module, AXES, _per_head, of_parameters=True, serves_heads=True),
+    "latent_kv": Role(nn.Linear, AXES, _latent, check=_num_shared),
 }
 
 # Names that say the same in every model that has them: of OPT, GPT-NeoX, BART and their like.

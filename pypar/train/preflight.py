@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pypar.grid import SAMPLES
 from pypar.mesh_shape import MeshShape, check_mesh, parse_mesh
-from pypar.settings import Run, check_values, multiples_near, sections_of
+from pypar.settings import Run, check_values, sections_of
+from pypar.tensor_parallel.config import num_ranks
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
 from pypar.train.data.sources import PYTHON_STDLIB
@@ -44,8 +46,8 @@ def check(
     """
     check_values(config)
     shape = parse_mesh(config.mesh or f"dp={world_size or 1}")
-    num_ranks = shape.grid.num_ranks
-    check_mesh(shape, num_ranks if world_size is None else world_size)
+    started = shape.grid.num_ranks
+    check_mesh(shape, started if world_size is None else world_size)
     _check_views(shape)
     tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
     model = None if has_own_model else config.decoder_config(tokenizer.vocab_size)
@@ -57,8 +59,8 @@ def check(
     tokens = open_data(config.data, config.train.sequence_length, config.seed)
     notes += tokens.cache.notes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if world_size is None and num_ranks > cores:
-        notes.append(f"{num_ranks} ranks share {cores} cores: they will wait for each other")
+    if world_size is None and started > cores:
+        notes.append(f"{started} ranks share {cores} cores: they will wait for each other")
     data = dataclasses.replace(
         config.data,
         path=config.data.path if config.data.path == PYTHON_STDLIB else os.path.abspath(config.data.path),
@@ -72,7 +74,7 @@ def check(
     )
     if resume is not None:
         resumption(resume, manifest, filled, tokens)
-    return Ready(filled, num_ranks, tuple(notes + note))
+    return Ready(filled, started, tuple(notes + note))
 
 
 def _check_views(shape: MeshShape) -> None:
@@ -99,31 +101,16 @@ def _check_sections(config: RunConfig, model: "DecoderConfig | None", axes: Mapp
     run = Run(
         axes=axes,
         num_layers=None if model is None else model.num_layers,
-        num_heads=None if model is None else model.num_heads,
+        num_heads=None if model is None else model.num_heads // num_ranks(axes),
         sequence_length=train.sequence_length,
-        num_microbatches=train.num_microbatches(axes["dp"]),
+        num_positions=config.context.num_positions(train.sequence_length, axes),
+        num_microbatches=train.num_microbatches(axes[SAMPLES]),
     )
     if model is not None:
         config = dataclasses.replace(config, model=filled_model(config.model, model.vocab_size))
     sections = [s for s in sections_of(config) if model is not None or s is not config.model]
     notes = [note for section in sections for note in section.check(run)]
-    if train.sequence_parallel and axes["tp"] > 1:
-        _check_sequence_parallel(train.sequence_length, config.context.layout, axes["cp"], axes["tp"])
     return notes
-
-
-def _check_sequence_parallel(length: int, layout: str, cp: int, tp: int) -> None:
-    """Each cp rank's positions are split over tp."""
-    from pypar.context_parallel.layouts import num_positions, segments_of
-
-    for rank in range(cp):
-        held = num_positions(segments_of(length, rank, cp, layout))
-        if held % tp:
-            rule = f"cp x tp of sequence parallel ({cp * tp})" if cp > 1 else f"the tp size ({tp})"
-            whose = f": cp rank {rank} holds {held} positions in the {layout} layout" if cp > 1 else ""
-            raise ValueError(
-                f"train.sequence_length ({length}) must divide by {rule}{whose}; use {multiples_near(length, cp * tp)}"
-            )
 
 
 def _check_run_directory(config: RunConfig, overwrite: bool) -> None:

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pypar.grid import SAMPLES
 from pypar.settings import Run, Section, check_divides, setting
+from pypar.tensor_parallel.config import check_cut, check_sequence_parallel
 from pypar.train.data.tokens import SPECIAL_TOKENS, check_text
 
 
@@ -25,8 +27,8 @@ class ModelConfig(Section):
 
     def check(self, run: Run) -> Sequence[str]:
         """What tensor parallelism cuts must divide; asked of sizes that are filled in."""
-        for name in ("num_heads", "num_kv_heads", "vocab_size", "d_ff"):
-            check_divides(f"model.{name}", getattr(self, name), run.axes["tp"], "the tp size")
+        cut = ("num_heads", "num_kv_heads", "vocab_size", "d_ff")
+        check_cut("model", {name: getattr(self, name) for name in cut}, run)
         return ()
 
 
@@ -134,12 +136,16 @@ class TrainConfig(Section):
     bucket_bytes: int = setting(25 << 20, at_least=1, help="of gradients that are reduced at once")
     log_every: int = setting(25, at_least=1, help="steps; where there is no terminal for a bar")
 
-    def num_microbatches(self, dp: int) -> int:
-        """Microbatches of one of ``dp`` data ranks in a step."""
-        return self.batch_size // dp // self.microbatch_size
+    def num_microbatches(self, num_ranks: int) -> int:
+        """Microbatches of one of the ranks that share a batch, in a step."""
+        return self.batch_size // num_ranks // self.microbatch_size
 
     def check(self, run: Run) -> Sequence[str]:
-        """Every data rank has the same number of whole microbatches."""
-        unit = run.axes["dp"] * self.microbatch_size
-        check_divides("train.batch_size", self.batch_size, unit, "the dp size x train.microbatch_size")
+        """Every data rank has the same number of whole microbatches, and sequence parallelism whole parts."""
+        unit = run.axes[SAMPLES] * self.microbatch_size
+        check_divides(
+            "train.batch_size", self.batch_size, unit, f"the {SAMPLES} size x train.microbatch_size"
+        )
+        if self.sequence_parallel:
+            check_sequence_parallel(run)
         return ()

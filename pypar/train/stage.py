@@ -14,13 +14,15 @@ from pypar.axis import Axis
 from pypar.blocks import keep_stage
 from pypar.comm.identical import first_difference
 from pypar.context_parallel.config import ContextConfig
+from pypar.context_parallel.roles import check_joins_nothing
 from pypar.mesh import Mesh
 from pypar.models import Decoder, DecoderConfig
 from pypar.ops import cross_entropy
 from pypar.parallel import ParallelPlan, materialize, parallelize
-from pypar.parallel.roles import AXES, ROLES
+from pypar.parallel.roles import ROLES, axes_of
 from pypar.parallel.rules import own_plan
 from pypar.tensor_parallel import vocab_parallel_cross_entropy
+from pypar.tensor_parallel.config import AXES as CUT_AXES
 from pypar.train.data.batch import Microbatch
 
 # (what the model returned, targets [B, T]) -> the sum of the loss over this rank's positions, a scalar
@@ -61,7 +63,7 @@ def decoder_stage(
         model = Decoder(config, seed=None, dtype=dtype)
     _spread(model, mesh, plan)
     materialize(model, model.initial_weight(seed), device=device)
-    return TrainingStage(model, _vocabulary_loss(mesh.axis(*ROLES["column"].axes)), is_last=_is_last(mesh))
+    return TrainingStage(model, _vocabulary_loss(mesh.axis(*CUT_AXES)), is_last=_is_last(mesh))
 
 
 def stage_of(
@@ -80,12 +82,13 @@ def stage_of(
     ValueError, the same on every rank, for what this model cannot do on this mesh.
     """
     plan = ParallelPlan.of(plan)
-    if mesh.cp.size > 1 and "attention" not in (plan.roles or own_plan(model) or {}).values():
-        raise ValueError(
-            f"cp={mesh.cp.size} cuts sequences, and no module of this {type(model).__name__} has the role "
-            '"attention", so that each rank would attend to its own positions only; give a plan with "attention" and '
-            '"positions" (pypar.models.CausalAttention, Positions), or use cp=1'
-        )
+    given = {
+        ROLES[role].joins_sequences
+        for role in (plan.roles or own_plan(model) or {}).values()
+        if role in ROLES
+    }
+    if True not in given:
+        check_joins_nothing(mesh, type(model).__name__)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"this {type(model).__name__} is on the meta device, without values; give it values, the same on every rank"
@@ -137,7 +140,7 @@ def _vocabulary_loss(axis: Axis) -> Loss:
 
 
 def _spread(model: nn.Module, mesh: Mesh, plan: ParallelPlan) -> None:
-    if any(mesh.axis(name).size > 1 for name in AXES):
+    if any(axis.size > 1 for axis in axes_of(mesh)):
         parallelize(model, mesh, plan)
     if mesh.pp.size > 1:
         keep_stage(model, mesh.pp.size, mesh.pp.rank)

@@ -14,7 +14,7 @@ from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
 from pypar.data_parallel.replicated import Replicated
 from pypar.data_parallel.store import Store
-from pypar.grid import DATA
+from pypar.grid import DATA, SAMPLES
 from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
 from pypar.mesh import Axis, Mesh, parse_mesh
 from pypar.optimizers.learning_rate import learning_rate
@@ -119,7 +119,7 @@ class Trainer:
 
     def _pipeline(self) -> PipelineRuntime:
         pp = self.mesh.pp
-        num_microbatches = self.config.train.num_microbatches(self.mesh.dp.size)
+        num_microbatches = self.config.train.num_microbatches(self.mesh.axis(SAMPLES).size)
         schedule = schedules.build(self.config.pipeline.schedule, pp.size, num_microbatches)
         return PipelineRuntime(self.stage, pp, schedule, device=self.device)
 

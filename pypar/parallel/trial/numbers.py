@@ -74,7 +74,7 @@ def partial_gradients(
             outcome = (
                 "its inputs are not known; pass verify=(x,), verify={name: x} or verify=function of the model"
             )
-        elif not every_rank(mesh, _has_memory(model, device), device):
+        elif not every_rank((spreading.over(reading.axes), mesh.data), _has_memory(model, device), device):
             outcome = "the gradients of the whole model do not fit into memory"
         else:
             with unchanged(model), noise(model), torch.enable_grad():
@@ -100,43 +100,43 @@ def _measured(
     spreading: Spreading, reading: Reading, insides: Sequence[Inside], call: Call, spread: Spread
 ) -> list[nn.Parameter] | str:
     """The parameters whose gradients the ranks have in parts; a reason where the whole model cannot be run."""
-    model, mesh = spreading.model, _mesh(spreading)
+    model, mesh, axis = spreading.model, _mesh(spreading), spreading.over(reading.axes)
     device = next(model.parameters()).device
     names = [name for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     where_of = {id(p): name for name, p in model.named_parameters()}
     kind = type(model).__name__
     whole, error = _attempt(model, reading.regions, call, names)
-    if not every_rank(mesh, error is None, device):
+    if not every_rank((axis, mesh.data), error is None, device):
         return f"the whole model does not run on a few inputs ({first_line(error) if error else 'on another rank'})"
     assert whole is not None
     if not whole.outputs:
         return "it returns no tensor of floating-point numbers"
     if not all(bool(x.isfinite().all()) for x in whole.outputs):
         return "the outputs of the whole model are not finite"
-    trial_axis = replace(mesh.tp, traffic=Together(mesh.tp, device))
-    spread(replace(spreading, instead={mesh.tp.names: trial_axis}), reading)
+    trial_axis = replace(axis, traffic=Together(axis, device))
+    spread(replace(spreading, instead={reading.axes: trial_axis}), reading)
     weights = dict(model.named_parameters(remove_duplicate=False))
     whole = whole._replace(
         gradients={name: local_part(x, layout_of(weights[name]), mesh) for name, x in whole.gradients.items()}
     )
-    actual, error = _attempt(model, reading.regions, call, names, whole, mesh.tp)
+    actual, error = _attempt(model, reading.regions, call, names, whole, axis)
     is_elsewhere = error is None or isinstance(error, PeerFailedError)
-    if not every_rank(mesh, error is None, device, has_failed_together=is_elsewhere and error is not None):
+    if not every_rank(
+        (axis, mesh.data), error is None, device, has_failed_together=is_elsewhere and error is not None
+    ):
         where = "" if is_elsewhere or error is None else innermost(model, error)
         what = f"in {where} {first_line(error)}" if where and error else "another rank's error says why"
         raise ValueError(
-            f"this {kind}, cut over tp, does not run: {what}. {remedy(reading, where)}"
+            f"this {kind}, cut over {axis.name}, does not run: {what}. {remedy(reading, where)}"
         ) from error
     assert actual is not None
     certainty = {where_of[id(i.parameter)]: i for i in insides if i.parameter.requires_grad}
-    return _judged(kind, reading, certainty, mesh, whole, actual)
+    return _judged(kind, reading, certainty, (axis, mesh.data), whole, actual)
 
 
 def _cuts_positions(spreading: Spreading, reading: Reading) -> bool:
     """Whether ranks will have parts of the sequences, which the whole model has whole."""
-    others = (
-        ROLES[match.role] for match in reading.matches if ROLES[match.role].axes != ROLES["column"].axes
-    )
+    others = (ROLES[match.role] for match in reading.matches if ROLES[match.role].axes != reading.axes)
     return spreading.sequence_parallel or any(spreading.axis(role).size > 1 for role in others)
 
 
@@ -146,24 +146,31 @@ def _mesh(spreading: Spreading) -> Mesh:
 
 
 def _judged(
-    kind: str, reading: Reading, insides: dict[str, Inside], mesh: Mesh, whole: _Run, actual: _Run
+    kind: str,
+    reading: Reading,
+    insides: dict[str, Inside],
+    axes: tuple[Axis, Axis],
+    whole: _Run,
+    actual: _Run,
 ) -> list[nn.Parameter]:
     """The parameters of which each rank has a part of the gradient; ValueError where something is not as in the
-    whole model. Every rank comes to the same result, by the largest error of all ranks."""
-    pairs = [(x, _part(y, x.shape, mesh.tp)) for x, y in zip(actual.outputs, whole.outputs, strict=True)]
+    whole model. Every rank comes to the same result, by the largest error of all ranks of both axes, of which features
+    are cut over the first."""
+    axis = axes[0]
+    pairs = [(x, _part(y, x.shape, axis)) for x, y in zip(actual.outputs, whole.outputs, strict=True)]
     names, regions = list(actual.gradients), [n for n in actual.regions if n in whole.regions]
     dtypes = {x.dtype for x in (*actual.outputs, *actual.gradients.values())}
     allowed = max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
     # Some gradients are only rounding (a key's bias before softmax): of the largest, so much counts as nothing.
     floor = allowed * max((_rms(x) for x in whole.gradients.values()), default=0.0)
-    summed = [all_reduce_start(actual.gradients[n].clone(), quiet(mesh.tp)).wait() for n in insides]
+    summed = [all_reduce_start(actual.gradients[n].clone(), quiet(axis)).wait() for n in insides]
     errors = [_error(x, y, 0.0) for x, y in pairs]
     errors += [_error(actual.regions[n], whole.regions[n], 0.0) for n in regions]
     errors += [_error(actual.gradients[n], whole.gradients[n], floor) for n in names]
     errors += [_error(x, whole.gradients[n], floor) for n, x in zip(insides, summed, strict=True)]
     everywhere = torch.tensor(errors, dtype=torch.float64, device=actual.outputs[0].device)
-    for axis in (mesh.tp, mesh.data):
-        everywhere = all_reduce_start(everywhere, quiet(axis), dist.ReduceOp.MAX).wait()
+    for each in axes:
+        everywhere = all_reduce_start(everywhere, quiet(each), dist.ReduceOp.MAX).wait()
     left = iter(everywhere.tolist())
     output_errors = [next(left) for _ in pairs]
     region_errors, alone, in_sum = ({n: next(left) for n in group} for group in (regions, names, insides))
@@ -189,7 +196,8 @@ def _judged(
     else:
         return partial
     raise ValueError(
-        f"this {kind}, cut over tp, is not the whole model: {what} (allowed {allowed:g}). {remedy(reading, where)}"
+        f"this {kind}, cut over {axis.name}, is not the whole model: {what} (allowed {allowed:g}). "
+        f"{remedy(reading, where)}"
     )
 
 

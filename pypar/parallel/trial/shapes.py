@@ -44,7 +44,7 @@ def check_shapes(model: nn.Module, reading: Reading, axis: Axis, call: Callable[
     if error is not None:
         where = innermost(model, error)
         raise ValueError(
-            f"this {type(model).__name__}, cut over tp, does not run: in {where} {first_line(error)}; "
+            f"this {type(model).__name__}, cut over {axis.name}, does not run: in {where} {first_line(error)}; "
             f"it needs all its heads or features in one place. {remedy(reading, where)}"
         ) from error
 

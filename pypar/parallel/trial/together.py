@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from pypar.axis import Axis
 from pypar.comm import Traffic, all_reduce_start
-from pypar.mesh import Axis, Mesh
 
 
 class PeerFailedError(Exception):
@@ -43,8 +43,10 @@ def all_ranks(ok: bool, axis: Axis, device: torch.device) -> bool:
     return bool(all_reduce_start(flag, quiet(axis), dist.ReduceOp.MIN).wait().item())
 
 
-def every_rank(mesh: Mesh, ok: bool, device: torch.device, *, has_failed_together: bool = False) -> bool:
-    """Whether ok is true on every rank of tp and of the data axis; ``has_failed_together``: the ranks of tp know
-    already that it is not."""
-    ok = not has_failed_together and all_ranks(ok, mesh.tp, device)
-    return all_ranks(ok, mesh.data, device)
+def every_rank(
+    axes: tuple[Axis, Axis], ok: bool, device: torch.device, *, has_failed_together: bool = False
+) -> bool:
+    """Whether ok is true on every rank of both axes; ``has_failed_together``: the ranks of the first know already
+    that it is not."""
+    ok = not has_failed_together and all_ranks(ok, axes[0], device)
+    return all_ranks(ok, axes[1], device)

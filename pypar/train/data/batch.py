@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pypar.context_parallel import shard
+from pypar.grid import POSITIONS, SAMPLES
 from pypar.mesh import Mesh
 from pypar.sequences import Sequences
 
@@ -40,12 +41,13 @@ def split_batch(
     Every rank sees the whole batch, so the number of targets, which divides the loss, needs no communication.
     """
     scale = 1.0 / max(1, int((targets != -100).sum()))
-    local = tokens.shape[0] // mesh.dp.size
-    start = mesh.dp.rank * local
+    samples, positions = mesh.axis(SAMPLES), mesh.axis(POSITIONS)
+    local = tokens.shape[0] // samples.size
+    start = samples.rank * local
     parts = []
     for first in range(start, start + local, microbatch_size):
         rows = slice(first, first + microbatch_size)
-        pair = [shard(x[rows], 1, mesh.cp, layout).contiguous().to(device) for x in (tokens, targets)]
+        pair = [shard(x[rows], 1, positions, layout).contiguous().to(device) for x in (tokens, targets)]
         sequences = Sequences(tokens.shape[1], None if documents is None else tuple(documents[rows]))
         parts.append(Microbatch(pair[0], pair[1], scale, sequences))
     return parts
