@@ -79,6 +79,12 @@ def keep_stage(model: nn.Module, num_stages: int, stage: int) -> None:
     setattr(model, _NAMES, shared)
 
 
+def shares_across_stages(model: nn.Module, num_stages: int) -> bool:
+    """Whether the first of so many pipeline stages has parameters that another one has too."""
+    blocks = blocks_of(model)
+    return bool(_shared(model, blocks, stage_blocks(blocks, num_stages, 0)))
+
+
 def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The model's parameters by their names in the whole model, of which this may be one stage."""
     names: dict[str, str] = getattr(model, _NAMES, {})

@@ -42,6 +42,8 @@ class Replicated:
             gradient = local_tensor(self._gradients.gradient(parameter))
             self._owned.append(Owned(name, master, gradient, layout_of(parameter)))
 
+    acts_on_blocks = False  # all parameters are here always
+
     @property
     def axes(self) -> list[Axis]:
         """The axes over which gradients are summed."""

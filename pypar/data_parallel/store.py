@@ -32,6 +32,11 @@ class Store(Protocol):
         """What this rank updates, the same list each time. Over all ranks: everything that is trained."""
         ...
 
+    @property
+    def acts_on_blocks(self) -> bool:
+        """Whether `enter` and `leave` are to be called; see `pypar.data_parallel.around_blocks`."""
+        ...
+
     def enter(self, block: Block) -> None:
         """Before a block's forward or backward: make its parameters ready to compute with."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ def head_size_of(module: nn.Module) -> int | None:
 def check_heads(region: Region, axis: Axis) -> None:
     """ValueError where the ranks do not divide an attention module's numbers of heads."""
     counts, module = head_counts(region.module), region.module
-    is_attention = head_size_of(module) is not None or "attention" in type(module).__name__.lower()
+    is_attention = head_size_of(module) is not None or re.search("[Aa]ttention", type(module).__name__)
     if not counts and is_attention:
         config = getattr(module, "config", None)
         counts = {n: value for n in CONFIG_HEAD_COUNTS if type(value := getattr(config, n, None)) is int}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pypar.context_parallel.config import ContextConfig
+from pypar.data_parallel.config import StoreConfig
 from pypar.optimizers.config import OptimizerConfig
 from pypar.pipeline_parallel.config import PipelineConfig
 from pypar.settings import keys_of, of_kind, section_of, setting
@@ -52,6 +53,7 @@ class RunConfig:
     optimizer: OptimizerConfig = section_of(OptimizerConfig)
     train: TrainConfig = section_of(TrainConfig)
     pipeline: PipelineConfig = section_of(PipelineConfig)
+    store: StoreConfig = section_of(StoreConfig)
     context: ContextConfig = section_of(ContextConfig)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The model of a run as its pipeline stage: pypar's decoder or the user's own, spread over the mesh, with its loss."""
+"""The model of a run as this rank's stages: pypar's decoder or the user's own, spread over the mesh, with its loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pypar.axis import Axis
-from pypar.blocks import keep_stage
 from pypar.comm.identical import first_difference
 from pypar.context_parallel.config import ContextConfig
 from pypar.context_parallel.roles import check_joins_nothing
@@ -21,8 +20,12 @@ from pypar.ops import cross_entropy
 from pypar.parallel import ParallelPlan, materialize, parallelize
 from pypar.parallel.roles import ROLES, axes_of
 from pypar.parallel.rules import own_plan
+from pypar.pipeline_parallel import Schedule
+from pypar.pipeline_parallel.action import Place
+from pypar.pipeline_parallel.place import place_stages
 from pypar.tensor_parallel import vocab_parallel_cross_entropy
 from pypar.tensor_parallel.config import AXES as CUT_AXES
+from pypar.train.config import RunConfig
 from pypar.train.data.batch import Microbatch
 
 # (what the model returned, targets [B, T]) -> the sum of the loss over this rank's positions, a scalar
@@ -44,56 +47,57 @@ class TrainingStage(nn.Module):
         return self.loss(out, microbatch.targets) * microbatch.loss_scale if self.is_last else out
 
 
+Stages: TypeAlias = Mapping[Place, TrainingStage]
+
+
 def takes_sequences(model: nn.Module) -> bool:
     """Whether a model's forward asks for `pypar.sequences.Sequences`, by the name ``sequences``."""
     return "sequences" in inspect.signature(model.forward).parameters
 
 
-def decoder_stage(
+def decoder_stages(
     config: DecoderConfig,
     mesh: Mesh,
     plan: ParallelPlan,
+    schedule: Schedule,
     *,
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> TrainingStage:
+) -> Stages:
     """This rank's part of the decoder: nothing else is ever allocated."""
     with torch.device("meta"):
         model = Decoder(config, seed=None, dtype=dtype)
-    _spread(model, mesh, plan)
-    materialize(model, model.initial_weight(seed), device=device)
-    return TrainingStage(model, _vocabulary_loss(mesh.axis(*CUT_AXES)), is_last=_is_last(mesh))
+    models = _spread(model, mesh, plan, schedule)
+    for each in models.values():
+        materialize(each, model.initial_weight(seed), device=device)
+    return _training(models, _vocabulary_loss(mesh.axis(*CUT_AXES)), schedule)
 
 
-def stage_of(
+def stages_of(
     model: nn.Module,
     mesh: Mesh,
     plan: Plan,
+    schedule: Schedule,
     loss: Loss | None,
     *,
-    context: ContextConfig,
-    packed_documents: bool,
+    config: RunConfig,
     dtype: torch.dtype,
     device: torch.device,
-) -> TrainingStage:
+) -> Stages:
     """The user's model, which every rank has with the same weights, spread as the plan says.
 
     ValueError, the same on every rank, for what this model cannot do on this mesh.
     """
-    plan = ParallelPlan.of(plan)
-    given = {
-        ROLES[role].joins_sequences
-        for role in (plan.roles or own_plan(model) or {}).values()
-        if role in ROLES
-    }
-    if True not in given:
+    plan, context = ParallelPlan.of(plan), config.context
+    given = (plan.roles or own_plan(model) or {}).values()
+    if not any(ROLES[role].joins_sequences for role in given if role in ROLES):
         check_joins_nothing(mesh, type(model).__name__)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"this {type(model).__name__} is on the meta device, without values; give it values, the same on every rank"
         )
-    if packed_documents and not takes_sequences(model):
+    if config.train.packed_documents and not takes_sequences(model):
         raise ValueError(
             f"train.packed_documents tells documents apart, and this {type(model).__name__}'s forward has no keyword "
             '"sequences" (pypar.sequences.Sequences) by which it would learn of them; give it one, or leave '
@@ -113,8 +117,7 @@ def stage_of(
             f"the ranks have different models: {difference} differs; build the model from one seed (torch.manual_seed) "
             "or load one checkpoint on every rank"
         )
-    _spread(model, mesh, plan)
-    return TrainingStage(model, loss or next_token_loss, is_last=_is_last(mesh))
+    return _training(_spread(model, mesh, plan, schedule), loss or next_token_loss, schedule)
 
 
 def next_token_loss(output: Any, targets: Tensor) -> Tensor:
@@ -139,12 +142,18 @@ def _vocabulary_loss(axis: Axis) -> Loss:
     return loss
 
 
-def _spread(model: nn.Module, mesh: Mesh, plan: ParallelPlan) -> None:
+def _spread(
+    model: nn.Module, mesh: Mesh, plan: ParallelPlan, schedule: Schedule
+) -> Mapping[Place, nn.Module]:
+    """The model of each stage that the schedule places on this rank."""
     if any(axis.size > 1 for axis in axes_of(mesh)):
         parallelize(model, mesh, plan)
-    if mesh.pp.size > 1:
-        keep_stage(model, mesh.pp.size, mesh.pp.rank)
+    return place_stages(model, mesh, schedule)
 
 
-def _is_last(mesh: Mesh) -> bool:
-    return mesh.pp.rank == mesh.pp.size - 1
+def _training(models: Mapping[Place, nn.Module], loss: Loss, schedule: Schedule) -> Stages:
+    last = schedule.num_stages - 1
+    return {
+        (path, stage): TrainingStage(model, loss, is_last=stage == last)
+        for (path, stage), model in models.items()
+    }

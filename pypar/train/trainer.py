@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from pypar.blocks import global_parameters
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
-from pypar.data_parallel.replicated import Replicated
-from pypar.data_parallel.store import Store
-from pypar.grid import DATA, SAMPLES
+from pypar.data_parallel.around_blocks import around_blocks
+from pypar.data_parallel.stores import store_of
+from pypar.grid import DATA, SAMPLES, STAGES
 from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
 from pypar.mesh import Axis, Mesh, parse_mesh
 from pypar.optimizers.learning_rate import learning_rate
 from pypar.optimizers.update import Optimizer
 from pypar.parallel import ParallelPlan
-from pypar.pipeline_parallel import PipelineRuntime, schedules
+from pypar.pipeline_parallel import PipelineRuntime
+from pypar.pipeline_parallel.place import schedule_of
 from pypar.settings import check_values
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
@@ -31,7 +32,7 @@ from pypar.train.launch import joined_world_size
 from pypar.train.loop import fit
 from pypar.train.precision import PRECISIONS
 from pypar.train.resume import identity, resumption
-from pypar.train.stage import Loss, Plan, TrainingStage, decoder_stage, stage_of
+from pypar.train.stage import Loss, Plan, Stages, decoder_stages, stages_of
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
 
@@ -81,47 +82,55 @@ class Trainer:
         )
         _check_same_data(self.data, mesh)
         self.dtype = PRECISIONS[config.train.precision]
-        self.stage = self._own_stage() if model is None else self._stage_of(model, plan, loss)
-        named = list(global_parameters(self.model))
+        num_microbatches = config.train.num_microbatches(mesh.axis(SAMPLES).size)
+        self.schedule = schedule_of(config.pipeline, mesh, num_microbatches)
+        self.stages = self._own_stages() if model is None else self._stages_of(model, plan, loss)
+        self.models = [stage.model for stage in self.stages.values()]
+        named = [each for part in self.models for each in global_parameters(part)]
         self.frozen = [(name, p) for name, p in named if not p.requires_grad]
-        self.store: Store = Replicated(named, mesh, bucket_bytes=config.train.bucket_bytes)
+        self.store = store_of(config.store, named, mesh, bucket_bytes=config.train.bucket_bytes)
+        for part in self.models:
+            around_blocks(part, self.store)
         self.optimizer = Optimizer(self.store.owned(), config.optimizer)
-        self.runtime = self._pipeline()
+        self.runtime = PipelineRuntime(
+            {stage: each for (_, stage), each in self.stages.items()},
+            mesh.axis(STAGES),
+            self.schedule,
+            device=self.device,
+        )
         self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
 
-    def _own_stage(self) -> TrainingStage:
+    def _own_stages(self) -> Stages:
         config = self.config
         sizes = config.decoder_config(self.data.vocab_size)
         self.flops_per_token = sizes.flops_per_token(config.train.sequence_length)
         plan = ParallelPlan(None, config.train.sequence_parallel, self.config.context)
-        return decoder_stage(sizes, self.mesh, plan, seed=config.seed, dtype=self.dtype, device=self.device)
+        return decoder_stages(
+            sizes, self.mesh, plan, self.schedule, seed=config.seed, dtype=self.dtype, device=self.device
+        )
 
-    def _stage_of(self, model: nn.Module, plan: Plan, loss: Loss | None) -> TrainingStage:
+    def _stages_of(self, model: nn.Module, plan: Plan, loss: Loss | None) -> Stages:
         # 2 a parameter forward, 4 backward (arXiv 2001.08361); attention is not counted.
         self.flops_per_token = 6 * sum(p.numel() for p in model.parameters())
         if self.config.train.sequence_parallel:
             plan = replace(ParallelPlan.of(plan), sequence_parallel=True)
-        return stage_of(
+        return stages_of(
             model,
             self.mesh,
             plan,
+            self.schedule,
             loss,
-            context=self.config.context,
-            packed_documents=self.config.train.packed_documents,
+            config=self.config,
             dtype=self.dtype,
             device=self.device,
         )
 
     @property
     def model(self) -> nn.Module:
-        """This rank's part of the model."""
-        return self.stage.model
-
-    def _pipeline(self) -> PipelineRuntime:
-        pp = self.mesh.pp
-        num_microbatches = self.config.train.num_microbatches(self.mesh.axis(SAMPLES).size)
-        schedule = schedules.build(self.config.pipeline.schedule, pp.size, num_microbatches)
-        return PipelineRuntime(self.stage, pp, schedule, device=self.device)
+        """This rank's part of the model; ValueError where it has several stages, each with a model of its own."""
+        if len(self.models) != 1:
+            raise ValueError(f"this rank has {len(self.models)} stages of the model; use trainer.models")
+        return self.models[0]
 
     @property
     def axes(self) -> list[Axis]:
@@ -178,8 +187,9 @@ class Trainer:
         """Mean loss (nats a token) over the first validation batches: ``num_batches``, or as many as configured."""
         most = self.config.train.evaluate_batches if num_batches is None else num_batches
         total = count = 0.0
-        was_training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
+        was_training = {module: module.training for part in self.models for module in part.modules()}
+        for part in self.models:
+            part.eval()
         for index in range(min(most, self.data.num_validation_batches(self.config.train.batch_size))):
             batch = self.data.validation_batch(index, self.config.train.batch_size)
             num_targets = float((batch.targets != -100).sum())
