@@ -82,7 +82,8 @@ def parallelize(
 
     The check needs memory for the gradients of the whole model. It leaves random generators, buffers, gradients
     and training mode as they were. It also finds the parameters beside cut layers of which each rank gets a part
-    of the gradient; these are summed over tp in backward.
+    of the gradient; these are summed over tp in backward. Of one that is frozen nothing is found out: it is summed
+    where the plan says "per_head", and else ValueError says so if it is trained later.
 
     Parameters that are cut answer for the whole tensor (`pypar.sharded.Sharded`): norms, clipping, optimizers,
     state_dict and the like are those of the whole model, or refused; what reduces or gathers them is called on every

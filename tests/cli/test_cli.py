@@ -71,7 +71,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "layers": (["--mesh", "pp=3"], "model.num_layers (2) must be at least the pp size (3)"),
     "heads of ulysses": (
         ["--mesh", "cp=4,tp=2", "--set", "context.method=ulysses"],
-        "context.method 'ulysses' shares the 2 query heads of a tp rank between 4 cp ranks, which are more",
+        "context.method 'ulysses' shares the 2 query heads of a rank between 4 cp ranks, which are more",
     ),
     "batch": (
         ["--mesh", "dp=3"],

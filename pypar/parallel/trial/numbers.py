@@ -19,6 +19,7 @@ from pypar.mesh import Mesh
 from pypar.parallel.regions import Inside, Region, listed
 from pypar.parallel.roles import ROLES
 from pypar.parallel.trial.examples import Verify, results, wave
+from pypar.parallel.trial.frozen import frozen_partial
 from pypar.parallel.trial.shapes import first_line, innermost, remedy
 from pypar.parallel.trial.together import PeerFailedError, Together, every_rank, quiet
 from pypar.parallel.trial.unchanged import noise, seed, unchanged
@@ -80,7 +81,7 @@ def partial_gradients(
             with unchanged(model), noise(model), torch.enable_grad():
                 outcome = _measured(spreading, reading, insides, call, spread)
         if not isinstance(outcome, str):
-            return outcome
+            return outcome + frozen_partial(type(model).__name__, insides)
         if verify is not None:
             raise ValueError(
                 f"parallelize cannot check this {type(model).__name__} as verify asks: {outcome}"
@@ -93,7 +94,7 @@ def partial_gradients(
             f"parallelize does not know {listed(unknown)}, which stands beside layers that it cuts, and has not "
             f"measured its gradient: {why}. Let it verify, or give a plan"
         )
-    return [i.parameter for i in insides if i.certainty != "unknown" and i.parameter.requires_grad]
+    return [i.parameter for i in insides if i.certainty != "unknown"]
 
 
 def _measured(
