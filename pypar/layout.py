@@ -57,7 +57,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Owner:
-    """Of a product of mesh axes only rank ``rank`` holds the tensor."""
+    """Only rank ``rank`` of a product of mesh axes holds the tensor."""
 
     axes: tuple[str, ...]
     rank: int

@@ -98,7 +98,7 @@ def copy_rate(device: str = "cpu", rounds: int = 15, budget_s: float = math.inf)
 
 
 def _seconds(run: Callable[[], object], calls: int, device: str) -> float:
-    """Of one of `calls` calls."""
+    """The seconds of one call, where `calls` of them run in a row."""
     if device == "cpu":
         started = time.perf_counter()
         for _ in range(calls):

@@ -35,7 +35,7 @@ class Arguments:
         return self.cu_seqlens if self.cu_seqlens_k is None else self.cu_seqlens_k
 
     def of_one_device(self, q: Tensor, seed: Tensor | None) -> dict[str, Any]:
-        """The same as arguments of `pypar.attention`; seed: drawn or given."""
+        """The arguments of `pypar.attention` that say the same on one device; seed: drawn or given."""
         ends = (self.cu_seqlens, self.ends_k)
         ends_q, ends_k = (None if x is None else x.to(q.device) for x in ends)
         return {field.name: getattr(self.scores, field.name) for field in fields(self.scores)} | {

@@ -54,7 +54,7 @@ class Call:
         return pieces(self.queries[rank], self.keys[source], self.mask, self.merges)
 
     def with_seed(self, seed: Tensor) -> Call:
-        """The same with this seed, where there is dropout."""
+        """This call with another seed, where there is dropout."""
         return self if self.seed is None else replace(self, seed=seed)
 
 

@@ -136,7 +136,7 @@ def num_positions(segments: Segments) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def cut(segments: Segments, begin: int, end: int) -> Segments:
-    """Of the positions that a rank holds, those from index `begin` to before `end`."""
+    """The positions from index `begin` to before `end` of those that a rank holds."""
     found, first = [], 0
     for segment in segments:
         skipped = max(begin - first, 0)

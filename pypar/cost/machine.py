@@ -12,7 +12,7 @@ from pypar.mesh import Axis
 
 @dataclass(frozen=True)
 class MachineCosts:
-    """Of one rank while all work. The defaults are of ranks of one thread in one host, rounded: x86-64, AVX-512, fp32.
+    """Rates of one rank while all work. The defaults are of ranks of one thread in one host: x86-64, AVX-512, fp32.
 
     flops_per_s: attention, of the visible pairs only. call_s: one call of attention without work.
     row_s: what a call takes for each query of each head, however few keys there are; backward twice that.
@@ -36,11 +36,11 @@ class MachineCosts:
     methods: tuple[tuple[str, float, float], ...] = ()
 
     def step_s(self, method: str) -> float:
-        """Of a forward with its backward, whatever their size."""
+        """The seconds of a forward with its backward that do not depend on their size."""
         return next((step_s for name, step_s, _ in self.methods if name == method), 0.0)
 
     def written_s(self, method: str, num_bytes: float) -> float:
-        """Of bytes that a method packs and puts in order."""
+        """The seconds in which a method packs so many bytes and puts them in order."""
         for name, _, byte_s in self.methods:
             if name == method:
                 return byte_s * num_bytes

@@ -121,7 +121,7 @@ class GradientBuckets:
 
     @property
     def padding_bytes(self) -> int:
-        """Of all buckets together, so that every rank's part of each is the same number of whole cache lines."""
+        """The padding of all buckets: every rank's part of a bucket is as many whole cache lines."""
         return sum(bucket.padding_bytes for bucket in self._buckets)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:

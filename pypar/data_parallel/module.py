@@ -126,7 +126,7 @@ class DataParallel(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As every module's; ValueError for assign=True, which replaces parameters."""
+        """Load as every module does; ValueError for assign=True, which replaces parameters."""
         if assign:
             raise ValueError(
                 "load_state_dict(assign=True) would replace the parameters whose gradients are reduced; load without "

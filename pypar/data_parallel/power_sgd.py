@@ -66,7 +66,7 @@ class PowerSGD:
         return started
 
     def send_second_factors(self) -> None:
-        """Of all reductions that have not done so."""
+        """Send the second factors of all reductions that have not sent theirs."""
         while self._open:
             self._open.pop(0).send_second_factors()
 
@@ -100,8 +100,8 @@ class PowerSGD:
         return _Matrix(slot, error.add_(slot.gradient.view(m, n)), factor)
 
     def keep_factor(self, matrix: _Matrix, factor: Tensor) -> None:
-        """For the next step; orthogonal, since nearly parallel directions lose digits. Where numbers overflowed, on any
-        rank, all ranks forget: an error that is not a number would spoil every step to come.
+        """Keep a factor for the next step; orthogonal, since nearly parallel directions lose digits. Where numbers
+        overflowed, on any rank, all ranks forget: an error that is not a number would spoil every step to come.
         """
         is_finite = factor.isfinite().all()
         if factor.is_cuda or not is_finite:  # a GPU is not asked, which would synchronise it
@@ -182,7 +182,7 @@ class _StartedReduction:
 
 
 def _orthogonal(columns: Tensor) -> Tensor:
-    """Of the same span; r orthogonal columns also where there are fewer directions than columns, or none."""
+    """Orthogonal columns of the same span; as many also where there are fewer directions than columns, or none."""
     return torch.linalg.qr(columns).Q.contiguous()
 
 

@@ -154,7 +154,7 @@ def attention_mask(  # noqa: PLR0913 - transformers' signature
 
 
 def _with_window(mask: Tensor, batch_size: int, window: Window) -> Tensor:
-    """For each sequence, as models put masks of their own beside it."""
+    """The mask for each sequence, as models put masks of their own beside it."""
     mask = mask.expand(batch_size, -1, -1, -1)
     setattr(mask, _WINDOW, window)
     return mask

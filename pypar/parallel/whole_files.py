@@ -240,7 +240,7 @@ def _on_meta(x: Tensor) -> Tensor:
 
 
 def _write_configuration(model: Any, folder: Path) -> None:
-    """As transformers does."""
+    """Write the configuration as transformers does."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -83,7 +83,7 @@ def expect(
 
 
 def expect_case(case: Case, device: str, dtype: torch.dtype) -> list[Expected]:
-    """One for each draw of the inputs that judging this dtype takes."""
+    """What is expected for each of the draws of the inputs that judging this dtype takes."""
     count = _DRAWS.get(dtype, 1)
     draws = []
     for turn in range(count):

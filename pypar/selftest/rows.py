@@ -27,7 +27,7 @@ class Options:
 
     @property
     def budget_s(self) -> float:
-        """For the time of one function in one row."""
+        """The seconds that timing one function of one row may take."""
         return 0.02 if self.quick else 0.1
 
 

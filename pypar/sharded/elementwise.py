@@ -139,7 +139,7 @@ def _goes_as_it_is(x: Any, sharding: Sharding) -> bool:
 
 
 def apply_foreach(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The same for lists of tensors, whole ones and cut ones in any mixture."""
+    """Apply an operation to lists of tensors, whole ones and cut ones in any mixture."""
     lists = [x for x in (*args, *kwargs.values()) if isinstance(x, (list, tuple))]
     shardings: list[Sharding | None] = [None] * max(map(len, lists))
     for members in lists:

@@ -124,7 +124,7 @@ class Sharded(Tensor):
         return self._pypar_sharding.whole(self.local())
 
     def for_state_dict(self) -> Tensor:
-        """The same for a state_dict, sharing memory, without a graph.
+        """What a state_dict has for the parameter: it shares memory and has no graph.
 
         A DTensor over the axis's ranks, which every user of state_dicts knows; where a DTensor cannot be cut so, a
         `Sharded`, which torch.distributed.checkpoint takes as well.

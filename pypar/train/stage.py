@@ -134,7 +134,7 @@ def next_token_loss(output: Any, targets: Tensor) -> Tensor:
 
 
 def _vocabulary_loss(axis: Axis) -> Loss:
-    """For logits [B, T, V/R] of which each rank of the axis has its part."""
+    """The loss of logits [B, T, V/R], of which each rank of the axis has its part."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return vocab_parallel_cross_entropy(logits, targets, axis).sum()

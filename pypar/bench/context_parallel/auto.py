@@ -85,7 +85,7 @@ def expected(axis: Axis, problem: Problem, layout: str) -> tuple[dict[str, float
 
 
 def named(method: str, size: int, problem: Problem) -> str:
-    """As the table of costs names what a contender runs."""
+    """The name that the table of costs has for what a contender runs."""
     return f"hybrid ulysses_size={default_size(size, problem.G)}" if method == "hybrid" else method
 
 

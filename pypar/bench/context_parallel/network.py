@@ -53,7 +53,7 @@ def measure(workers: Workers, problem: Problem, layout: str, dtype: str, rounds:
     silent, idle = ring._replace(communicates=False), ring._replace(communicates=True)
 
     def seconds(contenders: list[Contender]) -> list[float]:
-        """Of each, the median."""
+        """The median of each contender's times."""
         times: list[list[float]] = [[] for _ in contenders]
         for _ in range(rounds):
             for contender, record in zip(contenders, times, strict=True):

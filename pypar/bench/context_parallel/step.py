@@ -100,7 +100,7 @@ def step(axis: Axis, problem: Problem, contender: Contender) -> tuple[Tensor, ..
 
 
 def single_step(problem: Problem, peer: bool = False) -> tuple[Tensor, ...]:
-    """The same of the whole sequence in this process; peer: by torch."""
+    """(out, dq, dk, dv) of the whole sequence in this process; peer: by torch's attention."""
 
     def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -163,7 +163,7 @@ def sample(problem: Problem) -> Tensor:
 
 
 def sampled_step(axis: Axis, problem: Problem, contender: Contender) -> list[dict[int, Tensor]]:
-    """Of (out, dq, dk, dv): position -> [heads, H], the sampled positions of this rank."""
+    """For out, dq, dk and dv: position -> [heads, H], at the sampled positions of this rank."""
     held = positions_of(problem.length, axis.rank, axis.size, contender.layout)
     rows = torch.isin(held, sample(problem)).nonzero().flatten()
     return [{int(held[row]): x[0, row].float() for row in rows} for x in step(axis, problem, contender)]
@@ -188,7 +188,7 @@ def check(
 
 @functools.lru_cache(maxsize=64)
 def _stand_in(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """For what would have arrived: numbers of the same kind, as strange ones may take longer."""
+    """What stands for a tensor that would have arrived: usual numbers, as strange ones may take longer."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 

@@ -46,7 +46,7 @@ class Workers:
         return [_answer(pipe) for pipe in self._ranks]
 
     def single(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The same of one process, whose axis has one rank and which has as many threads as the ranks together."""
+        """What one process returns, whose axis has one rank and which has as many threads as the ranks together."""
         if self._single is None:
             # Unbound, two threads may share one core for seconds.
             os.environ["OMP_PROC_BIND"] = "true"

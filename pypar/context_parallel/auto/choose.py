@@ -88,7 +88,7 @@ def _cost(method: str, options: Mapping[str, Any], times: tuple[float, float], s
 
 
 def cheapest(table: tuple[MethodCost, ...], *, backward: bool) -> MethodCost:
-    """Of the methods that do not refuse, for a forward alone or with its backward; the first of equals."""
+    """The cheapest of the methods that do not refuse, for a forward alone or with its backward; the first of equals."""
     return min(
         (cost for cost in table if cost.refused is None),
         key=lambda cost: cost.forward_s + (cost.backward_s if backward else 0.0),

@@ -113,7 +113,7 @@ def _method(
 
 
 def _slowest(axis: Axis, values: list[float], device: torch.device) -> list[float]:
-    """Of each, the largest of all ranks."""
+    """For each value the largest that a rank has."""
     if axis.size == 1:
         return values
     mine = torch.tensor(values, dtype=torch.float64, device=device)
@@ -122,7 +122,7 @@ def _slowest(axis: Axis, values: list[float], device: torch.device) -> list[floa
 
 
 def _attention(T: int, S: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Of T queries and S keys that all see each other, forward and backward, as a ring calls it."""
+    """Attention of T queries and S keys that all see each other, forward and backward, as a ring calls it."""
     q, k, dout = (torch.zeros(1, n, _HEADS, 64, dtype=dtype, device=device) for n in (T, S, T))
     mask = Mask(UNBOUNDED, UNBOUNDED, (0, T), (0, S))
     call = Call(Axis.single("cp"), ((Segment(0, T),),), ((Segment(0, S),),), "contiguous", mask, scale=0.125)

@@ -146,12 +146,12 @@ class Expected:
 
     @property
     def _gathered(self) -> Expected:
-        """Of all keys as one block where they are chunks, else of each rank's."""
+        """What is expected with all keys as one block where they are chunks, else as they are."""
         chunks = all(segment.step == 1 for held in self.keys for segment in held)
         return replace(self, keys=unions(self.keys, len(self.keys), "this layout")) if chunks else self
 
     def attention_s(self, rank: int, source: int, backward: bool, N: int, share: float = 1.0) -> float:
-        """Of a rank's queries, N of their heads, and a share of a rank's keys."""
+        """The seconds of attention over N heads of a rank's queries and a share of the keys of `source`."""
         pairs, rows, calls = self._blocks[rank][source]
         sizes, costs = self.sizes, self.costs
         products = 3 * sizes.H + 2 * sizes.Hv if backward else sizes.H + sizes.Hv

@@ -32,15 +32,15 @@ class Sizes:
 
     @property
     def wide(self) -> torch.dtype:
-        """In which gradients travel."""
+        """The dtype in which gradients travel."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def keys_bytes(self, positions: int) -> int:
-        """Of k and v together."""
+        """The bytes of k and v of so many positions."""
         return self.B * positions * self.G * (self.H + self.Hv) * self.dtype.itemsize
 
     def sums_bytes(self, positions: int) -> int:
-        """Of dk and dv as they travel."""
+        """The bytes of dk and dv of so many positions, as they travel."""
         return self.B * positions * self.G * (self.H + self.Hv) * self.wide.itemsize
 
 
@@ -114,13 +114,13 @@ def _of_share(sizes: Sizes, share: HeadShare) -> Sizes:
 
 
 def _inputs_bytes(sizes: Sizes, share: HeadShare, queries: Segments, keys: Segments) -> int:
-    """Of these positions' q, k and v, or of their gradients, for some heads."""
+    """The bytes of these positions' q, k and v, or of their gradients, for some heads."""
     N, G = (heads.stop - heads.start for heads in (share.queries, share.groups))
     q, kv = num_positions(queries) * N * sizes.H, num_positions(keys) * G * (sizes.H + sizes.Hv)
     return sizes.B * (q + kv) * sizes.dtype.itemsize
 
 
 def _results_bytes(sizes: Sizes, share: HeadShare, queries: Segments) -> int:
-    """Of these positions' out and lse, or of their gradients, for some heads."""
+    """The bytes of these positions' out and lse, or of their gradients, for some heads."""
     N = share.queries.stop - share.queries.start
     return sizes.B * num_positions(queries) * N * (sizes.Hv * sizes.dtype.itemsize + sizes.wide.itemsize)

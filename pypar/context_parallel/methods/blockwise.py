@@ -44,7 +44,7 @@ def add_forward(
 def forward_once(
     pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, results: tuple[Tensor, Tensor, Tensor], call: Call
 ) -> bool:
-    """Where no two pieces share a row: what the op makes without a carry, in the bits of one device; with sinks.
+    """Write what the op makes without a carry, in the bits of one device, with sinks. No two pieces may share a row.
 
     results: out in q's dtype, lse and what rounding took off lse, of all of q; rows of pieces are overwritten.
     Returns whether the backend makes the last of them.
@@ -153,7 +153,7 @@ def _rows(x: Tensor, piece: Piece, span: slice) -> Tensor:
 
 
 def _lse_rows(lse: Tensor, piece: Piece) -> Tensor:
-    """The same of lse [B, N, T], or [N, T]."""
+    """A view of the piece's rows of lse [B, N, T], or of [N, T] as `_rows` gives them."""
     part = lse[..., piece.rows]
     return part.unsqueeze(0) if lse.dim() == 2 and piece.cu_seqlens_q is None else part
 

@@ -49,11 +49,11 @@ class HeadGroup(NamedTuple):
 
     @property
     def rows(self) -> tuple[Any, ...]:
-        """Index of their part of [.., T, N, H] and of [.., N, T] alike."""
+        """The index of the query heads' part of [.., T, N, H] and of [.., N, T] alike."""
         return (..., self.queries, slice(None))
 
     def call(self, call: Call) -> Call:
-        """For these query heads."""
+        """The call for these query heads alone."""
         slopes = call.alibi_slopes
         return replace(
             call,

@@ -19,7 +19,7 @@ from pypar.context_parallel.masks import Mask, Piece
 from pypar.context_parallel.methods.blockwise import Pieces, add_backward, forward_once
 
 KEY_BLOCK = 1536
-"""Of every native kernel's blocks of keys a multiple: 96, 128 and, for parts of sums, 1536.
+"""A multiple of every native kernel's blocks of keys: 96, 128 and, where sums are kept apart, 1536.
 
 csrc/attention/cpu/tile_scheduler.h has them."""
 FEW_ROWS = 16
@@ -27,7 +27,7 @@ FEW_ROWS = 16
 
 
 def as_whole(pieces: Pieces, mask: Mask, heads: int) -> Pieces:
-    """The same pieces, for calls of the op as the whole's. heads: query heads of each key/value head."""
+    """The pieces as the op must be called with them to sum as it does for the whole. heads: N / G query heads."""
     if not _is_few(mask.length_q, len(mask.queries) - 1, heads):
         pieces = tuple(narrow for piece in pieces for narrow in _without_few(piece, heads))
     return tuple(_from_block(piece) for piece in pieces)
@@ -165,5 +165,5 @@ def _more(x: Tensor, piece: Piece, dim: int, count: int, value: float = 0.0) -> 
 
 
 def _more_bias(bias: Tensor | None, piece: Piece, count: int) -> Tensor | None:
-    """The same of bias [B|1, N|1, T|1, S|1] or its gradient; itself where it is one for all rows."""
+    """`_more` of bias [B|1, N|1, T|1, S|1] or its gradient; the bias itself where it is one for all rows."""
     return bias if bias is None or bias.shape[2] == 1 else _more(bias, piece, -2, count)

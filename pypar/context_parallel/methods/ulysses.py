@@ -84,7 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, inner: Axis, outer: Axis
 
 
 def _call_of(call: Call, mine: HeadShare, outer: Axis, inner_size: int, bias: Tensor | None) -> Call:
-    """The same call for some heads, over ranks that each hold what inner_size ranks held."""
+    """The call for some heads, over ranks that each hold what inner_size ranks held."""
     heads = mine.queries
     if bias is None and call.bias is not None:  # one row for all queries
         bias = call.bias[:, heads] if call.bias.shape[1] > 1 else call.bias

@@ -27,7 +27,7 @@ def visible_pairs(T: int, S: int, causal: bool = False, window: Window | None = 
 
 
 def flops(pairs: int, N: int, H: int, Hv: int) -> tuple[float, float]:
-    """Of forward (q k, p v) and of backward (q k again, dp, dv, dq, dk), for the pairs of a batch that are visible."""
+    """Operations of forward (q k, p v) and backward (q k again, dp, dv, dq, dk), for a batch's visible pairs."""
     return 2.0 * pairs * N * (H + Hv), 2.0 * pairs * N * (3 * H + 2 * Hv)
 
 
