@@ -14,7 +14,7 @@ import pytest
 from pypar.cli import main
 from pypar.train.config import load_config
 from pypar.train.preflight import check
-from tests.harness.small_run import pairs, set_arguments, small_run
+from tests.harness.small_run import assignments, set_arguments, small_run
 
 # Put first on PYTHONPATH: every Python process that is a rank leaves a file, so a test sees if one started.
 TELL_TALE = """
@@ -174,12 +174,12 @@ def test_a_mesh_that_does_not_fit_the_ranks_of_torchrun(place: Path) -> None:
 def test_checks(place: Path, sets: dict[str, object], sentence: str) -> None:
     sets = {key: str(value).replace("{place}", str(place)) for key, value in sets.items()}
     with pytest.raises(ValueError) as refused:
-        check(load_config(None, pairs(small_run(place, **sets))))
+        check(load_config(None, assignments(small_run(place, **sets))))
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_what_may_run_is_filled_in(place: Path) -> None:
-    sets = pairs(small_run(place, mesh="pp=2", train__batch_size=1, name="planned"))
+    sets = assignments(small_run(place, mesh="pp=2", train__batch_size=1, name="planned"))
     plan = check(load_config(None, sets))
     assert plan.num_ranks == 2 and plan.config.mesh == "pp=2"
     assert any("2 stages with 1 microbatch a step leave each rank idle 50%" in note for note in plan.notes)

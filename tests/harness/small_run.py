@@ -30,11 +30,11 @@ def small_run(place: Path, **changes: Any) -> dict[str, Any]:
     return paths | SMALL | {key.replace("__", "."): value for key, value in changes.items()}
 
 
-def pairs(values: Mapping[str, Any]) -> list[str]:
+def assignments(values: Mapping[str, Any]) -> list[str]:
     """The values as `load_config` takes them."""
     return [f"{key}={value}" for key, value in values.items()]
 
 
 def set_arguments(values: Mapping[str, Any]) -> list[str]:
     """The values as the command takes them."""
-    return [word for pair in pairs(values) for word in ("--set", pair)]
+    return [word for each in assignments(values) for word in ("--set", each)]

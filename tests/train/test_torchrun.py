@@ -14,7 +14,7 @@ from pypar.mesh import Mesh
 from pypar.train.config import load_config
 from pypar.train.metrics import Metrics
 from pypar.train.trainer import Trainer
-from tests.harness.small_run import pairs, set_arguments, small_run
+from tests.harness.small_run import assignments, set_arguments, small_run
 
 NUM_STEPS = 4
 
@@ -55,7 +55,7 @@ def _alone(sets: list[str]) -> list[float]:
 @pytest.fixture
 def alone(ranks, place: Path) -> list[float]:
     """The losses of one process."""
-    return ranks(1, _alone, pairs(_run(place)))[0]
+    return ranks(1, _alone, assignments(_run(place)))[0]
 
 
 def test_two_nodes_train_like_one_process(place: Path, alone: list[float]) -> None:

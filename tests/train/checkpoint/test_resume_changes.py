@@ -14,7 +14,7 @@ from pypar.train import checkpoint
 from pypar.train.config import RunConfig, load_config
 from pypar.train.data.windows import Batch
 from pypar.train.trainer import Trainer
-from tests.harness.small_run import pairs, set_arguments, small_run
+from tests.harness.small_run import assignments, set_arguments, small_run
 
 LENGTH = 8
 
@@ -34,7 +34,7 @@ def _run(place: Path, **more: Any) -> dict[str, Any]:
 
 
 def _trainer(place: Path, **more: Any) -> Trainer:
-    return Trainer(load_config(None, pairs(_run(place, **more))), Mesh(), torch.device("cpu"))
+    return Trainer(load_config(None, assignments(_run(place, **more))), Mesh(), torch.device("cpu"))
 
 
 def _windows(trainer: Trainer, num_steps: int) -> list[str]:
