@@ -120,19 +120,11 @@ static void backward_row(const CrossEntropyBackward& a, int64_t row) {
 }
 
 void cross_entropy_forward(const CrossEntropyForward& a) {
-  by_element_type(a.element_type, [&](auto element) {
-    parallel_for(a.rows, rows_per_chunk(a.size), a.num_threads, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) forward_row<decltype(element)>(a, row);
-    });
-  });
+  for_rows(a, [&](auto element, int64_t row) { forward_row<decltype(element)>(a, row); });
 }
 
 void cross_entropy_backward(const CrossEntropyBackward& a) {
-  by_element_type(a.element_type, [&](auto element) {
-    parallel_for(a.rows, rows_per_chunk(a.size), a.num_threads, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) backward_row<decltype(element)>(a, row);
-    });
-  });
+  for_rows(a, [&](auto element, int64_t row) { backward_row<decltype(element)>(a, row); });
 }
 
 }  // namespace pypar::PYPAR_ISA

@@ -70,4 +70,15 @@ PYPAR_INLINE void by_element_type(int type, const Run& run) {
   }
 }
 
+// run(element, row) for every row of an operator's arguments, which say how many there are, of what size and
+// element type.
+template <class Arguments, class Run>
+PYPAR_INLINE void for_rows(const Arguments& a, const Run& run) {
+  by_element_type(a.element_type, [&](auto element) {
+    parallel_for(a.rows, rows_per_chunk(a.size), a.num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) run(element, row);
+    });
+  });
+}
+
 }  // namespace pypar::PYPAR_ISA
