@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pypar.blocks import global_parameters
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
-from pypar.data_parallel.around_blocks import around_blocks
+from pypar.data_parallel.stores.around_blocks import around_blocks
 from pypar.data_parallel.stores import store_of
 from pypar.grid import DATA, SAMPLES, STAGES
 from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
