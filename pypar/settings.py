@@ -101,6 +101,11 @@ class Section:
 
     resumed: ClassVar[str] = ""
 
+    @classmethod
+    def section_for(cls, values: Mapping[str, Any]) -> "type[Section]":
+        """The class of the section that these values are for: itself, where a value does not choose among several."""
+        return cls
+
     def check(self, run: Run) -> Sequence[str]:
         """Notes on what runs, but not well. ValueError, before a rank is started, for what could not run."""
         return ()
@@ -142,18 +147,19 @@ class Key:
         return ", ".join(choices) or " ".join(filter(None, [TYPE_NAMES[self.kind], self.rule.bounds()]))
 
 
-def keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
-    """Every key of a configuration, those of its sections too."""
+def keys_of(config: Any, prefix: str = "") -> Iterator[Key]:
+    """Every key of a configuration, those of its sections too; of a class: of the sections that it has by default."""
+    cls = config if isinstance(config, type) else type(config)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield from keys_of(typing.cast(type, kind), f"{prefix}{field.name}.")
-        else:
+        if _RULE in field.metadata:
             rule = field.metadata[_RULE]
             of_section = getattr(cls, "resumed", "")
             resumed = of_section if rule.resumed == "" else rule.resumed
-            yield Key(prefix + field.name, kind, field.default, rule, resumed)
+            yield Key(prefix + field.name, hints[field.name], field.default, rule, resumed)
+        else:
+            section = field.default_factory if config is cls else getattr(config, field.name)
+            yield from keys_of(section, f"{prefix}{field.name}.")
 
 
 def sections_of(config: Any) -> Iterator[Section]:
@@ -164,7 +170,7 @@ def sections_of(config: Any) -> Iterator[Section]:
 
 def check_values(config: Any) -> None:
     """ValueError where the value of a key breaks the rule that stands at its field."""
-    for key in keys_of(type(config)):
+    for key in keys_of(config):
         value = config
         for name in key.name.split("."):
             value = getattr(value, name)

@@ -34,7 +34,7 @@ class Store(Protocol):
 
     @property
     def acts_on_blocks(self) -> bool:
-        """Whether `enter` and `leave` are to be called; see `pypar.data_parallel.around_blocks`."""
+        """Whether `enter` and `leave` are to be called; see `pypar.data_parallel.stores.around_blocks`."""
         ...
 
     def enter(self, block: Block) -> None:

@@ -11,22 +11,21 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pypar.context_parallel.config import ContextConfig
 from pypar.data_parallel.config import StoreConfig
+from pypar.models.decoder_section import DecoderSection
+from pypar.models.family import ModelSection
 from pypar.optimizers.config import OptimizerConfig
 from pypar.pipeline_parallel.config import PipelineConfig
-from pypar.settings import keys_of, of_kind, section_of, setting
-from pypar.train.sections import DataConfig, ModelConfig, TrainConfig, filled_model
+from pypar.settings import Section, keys_of, of_kind, section_of, setting
+from pypar.train.sections import DataConfig, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-if TYPE_CHECKING:
-    from pypar.models import DecoderConfig
 
 
 def _refuse_blank(key: str, value: str) -> None:
@@ -48,7 +47,7 @@ class RunConfig:
         help='sizes of the axes, like "tp=2,pp=2"; refined and folded ones, like "tp=4(row=2,column=2),ep=2"; '
         '"": every rank is on the dp axis',
     )
-    model: ModelConfig = section_of(ModelConfig)
+    model: ModelSection = section_of(DecoderSection)
     data: DataConfig = section_of(DataConfig)
     optimizer: OptimizerConfig = section_of(OptimizerConfig)
     train: TrainConfig = section_of(TrainConfig)
@@ -88,12 +87,6 @@ class RunConfig:
         if self.train.resume == "auto":
             return checkpoint.latest(self.checkpoint_directory)
         return checkpoint.resolve(Path(self.train.resume))
-
-    def decoder_config(self, vocab_size: int) -> "DecoderConfig":
-        """The model's sizes with every 0 filled in; ``vocab_size`` is the tokenizer's."""
-        from pypar.models import DecoderConfig
-
-        return DecoderConfig(**dataclasses.asdict(filled_model(self.model, vocab_size)))
 
 
 def load_config(
@@ -178,7 +171,8 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
                 raise ValueError(
                     f"configuration key {key!r} is a section, but {value!r} was given; set {key}.<key>"
                 )
-            arguments[name] = _build(typing.cast(type, kind), value, f"{key}.")
+            section = typing.cast(type[Section], kind).section_for(value)
+            arguments[name] = _build(section, value, f"{key}.")
         else:
             arguments[name] = of_kind(key, value, kind)
     return cls(**arguments)

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pypar.layout import layout_of
 from pypar.mesh import Mesh
-from pypar.models import Decoder
 from pypar.models.cache import KeyValueCache
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
@@ -17,10 +16,10 @@ from pypar.train.data.tokens import check_text, continuation, open_tokenizer
 from pypar.train.preflight import check_whole_model
 
 
-def load_model(path: Path) -> tuple[Decoder, RunConfig]:
+def load_model(path: Path) -> tuple[nn.Module, RunConfig]:
     """The whole model of a checkpoint, whatever layout wrote it, in fp32, in a process without a process group."""
-    config, model_config = check_whole_model(path)
-    model = Decoder(model_config, seed=None)
+    config, sizes = check_whole_model(path)
+    model: nn.Module = config.model.model_class()(sizes, seed=None)
     state = {f"model.{name}": (p.detach(), layout_of(p)) for name, p in model.named_parameters()}
     checkpoint.load(path, state, Mesh())
     return model.eval(), config
@@ -28,7 +27,7 @@ def load_model(path: Path) -> tuple[Decoder, RunConfig]:
 
 @torch.no_grad()
 def sample_tokens(
-    model: Decoder,
+    model: nn.Module,
     prompt_T: Tensor,
     num_tokens: int,
     *,

@@ -20,10 +20,9 @@ from pypar.train.data.sources import PYTHON_STDLIB
 from pypar.train.data.tokens import open_tokenizer
 from pypar.train.data.windows import open_data
 from pypar.train.resume import resumption
-from pypar.train.sections import filled_model
 
 if TYPE_CHECKING:
-    from pypar.models import DecoderConfig
+    from pypar.models.family import Sizes
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def check(
     check_mesh(shape, started if world_size is None else world_size)
     _check_views(shape)
     tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
-    model = None if has_own_model else config.decoder_config(tokenizer.vocab_size)
+    model = None if has_own_model else config.model.sizes(tokenizer.vocab_size)
     notes = _check_sections(config, model, {name: shape.grid.size(name) for name in shape.grid.names})
     _check_run_directory(config, overwrite)
     resume, note = _find_checkpoint(config)
@@ -92,7 +91,7 @@ def _check_views(shape: MeshShape) -> None:
             )
 
 
-def _check_sections(config: RunConfig, model: "DecoderConfig | None", axes: Mapping[str, int]) -> list[str]:
+def _check_sections(config: RunConfig, model: "Sizes | None", axes: Mapping[str, int]) -> list[str]:
     """Whether every section can be run on the mesh; notes on what runs, but not well.
 
     model: filled in; None where it is the user's own.
@@ -107,7 +106,7 @@ def _check_sections(config: RunConfig, model: "DecoderConfig | None", axes: Mapp
         num_microbatches=train.num_microbatches(axes[SAMPLES]),
     )
     if model is not None:
-        config = dataclasses.replace(config, model=filled_model(config.model, model.vocab_size))
+        config = dataclasses.replace(config, model=config.model.filled(model.vocab_size))
     sections = [s for s in sections_of(config) if model is not None or s is not config.model]
     notes = [note for section in sections for note in section.check(run)]
     return notes
@@ -140,9 +139,7 @@ def _find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
     return path, notes
 
 
-def _check_resume(
-    path: Path, config: RunConfig, model: "DecoderConfig | None", *, headers: bool
-) -> dict[str, Any]:
+def _check_resume(path: Path, config: RunConfig, model: "Sizes | None", *, headers: bool) -> dict[str, Any]:
     if model is None:  # its tensors are compared when they are read
         manifest = checkpoint.read_manifest(path)
     else:
@@ -155,7 +152,7 @@ def _check_resume(
     return manifest
 
 
-def check_whole_model(path: Path) -> tuple[RunConfig, "DecoderConfig"]:
+def check_whole_model(path: Path) -> tuple[RunConfig, "Sizes"]:
     """The run that wrote a checkpoint and its model, which fits the weights that are there.
 
     ValueError otherwise, before anything of the size that the checkpoint claims is allocated.
@@ -169,7 +166,7 @@ def check_whole_model(path: Path) -> tuple[RunConfig, "DecoderConfig"]:
         config = RunConfig.from_dict(extra["config"])
         check_values(config)
         tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
-        model = config.decoder_config(tokenizer.vocab_size)
+        model = config.model.sizes(tokenizer.vocab_size)
     except ValueError as error:
         raise ValueError(f"checkpoint {path} holds a configuration that cannot be: {error}") from None
     checkpoint.check_readable(path, model)

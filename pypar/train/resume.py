@@ -84,7 +84,7 @@ def _difference(key: str, then: Any, now: Any) -> str:
 def _changes(written: Any, config: RunConfig, step: int) -> Iterator[str]:
     """Each key whose value is not the checkpoint's, and what follows for the learning rate."""
     then, now = dict(_leaves(written)), dict(_leaves(config.to_dict()))
-    for key in keys_of(RunConfig):
+    for key in keys_of(config):
         name = key.name
         if name in then and then[name] != now[name] and key.resumed is not None:
             line = f"{name} {shown_value(then[name])} -> {shown_value(now[name])}"

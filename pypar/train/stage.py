@@ -1,4 +1,4 @@
-"""The model of a run as this rank's stages: pypar's decoder or the user's own, spread over the mesh, with its loss."""
+"""The model of a run as this rank's stages: pypar's or the user's own, spread over the mesh, with its loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pypar.comm.identical import first_difference
 from pypar.context_parallel.config import ContextConfig
 from pypar.context_parallel.roles import check_joins_nothing
 from pypar.mesh import Mesh
-from pypar.models import Decoder, DecoderConfig
+from pypar.models.family import Sizes
 from pypar.ops import cross_entropy
 from pypar.parallel import ParallelPlan, materialize, parallelize
 from pypar.parallel.roles import ROLES, axes_of
@@ -55,8 +55,9 @@ def takes_sequences(model: nn.Module) -> bool:
     return "sequences" in inspect.signature(model.forward).parameters
 
 
-def decoder_stages(
-    config: DecoderConfig,
+def own_stages(
+    make: Callable[..., Any],
+    sizes: Sizes,
     mesh: Mesh,
     plan: ParallelPlan,
     schedule: Schedule,
@@ -65,9 +66,9 @@ def decoder_stages(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Stages:
-    """This rank's part of the decoder: nothing else is ever allocated."""
+    """This rank's part of a model of pypar's, made by its class: nothing else is ever allocated."""
     with torch.device("meta"):
-        model = Decoder(config, seed=None, dtype=dtype)
+        model = make(sizes, seed=None, dtype=dtype)
     models = _spread(model, mesh, plan, schedule)
     for each in models.values():
         materialize(each, model.initial_weight(seed), device=device)

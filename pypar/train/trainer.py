@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pypar.blocks import global_parameters
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
-from pypar.data_parallel.around_blocks import around_blocks
 from pypar.data_parallel.stores import store_of
+from pypar.data_parallel.stores.around_blocks import around_blocks
 from pypar.grid import DATA, SAMPLES, STAGES
 from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
 from pypar.mesh import Axis, Mesh, parse_mesh
@@ -32,7 +32,7 @@ from pypar.train.launch import joined_world_size
 from pypar.train.loop import fit
 from pypar.train.precision import PRECISIONS
 from pypar.train.resume import identity, resumption
-from pypar.train.stage import Loss, Plan, Stages, decoder_stages, stages_of
+from pypar.train.stage import Loss, Plan, Stages, own_stages, stages_of
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
 
@@ -53,8 +53,8 @@ class Trainer:
     device  by default the rank's GPU, where there is one
     model   the user's own: token ids [B, T] -> what ``loss`` takes, with the same weights on every rank. The model
             section is not looked at then. With a function blocks() it can be a pipeline; with a keyword ``sequences``
-            it can be spread over cp and gets packed documents. None: pypar's decoder, of which a rank only ever
-            allocates its part
+            it can be spread over cp and gets packed documents. None: the one that the model section describes, of
+            which a rank only ever allocates its part
     plan    how the model is spread (`pypar.parallelize`); ``train.sequence_parallel`` and the section ``context`` say
             what it leaves out
     loss    (what the model returned, targets [B, T]) -> the sum, not the mean, of the loss over positions whose target
@@ -102,11 +102,18 @@ class Trainer:
 
     def _own_stages(self) -> Stages:
         config = self.config
-        sizes = config.decoder_config(self.data.vocab_size)
+        sizes = config.model.sizes(self.data.vocab_size)
         self.flops_per_token = sizes.flops_per_token(config.train.sequence_length)
         plan = ParallelPlan(None, config.train.sequence_parallel, self.config.context)
-        return decoder_stages(
-            sizes, self.mesh, plan, self.schedule, seed=config.seed, dtype=self.dtype, device=self.device
+        return own_stages(
+            config.model.model_class(),
+            sizes,
+            self.mesh,
+            plan,
+            self.schedule,
+            seed=config.seed,
+            dtype=self.dtype,
+            device=self.device,
         )
 
     def _stages_of(self, model: nn.Module, plan: Plan, loss: Loss | None) -> Stages:

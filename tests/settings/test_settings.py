@@ -70,7 +70,7 @@ def test_bounds_that_may_be_reached(value):
 
 
 def test_sections_say_what_they_think_of_a_run():
-    run = Run({"tp": 1}, num_layers=3, num_heads=4, sequence_length=8, num_microbatches=2)
+    run = Run({"tp": 1}, num_layers=3, num_heads=4, sequence_length=8, num_positions=[8], num_microbatches=2)
     assert [note for section in sections_of(House()) for note in section.check(run)] == ["thin"]
 
 

@@ -13,7 +13,7 @@ from pypar.settings import check_values, keys_of
 from pypar.train.config import RunConfig, all_keys, load_config
 from pypar.train.keys import page
 from pypar.train.preflight import check
-from pypar.train.sections import TrainConfig, filled_model
+from pypar.train.sections import TrainConfig
 from tests import ROOT
 
 
@@ -77,7 +77,7 @@ def test_unknown_key_suggests_the_nearest(key: str, near: str) -> None:
 
 
 def test_unknown_key_without_a_neighbour_lists_the_section() -> None:
-    with pytest.raises(ValueError, match="model has vocab_size, num_layers"):
+    with pytest.raises(ValueError, match="model has family, vocab_size, num_layers"):
         load_config(None, ["model.zzzzzzz=1"])
 
 
@@ -123,14 +123,14 @@ def test_every_key_can_be_set() -> None:
 
 def test_sizes_that_follow_from_others() -> None:
     model = load_config(None, ["model.d_model=96", "model.num_heads=6"]).model
-    filled = filled_model(model, 256)
+    filled = model.filled(256)
     assert (filled.head_size, filled.vocab_size) == (16, 256)
     with pytest.raises(ValueError, match="must divide by model.num_heads"):
-        filled_model(load_config(None, ["model.d_model=97", "model.num_heads=6"]).model, 256)
+        load_config(None, ["model.d_model=97", "model.num_heads=6"]).model.filled(256)
     with pytest.raises(
         ValueError, match=r"model.vocab_size \(100\) must be at least the tokenizer's \(256\)"
     ):
-        filled_model(load_config(None, ["model.vocab_size=100"]).model, 256)
+        load_config(None, ["model.vocab_size=100"]).model.filled(256)
 
 
 @pytest.mark.parametrize("key", list(keys_of(RunConfig)), ids=lambda key: key.name)

@@ -16,7 +16,7 @@ from pypar.files.tensors import open_tensors
 from pypar.train.checkpoint.index import FILE_NAME, INDEX, Index, checked_entry, read_index, shown
 
 if TYPE_CHECKING:
-    from pypar.models import DecoderConfig
+    from pypar.models.family import Sizes
 
 MANIFEST = "complete.json"
 MOST_BYTES = 4 << 20
@@ -85,9 +85,7 @@ def read_extra(path: Path) -> dict[str, Any]:
     return read_manifest(path)["extra"]
 
 
-def check_readable(
-    path: Path, model: "DecoderConfig | None" = None, *, headers: bool = True
-) -> dict[str, Any]:
+def check_readable(path: Path, model: "Sizes | None" = None, *, headers: bool = True) -> dict[str, Any]:
     """The manifest of ``path``, read without any rank; ValueError where it is damaged or not of ``model``.
 
     headers: also look into each file; where many ranks check at once, each looks into those that it reads.
@@ -122,12 +120,13 @@ def _check_headers(path: Path, index: Index) -> None:
             ) from None
 
 
-def _check_model(path: Path, extra: Mapping[str, Any], index: Index, model: "DecoderConfig") -> None:
-    """Whether a decoder of these sizes can be filled from the checkpoint, found out before it is made."""
+def _check_model(path: Path, extra: Mapping[str, Any], index: Index, model: "Sizes") -> None:
+    """Whether a model of these sizes can be filled from the checkpoint, found out before it is made."""
     config = extra.get("config")
     written = config.get("model") if isinstance(config, dict) else None
     written = written if isinstance(written, dict) else {}
-    for key, value in dataclasses.asdict(model).items():
+    sizes: Any = model
+    for key, value in dataclasses.asdict(sizes).items():
         held = written.get(key, value)
         follows = key in FOLLOWING and type(held) is int and held == 0
         if not follows and (held != value or isinstance(held, bool) != isinstance(value, bool)):
