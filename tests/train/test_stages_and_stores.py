@@ -184,6 +184,11 @@ def test_a_store_that_gathers_blocks_is_asked_around_each_of_them(ranks, text: P
             assert all(calls[i][1] == calls[i + 1][1] for i in range(0, len(calls), 2))
 
 
+def test_a_store_that_does_not_act_on_blocks_costs_nothing(text: Path) -> None:
+    model = Trainer(_config(text, ""), Mesh(), CPU).model
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
 def test_a_store_that_is_not_there_is_refused(text: Path) -> None:
     config = _config(text, "", store="replicate")
     with pytest.raises(ValueError, match="store.name 'replicate' is not one of replicated; did you mean"):
