@@ -258,7 +258,7 @@ def report(seconds: dict[str, list[float]]) -> None:
     rate = {name: SEQUENCES * LENGTH / statistics.median(s) for name, s in seconds.items()}
     peers = [r for name, r in rate.items() if name.startswith("torch")]
     flops = SIZES.flops_per_token(LENGTH)
-    peak = matmul_rate(torch.float32, torch.device("cpu"))
+    peak = matmul_rate(torch.float32, torch.device("cpu"), 2048)
     cores = len(os.sched_getaffinity(0))
     print(
         f"torch {torch.__version__}, {cores} cores, fp32 matmul {peak / 1e9:.0f} GFLOP/s with "

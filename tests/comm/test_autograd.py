@@ -1,4 +1,7 @@
-"""Differentiable collectives against their definition on one process: values, gradients, second gradients."""
+"""Differentiable collectives against their definition on one process: values, gradients, second gradients.
+
+The long tests have every combination, the quick ones every pair.
+"""
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch.distributed as dist
 
 from pypar.comm import copy_to, gather_from, gather_replicated, reduce_from, reduce_scatter_to, split_to
 from pypar.mesh import Axis
+from tests.harness.pairs import pairwise
 
 WORLD_SIZES = [1, 2, 4]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -92,9 +96,7 @@ def _check(name, shape, dim, dtype):
     assert torch.equal(dout, douts[axis.rank]), "the incoming gradient was written"
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "world_size", "name"), pairwise(DTYPES, WORLD_SIZES, CASES))
 def test_values_and_gradients(ranks, name, world_size, dtype):
     for shape, dim in [((3, 5), 0), ((3, 5), -1), ((2, 7, 3), 1), ((1, 63, 5), 1), ((111,), 0)]:
         ranks(world_size, _check, name, shape, dim, dtype)

@@ -1,4 +1,7 @@
-"""Started collectives: values against the definition on one process, bytes against theory, buffers."""
+"""Started collectives: values against the definition on one process, bytes against theory, buffers.
+
+The long tests have every combination, the quick ones every pair.
+"""
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch.distributed as dist
 from pypar.comm import all_gather_start, all_reduce_start, reduce_scatter_start, wire_bytes
 from pypar.comm.collectives import local_slice
 from pypar.mesh import Axis
+from tests.harness.pairs import pairwise
 from tests.harness.refusals import sentences
 
 WORLD_SIZES = [1, 2, 3, 4]
@@ -68,9 +72,9 @@ def _check_reduce_scatter(shape, dim, dtype):
         assert result.is_contiguous() or axis.size == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (63, 111)])
+@pytest.mark.parametrize(
+    ("shape", "world_size", "dtype"), pairwise([(1,), (7,), (3, 5), (63, 111)], WORLD_SIZES, DTYPES)
+)
 def test_all_reduce(ranks, world_size, shape, dtype):
     ranks(world_size, _check_all_reduce, shape, dtype)
 

@@ -1,7 +1,6 @@
 """Tensors in memory that all ranks of a group share: an all_reduce of them copies nothing and gives the same bits."""
 
 import gc
-import multiprocessing
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from torch import nn
 import pypar
 from pypar.comm import shared_empty
 from pypar.mesh import Axis
+from tests.harness.forkserver import forkserver
 
 SUM, AVG, MAX = dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX
 # More than the 256 KiB up to which everybody reads everything; no multiples of a cache line, a rank or a block.
@@ -190,7 +190,7 @@ def _survive(rank, store_path, results):
 
 
 def test_the_death_of_a_rank_is_noticed(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     results = context.Queue()
     arguments = (str(tmp_path / "store"), results)
     processes = [context.Process(target=_survive, args=(rank, *arguments)) for rank in range(2)]

@@ -115,7 +115,8 @@ def test_between_ranks(ranks, name):
     ("name", "transport"),
     [
         ("_parallelize", "pypar"),
-        ("_parallelize", "gloo"),
+        ("_gather_from", "gloo"),
+        pytest.param("_parallelize", "gloo", marks=pytest.mark.slow),
         pytest.param("_all_reduce_start", "gloo", marks=pytest.mark.slow),
         pytest.param("_ring_attention", "gloo", marks=pytest.mark.slow),
     ],

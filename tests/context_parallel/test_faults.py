@@ -1,6 +1,5 @@
 """A rank of a ring is killed or fails, or differs from the others: they say so within seconds, or go on."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from pypar.context_parallel.methods.ring import method as ring
 from pypar.mesh import Axis
 from pypar.ops.attention import attention
 from tests.context_parallel.cases import Case, inputs
-from tests.harness.ranks import PRELOAD
+from tests.harness.forkserver import forkserver
 from tests.harness.simulated_ranks import run_ranks
 
 SIZE, VICTIM = 3, 1
@@ -51,8 +50,7 @@ def _rank(rank, folder, backend, direction):
 
 @pytest.mark.parametrize("backend,direction", [("gloo", "forward"), ("pypar", "backward")])
 def test_a_killed_rank_is_noticed_and_the_hop_named(tmp_path, backend, direction):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forkserver()
     processes = [
         context.Process(target=_rank, args=(rank, str(tmp_path), backend, direction), daemon=True)
         for rank in range(SIZE)

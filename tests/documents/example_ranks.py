@@ -23,6 +23,7 @@ TIMEOUT_S = 120.0  # of one program; most take a second, but tests run beside ea
 
 def _load() -> None:
     import torch
+    import torch._dynamo  # with every optimizer
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import pypar.comm  # noqa: F401

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,15 @@ from pypar.ops.attention import native as attention_native
 from pypar.ops.attention.arguments import AttentionProblem
 from tests import ROOT
 
+sys.path.append(str(ROOT / "bench"))
+from gpu_report import find_tool  # noqa: E402
+
 CSRC = ROOT / "csrc"
+KERNELS = {  # what the names of a source's kernels hold
+    "attention/cuda/forward.cu": "attention_forward",
+    "attention/cuda/backward.cu": "attention_backward",
+    "allreduce/launch.cu": "allreduce",
+}
 WORK_BYTES = 64
 
 
@@ -108,17 +119,56 @@ def _move(structure: ctypes.Structure, moved: dict[int, int]) -> None:
 
 
 @functools.lru_cache
-def ptx_module(source: str, ptxrun_folder: str, arch: str = "compute_80"):
-    """csrc/<source>, compiled by nvcc to PTX."""
+def _ptx(source: str) -> str:
+    """The PTX of csrc/<source>: what pypar._cuda holds, if it was built with PTX for compute_80, else nvcc's anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        tool, module = find_tool("cuobjdump"), importlib.util.find_spec("pypar._cuda")
+        if tool is not None and module is not None and module.origin is not None:
+            subprocess.run([tool, "-xptx", "all", module.origin], check=True, cwd=folder, capture_output=True)
+        entries = KERNELS[source]
+        for path in sorted(Path(folder).glob("*.sm_80.ptx")):
+            if re.search(rf"\.entry \w*{entries}", text := path.read_text()):
+                return text
+        nvcc, target = shutil.which("nvcc"), Path(folder) / "kernels.ptx"
+        assert nvcc is not None
+        command = [nvcc, "-std=c++17", "-O3", "-ptx", "-arch=compute_80", f"-I{CSRC}", str(CSRC / source)]
+        subprocess.run([*command, "-o", str(target)], check=True)
+        return target.read_text()
+
+
+@functools.lru_cache
+def _kernel(source: str, ptxrun_folder: str, mark: str) -> tuple[Any, str]:
+    """(module, name) of the kernel whose name holds `mark`; the others are left out, as each takes half a second."""
     if ptxrun_folder not in sys.path:
         sys.path.append(ptxrun_folder)
-    nvcc = shutil.which("nvcc")
-    assert nvcc is not None
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "kernels.ptx"
-        command = [nvcc, "-std=c++17", "-O3", "-ptx", f"-arch={arch}", f"-I{CSRC}", str(CSRC / source)]
-        subprocess.run([*command, "-o", str(target)], check=True)
-        return _module_class()(target.read_text())
+    head, *kernels = re.split(r"^(?=(?:\.visible )?\.entry )", _ptx(source), flags=re.MULTILINE)
+    names = [re.search(r"\.entry (\w+)", kernel)[1] for kernel in kernels]
+    ((name, text),) = (found for found in zip(names, kernels, strict=True) if re.search(mark, found[0]))
+    return _module_class()(head + text), name
+
+
+@dataclass
+class Launcher:
+    """Launches csrc/<source>'s kernels. buffers: all tensors whose addresses stand in their arguments, by name."""
+
+    source: str
+    folder: str  # that holds ptxrun
+    buffers: dict[str, Tensor]
+
+    def launch(
+        self,
+        mark: str,
+        blocks: int,
+        threads: int,
+        arguments: tuple,
+        shared_bytes: int = 0,
+        **options,
+    ) -> None:
+        """The kernel whose name holds `mark`, a regular expression; options go to ptxrun's launch."""
+        module, kernel = _kernel(self.source, self.folder, mark)
+        module.buffers = {x.data_ptr(): (name, x) for name, x in self.buffers.items() if x.numel()}
+        checks = {"race": "raise", "uninit": "raise", "max_shared": 232448} | options
+        module.launch(kernel, (blocks,), (threads,), arguments, shared_bytes, **checks)
 
 
 @dataclass
@@ -170,7 +220,6 @@ def run_forward(
     **options,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the compiled kernel; options go to ptxrun's launch."""
-    module = ptx_module("attention/cuda/forward.cu", folder)
     if carry is None:
         out = torch.full(problem.out_shape, torch.nan, dtype=problem.q.dtype)
         lse = torch.full(problem.lse_shape, torch.nan)
@@ -184,26 +233,10 @@ def run_forward(
     arguments = CForward(c_problem(problem), c_tensor(out), lse.data_ptr(), None, carry is not None)
     tensors = {name: value for name, value in vars(problem).items() if isinstance(value, Tensor)}
     tensors |= {"out": out, "lse": lse, "partial_out": partial_out, "partial_lse": partial_lse}
-    module.buffers = {x.data_ptr(): (name, x) for name, x in tensors.items() if x.numel()}
     for null in (x for x in (arguments.problem.q, arguments.problem.k, arguments.problem.v) if not x.data):
         null.data = None
-    _launch(module, shape.mark, blocks, shape.threads, (arguments, schedule), shape.shared_bytes, options)
+    launcher, values = Launcher("attention/cuda/forward.cu", folder, tensors), (arguments, schedule)
+    launcher.launch(shape.mark, blocks, shape.threads, values, shape.shared_bytes, **options)
     if num_splits > 1:
-        _launch(
-            module,
-            "attention_combine",
-            -(-schedule.num_rows * 32 // 128),
-            128,
-            (arguments, schedule),
-            0,
-            options,
-        )
+        launcher.launch("attention_combine", -(-schedule.num_rows * 32 // 128), 128, values, **options)
     return out, lse
-
-
-def _launch(
-    module, mark: str, blocks: int, threads: int, arguments: tuple, shared_bytes: int, options: dict
-) -> None:
-    (kernel,) = (name for name in module.kernels if mark in name)
-    checks = {"race": "raise", "uninit": "raise", "max_shared": 232448} | options
-    module.launch(kernel, (blocks,), (threads,), arguments, shared_bytes, **checks)

@@ -34,16 +34,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.harness.forkserver import forkserver
+
 STATUS_BYTES = 256  # per rank: its latest collective, as text
 START_TIMEOUT_S = 120.0  # torch is loaded in it
-PRELOAD = [
-    "torch.distributed.checkpoint",
-    "torch.distributed.tensor",
-    "numpy",
-    "pytest",
-    "pypar.comm",
-    "pypar.layout",
-]
 
 
 class RankError(AssertionError):
@@ -92,8 +86,7 @@ class _Pool:
     def __init__(self, world_size: int, folder: Path) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=folder))
         (self.folder / "status").write_bytes(bytes(STATUS_BYTES * world_size))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forkserver()
         self.connections: list[multiprocessing.connection.Connection] = []
         self.processes: list[Any] = []
         self.ready = False

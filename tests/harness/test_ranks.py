@@ -105,11 +105,12 @@ _SESSION = """
 import pathlib, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {root!r})
-from tests.harness import test_ranks
-from tests.harness.ranks import RankPools
+from tests.harness import forkserver, ranks, test_ranks
+
+forkserver.PRELOAD = ["pypar.comm"]  # what its ranks want
 
 def test_hang(tmp_path):
-    pools = RankPools(tmp_path)
+    pools = ranks.RankPools(tmp_path)
     try:
         identities = [process for _, process in pools(2, test_ranks._threads_and_process)]
         folder = pools._pools[2].folder

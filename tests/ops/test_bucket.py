@@ -1,4 +1,7 @@
-"""bucket, scaling and converting in one pass, on every backend."""
+"""bucket, scaling and converting in one pass, on every backend.
+
+The long tests have every combination, the quick ones every pair.
+"""
 
 import itertools
 
@@ -10,6 +13,7 @@ from pypar.ops.bucket import BACKENDS, bucket, move
 from pypar.selftest.case import Draw
 from pypar.selftest.cases.bucket import case, plain
 from tests.harness.native_kernels import instruction_set
+from tests.harness.pairs import pairwise
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,11 +24,12 @@ def make(count, dtype):
     return case(count, dtype).inputs(Draw("cpu", dtype, seed=count))["src"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
-@pytest.mark.parametrize("count", [0, 1, 63, 111, 1023, 70001])
-@pytest.mark.parametrize("scale", [1.0, 0.25, 1 / 3])
-def test_bits(name, source, target, count, scale):
+@pytest.mark.parametrize(
+    ("name", "pair", "count", "scale"),
+    pairwise(NAMES, PAIRS, (0, 1, 63, 111, 1023, 70001), (1.0, 0.25, 1 / 3)),
+)
+def test_bits(name, pair, count, scale):
+    source, target = pair
     src = make(count, source)
     out = torch.full((count,), 7.0, dtype=target)
     assert bucket(src, scale, out=out, backend=name) is out

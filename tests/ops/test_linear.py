@@ -1,4 +1,7 @@
-"""linear on every backend, and which library each processor takes."""
+"""linear on every backend, and which library each processor takes.
+
+The long tests have every combination, the quick ones every pair.
+"""
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from pypar.ops.linear import (
 )
 from pypar.selftest.cases.linear import case
 from pypar.selftest.judge import check_case, draw_inputs
+from tests.harness.pairs import pairwise
 
 NAMES = [backend.name for backend in BACKENDS]
 AMD = Processor("AuthenticAMD", has_avx512=True)
@@ -35,20 +39,22 @@ def make(rows, size, outputs, dtype=torch.float32, strided=False, bias=True):
     return draw_inputs(case(rows, size, outputs, strided=strided, bias=bias), dtype)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        ((63,), 17, 31),
-        ((2, 63), 111, 63),
-        ((1023,), 63, 23),
-        ((), 111, 63),
-        ((1,), 63, 111),
-        ((2100,), 16, 40),
-    ],
+    ("bias", "strided", "sizes", "name"),
+    pairwise(
+        [False, True],
+        [False, True],
+        [
+            ((63,), 17, 31),
+            ((2, 63), 111, 63),
+            ((1023,), 63, 23),
+            ((), 111, 63),
+            ((1,), 63, 111),
+            ((2100,), 16, 40),
+        ],
+        NAMES,
+    ),
 )
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
 def test_accuracy(name, sizes, strided, bias):
     check_case(case(*sizes, strided=strided, bias=bias), torch.float32, available(name))
 

@@ -1,4 +1,7 @@
-"""rms_norm on every backend."""
+"""rms_norm on every backend.
+
+The long tests have every combination, the quick ones every pair.
+"""
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from pypar.ops.rms_norm import BACKENDS, rms_norm
 from pypar.selftest.cases.rms_norm import case
 from pypar.selftest.judge import check_case, draw_inputs
 from tests.harness.native_kernels import assert_same_for_any_threads
+from tests.harness.pairs import pairwise
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,10 +20,10 @@ def make(shape, dtype):
     return draw_inputs(case(shape), dtype)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(63, 1), (5, 63), (2, 63, 111), (1, 1023), (301, 64), (1023,)])
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(
+    ("strided", "shape", "dtype", "name"),
+    pairwise([False, True], [(63, 1), (5, 63), (2, 63, 111), (1, 1023), (301, 64), (1023,)], DTYPES, NAMES),
+)
 def test_accuracy(name, dtype, shape, strided):
     check_case(case(shape, strided), dtype, name)
 

@@ -1,4 +1,7 @@
-"""rope on every backend."""
+"""rope on every backend.
+
+The long tests have every combination, the quick ones every pair.
+"""
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from pypar.ops.rope import BACKENDS, rope
 from pypar.selftest.cases.rope import case
 from pypar.selftest.judge import check_case, draw_inputs
 from tests.harness.native_kernels import assert_same_for_any_threads
+from tests.harness.pairs import pairwise
 
 NAMES = [backend.name for backend in BACKENDS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,10 +20,15 @@ def make(shape, dtype, memory="contiguous"):
     return draw_inputs(case(shape, memory), dtype)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 63, 1, 2), (2, 63, 3, 64), (1, 111, 5, 46), (1, 1023, 1, 30)])
-@pytest.mark.parametrize("memory", ["contiguous", "heads before positions", "some heads", "every second"])
+@pytest.mark.parametrize(
+    ("memory", "shape", "dtype", "name"),
+    pairwise(
+        ["contiguous", "heads before positions", "some heads", "every second"],
+        [(1, 63, 1, 2), (2, 63, 3, 64), (1, 111, 5, 46), (1, 1023, 1, 30)],
+        DTYPES,
+        NAMES,
+    ),
+)
 def test_accuracy(name, dtype, shape, memory):
     check_case(case(shape, memory), dtype, name)
 

@@ -1,8 +1,7 @@
 """What differs between processors, on one: each backend and instruction set of this machine by the self-test's cases.
 
 A machine takes one of them by itself; here each is forced, as PYPAR_BACKEND and PYPAR_ISA do, through every case.
-`make test` takes the cases of `pypar selftest --quick`, the long tests all: tests/ops/ has the other kinds of each
-operator's inputs, also on each instruction set.
+Of attention's cases `make test` takes those of `pypar selftest --quick`, the long tests all.
 """
 
 import functools
@@ -32,7 +31,7 @@ def results(op, name, case, draws):
 @pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("op", "quick"),
-    [(op, True) for op in OPS] + [pytest.param(op, False, marks=pytest.mark.slow) for op in OPS],
+    [*((op, op == "attention") for op in OPS), pytest.param("attention", False, marks=pytest.mark.slow)],
 )
 def test_every_case_on_every_backend_and_instruction_set(op, quick, dtype):
     failures, ran = [], set()

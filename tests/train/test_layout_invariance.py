@@ -20,8 +20,8 @@ from pypar.train.config import RunConfig
 from pypar.train.trainer import Trainer
 
 NUM_STEPS = 20
-SOME_STEPS = 8  # some at the full learning rate
-FEW_STEPS = 5  # where what differs is attention alone
+SOME_STEPS = 6  # the last at the full learning rate
+FEW_STEPS = 3  # where what differs is attention alone
 TIMEOUT_S = 600  # eight ranks on two cores wait for each other most of the time
 AXES = ("dp", "pp", "cp", "tp")
 QUICK = (

@@ -1,6 +1,5 @@
 """The backend "pypar" when a process ends, is interrupted, or forks in the middle of things."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import pypar.comm  # noqa: F401 - makes the backend known in spawned processes
+from tests.harness.forkserver import forkserver
 
 
 def _start(rank, size, store_path, results, what):
@@ -20,8 +20,7 @@ def _start(rank, size, store_path, results, what):
 
 def _run_processes(tmp_path, what, size=2):
     """Its own processes, which may end or be interrupted: (exit codes, seconds, what they put into `results`)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "pypar.comm"])
+    context = forkserver()
     results = context.Queue()
     arguments = (size, str(tmp_path / "store"), results, what)
     processes = [context.Process(target=_start, args=(rank, *arguments)) for rank in range(size)]

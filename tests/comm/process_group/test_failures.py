@@ -1,6 +1,5 @@
 """The backend "pypar" when ranks disagree, are late, or die; and over several hosts."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import distribute_tensor
 
 import pypar.comm  # noqa: F401 - makes the backend known, also in spawned processes
+from tests.harness.forkserver import forkserver
 
 
 def _group():
@@ -86,7 +86,7 @@ def _survive(rank, size, store_path, results):
 
 def test_the_death_of_a_rank_is_noticed_within_a_second(tmp_path):
     """Not in a pool, which would kill the other ranks."""
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     results = context.Queue()
     arguments = (3, str(tmp_path / "store"), results)
     processes = [context.Process(target=_survive, args=(rank, *arguments)) for rank in range(3)]

@@ -20,10 +20,19 @@ from pypar.bench import namespaces
 from pypar.data_parallel import GradientBuckets
 from pypar.mesh import Axis
 from tests import ROOT
+from tests.harness.forkserver import forkserver
 
 MEGABIT = 10**6
 REASON = namespaces.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no network namespaces: {REASON}")
+
+
+def _start(function, size, folder):
+    """function(rank, size, folder) in processes of their own, which may go elsewhere."""
+    forkserver()
+    torch.multiprocessing.start_processes(
+        function, (size, str(folder)), nprocs=size, start_method="forkserver"
+    )
 
 
 def _join(rank, size, folder, bits_per_second):
@@ -56,7 +65,7 @@ def _sums(rank, size, folder):
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_backend_between_two_namespaces(tmp_path, size):
-    torch.multiprocessing.spawn(_sums, (size, str(tmp_path)), nprocs=size)
+    _start(_sums, size, tmp_path)
 
 
 def _is_slow(rank, size, folder):
@@ -74,7 +83,7 @@ def _is_slow(rank, size, folder):
 
 
 def test_the_cable_has_the_speed_that_was_asked_for(tmp_path):
-    torch.multiprocessing.spawn(_is_slow, (2, str(tmp_path)), nprocs=2)
+    _start(_is_slow, 2, tmp_path)
 
 
 def _waits(rank, size, folder):
@@ -93,7 +102,8 @@ def test_nothing_is_left_when_the_parent_is_killed(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch\nfrom tests.comm.process_group import test_network_namespaces as tests\n"
         "if __name__ == '__main__':\n"
-        f"    torch.multiprocessing.spawn(tests._waits, (2, {str(tmp_path)!r}), nprocs=2)\n"
+        f"    arguments = (2, {str(tmp_path)!r})\n"
+        "    torch.multiprocessing.start_processes(tests._waits, arguments, nprocs=2, start_method='fork')\n"
     )
     (tmp_path / "parent.py").write_text(program)
     parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])

@@ -1,4 +1,7 @@
-"""The torch.distributed backend "pypar": every collective against what it means, and what happens when ranks fail."""
+"""The torch.distributed backend "pypar": every collective against what it means, and what happens when ranks fail.
+
+The long tests have every combination, the quick ones every pair.
+"""
 
 import itertools
 import time
@@ -6,6 +9,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
+from tests.harness.pairs import pairwise
 
 WORLD_SIZES = [1, 2, 3, 4]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -146,9 +151,7 @@ def _reduce_scatters(count, dtype, op):
     assert rank != size - 1 or torch.equal(x, reduced([table[r][0] for r in range(size)], op))
 
 
-@pytest.mark.parametrize("size", WORLD_SIZES)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("op", ["SUM", "AVG"])
+@pytest.mark.parametrize(("op", "dtype", "size"), pairwise(["SUM", "AVG"], FLOATS, WORLD_SIZES))
 def test_reduce_scatter_and_reduce(ranks, size, dtype, op):
     for count in (1, 1023, 400_001):
         ranks(size, _reduce_scatters, count, dtype, op)

@@ -36,6 +36,7 @@ def load_suite(like: str, num_ranks: int, folder: str) -> types.ModuleType:
     if importlib.util.find_spec("expecttest") is None:  # torch's test classes inherit from its TestCase
         sys.modules["expecttest"] = types.ModuleType("expecttest")
         sys.modules["expecttest"].TestCase = unittest.TestCase  # type: ignore[attr-defined]
+    import torch._dynamo  # noqa: F401 - here once, instead of in each rank that makes a DistributedDataParallel
     from torch.testing._internal.distributed import distributed_test
 
     import pypar.comm

@@ -1,15 +1,19 @@
 """Runs all-reduce's Triton kernels in Triton's interpreter, one process a rank, on memory that the processes share:
-the flags are exchanged for real. TRITON_INTERPRET must be set before kernels are imported, hence a program of its own.
+the flags are exchanged for real. TRITON_INTERPRET must be set before kernels are imported, hence a program of its own,
+whose forks the ranks are.
 
-    run(ranks, calls) -> for each rank (results of its calls, its error word)
+    InterpretedRanks().run(ranks, calls) -> for each rank (results of its calls, its error word)
 """
 
+import contextlib
 import mmap
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -26,18 +30,39 @@ class Call(NamedTuple):
     inputs: list[tuple[Tensor, ...] | None]
 
 
-def run(ranks: int, calls: list[Call], limit: int = 1 << 40, seed: int = 0) -> list[tuple[list, int]]:
-    """limit: polls of one wait. seed: of the ranks' pauses."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.allreduce.interpreted_ranks"],  # which unpickles Call by this name
-        cwd=ROOT,
-        input=pickle.dumps((ranks, calls, limit, seed)),
-        stdout=subprocess.PIPE,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        timeout=100,
-        check=True,
-    )
-    return pickle.loads(result.stdout)
+class InterpretedRanks:
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.gpu.allreduce.interpreted_ranks",
+            ],  # which unpickles Call by this name
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            start_new_session=True,
+        )
+
+    def run(
+        self, ranks: int, calls: list[Call], limit: int = 1 << 40, seed: int = 0
+    ) -> list[tuple[list, int]]:
+        """limit: polls of one wait. seed: of the ranks' pauses."""
+        late = threading.Timer(100, self.close)
+        late.start()
+        try:
+            pickle.dump((ranks, calls, limit, seed), self._process.stdin)
+            self._process.stdin.flush()
+            return pickle.load(self._process.stdout)
+        finally:
+            late.cancel()
+
+    def close(self) -> None:
+        """Ends the process and the ranks that it may have."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 def launches(workspace: Any, call: Call) -> tuple[list, list[Tensor]]:
@@ -65,11 +90,9 @@ def _rank(workspace: Any, calls: list[Call], seed: int) -> tuple[list, int]:
     return results, workspace.error.item()
 
 
-def _main() -> None:
+def _run(ranks: int, calls: list[Call], limit: int, seed: int) -> list[tuple[list, int]]:
     from pypar.kernels import allreduce_launches as allreduce
 
-    torch.set_num_threads(1)
-    ranks, calls, limit, seed = pickle.load(sys.stdin.buffer)
     max_bytes = max(x[0].nbytes for call in calls for x in call.inputs if x is not None)
     size = allreduce.buffer_bytes(max_bytes, ranks)
     memory = torch.frombuffer(mmap.mmap(-1, size * ranks), dtype=torch.uint8)  # shared with the forked ranks
@@ -89,7 +112,19 @@ def _main() -> None:
     for read in pipes:
         with os.fdopen(read, "rb") as pipe:
             results.append(pickle.load(pipe))
-    sys.stdout.buffer.write(pickle.dumps(results))
+        os.wait()
+    return results
+
+
+def _main() -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            asked = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(_run(*asked), sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

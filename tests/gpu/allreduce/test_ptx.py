@@ -9,7 +9,7 @@ import torch
 
 from pypar.selftest.judge import judge_result
 from tests.gpu.allreduce.peer_ranks import DTYPES, draw, norm_reference, rank_sum
-from tests.harness import ptx_attention
+from tests.harness.ptx_attention import Launcher
 
 FOLDER = os.environ.get("PYPAR_PTXRUN", "")
 pytestmark = [
@@ -87,11 +87,10 @@ class Areas:
                 self.flags(rank)[self.call % 2, :stages, :, peer] = self.call
 
     def launch(self, kernel, dtype, blocks, call, tensors, shared_bytes=0, **options):
-        module = ptx_attention.ptx_module("allreduce/launch.cu", FOLDER)
         tensors = {f"area {r}": area for r, area in enumerate(self.bytes)} | tensors | {"error": self.error}
-        module.buffers = {x.data_ptr(): (name, x) for name, x in tensors.items()}
-        marks = [name for name in module.kernels if f"{kernel}_kernel" in name and MARKS[dtype] in name]
-        ptx_attention._launch(module, marks[0], blocks, THREADS, (call,), shared_bytes, options)
+        launcher = Launcher("allreduce/launch.cu", FOLDER, tensors)
+        mark = f"{kernel}_kernel.*{MARKS[dtype]}"
+        launcher.launch(mark, blocks, THREADS, (call,), shared_bytes, **options)
 
 
 def slices(items, P):

@@ -1,4 +1,7 @@
-"""csrc/attention/cuda/forward.cu, on the CPU by the host runtime of tests/harness/simt."""
+"""csrc/attention/cuda/forward.cu, on the CPU by the host runtime of tests/harness/simt.
+
+The long tests have every combination of sizes and types, the quick ones every pair.
+"""
 
 import math
 from dataclasses import replace
@@ -13,6 +16,7 @@ from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import expect
+from tests.harness.pairs import pairwise
 from tests.harness.simt import build as simt_build
 from tests.ops.attention import matrix
 from tests.ops.attention.matrix import AXES, Case, operands
@@ -130,9 +134,7 @@ def test_not_a_number_shows(T, dtype):
     assert out[:, :, 2:].isfinite().all() and lse[:, 2:].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", [1, 33])
-@pytest.mark.parametrize("H", HEADS)
+@pytest.mark.parametrize(("H", "T", "dtype"), pairwise(HEADS, (1, 33), DTYPES))
 def test_carry_continues(H, T, dtype):
     """Blocks of keys one after the other give what all keys give at once; positions are interleaved."""
     tensors = make(T, 150, H, dtype)

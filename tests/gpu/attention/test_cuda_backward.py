@@ -1,4 +1,7 @@
-"""csrc/attention/cuda/backward.cu on the CPU, by the host runtime of tests/harness/simt, behind the forward kernels."""
+"""csrc/attention/cuda/backward.cu on the CPU, by the host runtime of tests/harness/simt, behind the forward kernels.
+
+The long tests have every combination of sizes, types and masks, the quick ones every pair.
+"""
 
 import dataclasses
 from functools import partial
@@ -13,6 +16,7 @@ from pypar.ops.attention.arguments import AttentionProblem, Positions, attention
 from pypar.ops.backend import Backend
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import expect, judge_result
+from tests.harness.pairs import pairwise
 from tests.harness.simt import build as simt_build
 from tests.ops.attention import matrix
 from tests.ops.attention.judge import compare, run
@@ -84,9 +88,7 @@ def given(tensors: dict[str, Tensor], **keywords) -> tuple:
     return problem, draw(*out.shape, seed=9, dtype=out.dtype), out, lse
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("shape", "dtype", "causal"), pairwise(SHAPES, DTYPES, (False, True)))
 def test_every_instance(shape, dtype, causal):
     T, S, N, G, H, Hv = SHAPES[shape]
     compare(backend("fast"), make(T, S, (N, G), (H, Hv), dtype), {"causal": causal})
@@ -129,9 +131,7 @@ def test_long(lengths, H, mask, dtype):
     compare(backend("fast"), make(*lengths, (2, 1), (H, H), dtype), mask)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("H", [64, 256])
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(("dtype", "H", "step"), pairwise(DTYPES, (64, 256), (1, 3)))
 def test_positions(step, H, dtype):
     """Queries and keys of a rank: they stand apart, and are counted from elsewhere by dropout."""
     at = Positions(q_start=50, k_start=-7, step=step, batch_start=2, head_start=5)

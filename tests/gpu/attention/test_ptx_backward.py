@@ -14,16 +14,15 @@ from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import AttentionProblem, attention_problem
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import expect
-from tests.harness import ptx_attention
-from tests.harness.ptx_attention import CProblem, CTensor, c_problem, c_tensor
+from tests.harness.pairs import pairwise
+from tests.harness.ptx_attention import CProblem, CTensor, Launcher, c_problem, c_tensor
 
 FOLDER = os.environ.get("PYPAR_PTXRUN", "")
 pytestmark = [
     pytest.mark.skipif(not FOLDER, reason="PYPAR_PTXRUN does not name the folder that holds ptxrun"),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH"),
 ]
-# In fp32 the products are a hundred thousand multiply-adds, one by one: up to a minute for ptxrun.
-DTYPES = (torch.bfloat16, torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow))
+DTYPES = (torch.bfloat16, torch.float16)
 QUERIES_PADDING = 64
 PLACE_BYTES = 72
 
@@ -93,8 +92,7 @@ def run_backward(
         made["dbias"] = torch.zeros(problem.scores_shape)
     given = {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}
     given |= {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
-    module = ptx_attention.ptx_module("attention/cuda/backward.cu", FOLDER)
-    module.buffers = {x.data_ptr(): (name, x) for name, x in (made | given).items()}
+    launcher = Launcher("attention/cuda/backward.cu", FOLDER, made | given)
 
     arguments = CArguments(lse=made["base"].data_ptr(), delta=made["delta"].data_ptr(), padded_length=padded)
     call = arguments.call
@@ -118,9 +116,7 @@ def run_backward(
     lanes = 8 if Hv <= 64 else 16 if Hv <= 128 else 32
     fp32 = problem.q.dtype == torch.float32
     values = (arguments, lanes, 1.0 if fp32 else math.log2(math.e))
-    ptx_attention._launch(
-        module, "attention_backward_values", arguments.per_head * N * B, 256, values, 0, options
-    )
+    launcher.launch("attention_backward_values", arguments.per_head * N * B, 256, values, **options)
     head = next(size for size in (64, 128, 256) if max(H, Hv) <= size)
     element = problem.q.element_size()
     sizes = SIZES[element, head]
@@ -130,7 +126,7 @@ def run_backward(
         arguments.per_head = math.ceil(length / sizes.rows)
         blocks = arguments.per_head * heads * B * (2 if keys and sizes.split else 1)
         mark = f"{tags[problem.q.dtype]}ELi{head}ELb{keys:d}E"
-        ptx_attention._launch(module, mark, blocks, sizes.threads, (arguments,), shared, options)
+        launcher.launch(mark, blocks, sizes.threads, (arguments,), shared, **options)
     return [made[name] for name in ("dq", "dk", "dv")], made.get("dbias")
 
 
@@ -162,15 +158,21 @@ def check(
         expected.check(f"d{name}", gradient)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("H", [64, 128, 256])
-@pytest.mark.parametrize("T", [33, 63])
+@pytest.mark.parametrize(("H", "dtype", "T"), pairwise((64, 128, 256), DTYPES, (33, 63)))
 def test_every_instance(H, dtype, T):
     """Neither blocks nor tiles are whole."""
     check((T, 70), (H, H), dtype, {"causal": True} if T == 63 else {})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.parametrize("T", [33, 63])
+def test_every_instance_in_fp32(H, T):
+    """The products are a hundred thousand multiply-adds, one by one: up to a minute for ptxrun."""
+    check((T, 70), (H, H), torch.float32, {"causal": True} if T == 63 else {})
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_every_option(dtype):
     options = {"window": (40, 5), "softcap": 5.0, "dropout_p": 0.17, "dropout_seed": 3}
     slopes, bias = torch.tensor([0.1, 0.2]), draw(2, 33, 70, seed=7, dtype=dtype)
@@ -183,7 +185,7 @@ def test_any_order_of_warps_and_copies(schedule, cp_async):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
 @pytest.mark.parametrize("H", [40, 64, 96, 128, 256])
 @pytest.mark.parametrize("lengths", [(63, 111), (111, 63), (200, 140)], ids=str)
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (20, 30)}], ids=str)

@@ -1,8 +1,8 @@
 """attention's Triton kernels in Triton's interpreter. The bfloat16 path runs elsewhere:
 tests/gpu/attention/test_ptx_triton.py.
 
-Each option has one batch element unless it says something of several; the long tests add other numbers of splits and
-the plain case of what the quick ones ask of all options together."""
+Each option has one batch element unless it says something of several; the long tests add other numbers of splits, and
+single options of what the quick ones ask of all options together."""
 
 import re
 import subprocess
@@ -83,7 +83,10 @@ OPTIONS = {
         "Hv": 48,
     },
 }
-LONG_PLAIN = pytest.param("plain", marks=pytest.mark.slow)
+
+
+def long(*names: str) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def backend_of(interpreter: Any, splits: int | None = None) -> Backend:
@@ -106,7 +109,8 @@ def test_options(interpreter, name):
 
 @needs_triton
 @pytest.mark.parametrize(
-    "name", ["plain", "causal", "mqa, few queries", "alibi, batch", "all", "varlen", "varlen, all"]
+    "name",
+    ["mqa, few queries", "all", "varlen, all", *long("plain", "causal", "alibi, batch", "varlen")],
 )
 def test_fp32(interpreter, name):
     compare(backend_of(interpreter), *draw(**OPTIONS[name]))
@@ -119,13 +123,13 @@ def test_bf16(interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["plain", "gqa", "varlen, all"])
+@pytest.mark.parametrize("name", ["gqa", "varlen, all", *long("plain")])
 def test_gradients_are_added(interpreter, name):
     check_added(backend_of(interpreter), *draw(**OPTIONS[name]))
 
 
 @needs_triton
-@pytest.mark.parametrize("name", [LONG_PLAIN, "all", "mqa, few queries", "varlen, all"])
+@pytest.mark.parametrize("name", ["all", "varlen, all", *long("plain", "mqa, few queries")])
 @pytest.mark.parametrize("splits", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_programs_share_the_keys(interpreter, name, splits):
     """The split forward joins in a fixed order, and parts without keys count for nothing."""
@@ -133,7 +137,7 @@ def test_programs_share_the_keys(interpreter, name, splits):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", [LONG_PLAIN, "window", "all", "mqa, few queries"])
+@pytest.mark.parametrize("name", ["all", "mqa, few queries", *long("plain", "window")])
 @pytest.mark.parametrize("splits", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_running_results(interpreter, name, splits):
     tensors, keywords = draw(dtype=torch.float16, **{"sinks": True, **OPTIONS[name]})

@@ -7,6 +7,7 @@ with every length, mask and dtype, the other features by turns.
 
 import functools
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,14 +27,14 @@ BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 # Backends that calculate slowly take the short cases, as instruction sets do that are not the one that is taken.
 # What a case is compared with is calculated once for all of them, which stand one behind the other.
+LOWER = [f"native {isa}" for isa in native.module().supported_isas()[1:]]
 SAMPLED = [("native", case) for case in MIDDLE]
-SAMPLED += [(name, case) for case in SHORT for name in BY_NAME if name != "native"]
+SAMPLED += [(name, case) for case in SHORT for name in (*BY_NAME, *LOWER) if name != "native"]
 # One of thousands of queries and keys for each dtype.
 LARGE = [
     min((case for case in BOTH_LARGE if case.dtype == dtype), key=lambda case: (case.lengths, case.H))
     for dtype in DTYPES
 ]
-ISAS = [(isa, case) for case in SHORT for isa in native.module().supported_isas()[1:]]
 
 
 @functools.cache
@@ -62,7 +63,10 @@ def check(name, case):
 
 @pytest.mark.parametrize(("name", "case"), SAMPLED, ids=str)
 def test_sample(name, case):
-    check(name, case)
+    """name: of a backend, and of an instruction set where it is not the one that is taken."""
+    backend, *isa = name.split()
+    with instruction_set(isa[0]) if isa else nullcontext():
+        check(backend, case)
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
@@ -74,12 +78,6 @@ def test_large_lengths(case):
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_sample_of_every_length(case):
     check("native", case)
-
-
-@pytest.mark.parametrize(("isa", "case"), ISAS, ids=str)
-def test_sample_on_lower_instruction_sets(isa, case):
-    with instruction_set(isa):
-        run("native", case)
 
 
 @pytest.mark.slow

@@ -5,9 +5,6 @@ import itertools
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from pypar.mesh import Mesh
 from pypar.mesh_shape import MeshShape
 from pypar.models import Decoder, DecoderConfig
 from pypar.train import checkpoint
+from tests.harness.forkserver import forkserver
 
 LAYOUT_OF = {
     "embedding.weight": Layout((16, 8), (Cut(0, "tp"),)),
@@ -227,21 +225,13 @@ def test_a_model_is_compared_before_it_is_made(tmp_path: Path, tied: bool) -> No
         checkpoint.check_readable(path, dataclasses.replace(sizes, num_layers=10**9))
 
 
-ENDLESS_SAVES = """
-import sys
-from pathlib import Path
-import torch
-from pypar.layout import Layout
-from pypar.mesh import Mesh
-from pypar.train import checkpoint
-
-mesh, directory = Mesh(), Path(sys.argv[1])
-for step in range(1, 10**6):
-    state = {"w": (torch.full((300_000,), float(step)), Layout((300_000,)))}
-    checkpoint.save(directory, step, state, mesh, {})
-    checkpoint.keep_newest(directory, 2)
-    print(step, flush=True)
-"""
+def _save_endlessly(directory: Path, saved) -> None:
+    mesh = Mesh()
+    for step in range(1, 10**6):
+        state = {"w": (torch.full((300_000,), float(step)), Layout((300_000,)))}
+        checkpoint.save(directory, step, state, mesh, {})
+        checkpoint.keep_newest(directory, 2)
+        saved.send(step)
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
@@ -249,15 +239,13 @@ def test_a_writer_killed_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) 
     mesh = Mesh()
     for trial in range(4):
         directory = tmp_path / str(trial)
-        writer = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS_SAVES, str(directory)], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        for _ in range(3):
-            writer.stdout.readline()
+        ours, theirs = forkserver().Pipe()
+        writer = forkserver().Process(target=_save_endlessly, args=(directory, theirs), daemon=True)
+        writer.start()
+        assert [ours.recv() for _ in range(3)] == [1, 2, 3]
         time.sleep(0.004 * trial)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        writer.kill()
+        writer.join()
         complete, faults = checkpoint.survey(directory)
         assert complete and not faults
         for path in complete:
