@@ -11,9 +11,9 @@ from pypar.selftest.compare import compare, parse_arguments, print_limit
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    print_limit(arguments)
+    limit = print_limit(arguments)
     for rows, size in ((1024, 512), (1024, 32000)):
-        compare(case((rows, size)), (rows * size, 2 * rows * size), arguments.rounds)
+        compare(case((rows, size)), (rows * size, 2 * rows * size), arguments.rounds, limit)
 
 
 if __name__ == "__main__":

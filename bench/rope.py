@@ -13,9 +13,9 @@ from pypar.selftest.compare import compare, parse_arguments, print_limit
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    print_limit(arguments)
+    limit = print_limit(arguments)
     for shape in ((1, 1024, 8, 64), (1, 4096, 32, 128)):
-        compare(case(shape), (2 * math.prod(shape), 2 * math.prod(shape)), arguments.rounds)
+        compare(case(shape), (2 * math.prod(shape), 2 * math.prod(shape)), arguments.rounds, limit)
 
 
 if __name__ == "__main__":

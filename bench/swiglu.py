@@ -11,9 +11,9 @@ from pypar.selftest.compare import compare, parse_arguments, print_limit
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    print_limit(arguments)
+    limit = print_limit(arguments)
     for rows, size in ((1024, 1408), (1024, 11008)):
-        compare(case((rows, size)), (3 * rows * size, 5 * rows * size), arguments.rounds)
+        compare(case((rows, size)), (3 * rows * size, 5 * rows * size), arguments.rounds, limit)
 
 
 if __name__ == "__main__":

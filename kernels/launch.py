@@ -1,7 +1,13 @@
 """One launch of a kernel: it can be run, compiled for a device that is not there, or run elsewhere."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,5 +26,61 @@ class Launch:
         return found if self.max_registers is None else found | {"maxnreg": self.max_registers}
 
     def run(self) -> None:
+        """On the current device, in Triton's interpreter where kernels were imported for it, or elsewhere."""
+        run = _elsewhere.get() or _run_here
         if self.num_programs:
-            self.kernel[(self.num_programs,)](**self.arguments, **self.options)
+            run(self)
+
+
+_elsewhere: ContextVar[Callable[[Launch], None] | None] = ContextVar("_elsewhere", default=None)
+
+
+@contextlib.contextmanager
+def launches_go_to(run: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, `run` gets the launches of this thread: an interpreter of PTX, say, or a list that collects them."""
+    before = _elsewhere.set(run)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(before)
+
+
+def launches_go_elsewhere() -> bool:
+    """Whether a function that is no device gets the launches."""
+    return _elsewhere.get() is not None
+
+
+def run_launches(launches: list[Launch], like: Tensor) -> None:
+    """Runs them one after another on the device of `like`."""
+    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+def _run_here(launch: Launch) -> None:
+    from triton import JITFunction
+
+    if isinstance(launch.kernel, JITFunction):
+        launch.kernel[(launch.num_programs,)](**launch.arguments, **launch.options)
+    else:
+        _interpret(launch)
+
+
+def _interpret(launch: Launch) -> None:
+    """With fp32 in place of bfloat16, with which Triton's interpreter computes as with integers."""
+    narrow = {
+        name: x for name, x in launch.arguments.items() if isinstance(x, Tensor) and x.dtype == torch.bfloat16
+    }
+    given = {name: _in_fp32(x) for name, x in narrow.items()}
+    wide = {name: _in_fp32(x) for name, x in narrow.items()}
+    launch.kernel[(launch.num_programs,)](**launch.arguments | wide, **launch.options)
+    for name, x in wide.items():
+        if not torch.equal(
+            x.view(torch.int32), given[name].view(torch.int32)
+        ):  # what was only read may overlap
+            narrow[name].copy_(x)
+
+
+def _in_fp32(x: Tensor) -> Tensor:
+    """A copy with the strides that the kernel is told."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=torch.float32).copy_(x)

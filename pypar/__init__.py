@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from pypar.hugging_face.shard_context import shard_context as shard_context
     from pypar.mesh import Mesh as Mesh
     from pypar.ops.attention import attention as attention
+    from pypar.ops.layer_norm import LayerNorm as LayerNorm
+    from pypar.ops.layer_norm import layer_norm as layer_norm
+    from pypar.ops.rms_norm import RMSNorm as RMSNorm
+    from pypar.ops.rms_norm import rms_norm as rms_norm
     from pypar.ops.scaled_dot_product_attention import (
         scaled_dot_product_attention as scaled_dot_product_attention,
     )
@@ -38,10 +42,14 @@ __version__ = "0.1.0"
 _HOME_OF_NAME = {
     "DataParallel": "pypar.data_parallel",
     "GradientBuckets": "pypar.data_parallel",
+    "LayerNorm": "pypar.ops.layer_norm",
     "Mesh": "pypar.mesh",
+    "RMSNorm": "pypar.ops.rms_norm",
     "attention": "pypar.ops.attention",
+    "layer_norm": "pypar.ops.layer_norm",
     "parallelize": "pypar.parallel.apply",
     "register_with_transformers": "pypar.hugging_face.attention",
+    "rms_norm": "pypar.ops.rms_norm",
     "ring_attention": "pypar.context_parallel.attention",
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
     "shard_context": "pypar.hugging_face.shard_context",

@@ -54,6 +54,55 @@ PYPAR_INLINE float sum_over(int64_t size, const Term& term) {
   return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// The sums of both parts of term(i, count), a pair of Float, as `sum_over` has one.
+struct FloatPair {
+  Float first, second;
+};
+struct FloatSums {
+  float first, second;
+};
+template <class Term>
+PYPAR_INLINE FloatSums sums_over(int64_t size, const Term& term) {
+  FloatPair sums[2] = {};
+  const auto add = [&](int part, int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+    const FloatPair found = term(i, count);
+    sums[part].first += found.first;
+    sums[part].second += found.second;
+  };
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= size; i += 2 * kWidth) {
+    add(0, i, kWidth);
+    add(1, i + kWidth, kWidth);
+  }
+  if (i + kWidth <= size) {
+    add(0, i, kWidth);
+    i += kWidth;
+  }
+  if (i < size) add(1, i, size - i);
+  return {reduce_sum(sums[0].first + sums[1].first), reduce_sum(sums[0].second + sums[1].second)};
+}
+
+// The first `count` lanes of x; the others are zero.
+PYPAR_INLINE Float first_lanes(Float x, int64_t count) {
+  return count == kWidth ? x : select(lane_indices() < static_cast<int32_t>(count), x, zero());
+}
+
+// out[i] = the sum over r of parts[r * stride + i], for i in [0, size) and r in [0, rows), in an order given
+// by r alone. In several chains, since the error grows with the length of a chain.
+PYPAR_INLINE void sum_rows(const float* parts, int64_t rows, int64_t size, int64_t stride, float* out) {
+  for_vectors(size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+    constexpr int kChains = 16;
+    Float sums[kChains] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      sums[row % kChains] += load_first(parts + row * stride + i, count);
+    }
+    for (int half = kChains / 2; half > 0; half /= 2) {
+      for (int chain = 0; chain < half; ++chain) sums[chain] += sums[chain + half];
+    }
+    store_first(out + i, sums[0], count);
+  });
+}
+
 // Calls run(element) with a value of the C++ type that `type` names.
 template <class Run>
 PYPAR_INLINE void by_element_type(int type, const Run& run) {

@@ -6,9 +6,20 @@ for one element of the batch after the other; forward mode (jvp, jacfwd, hessian
 
 from pypar.ops.attention import attention
 from pypar.ops.cross_entropy import cross_entropy
+from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.ops.linear import linear
-from pypar.ops.rms_norm import rms_norm
+from pypar.ops.rms_norm import RMSNorm, rms_norm
 from pypar.ops.rope import rope
 from pypar.ops.swiglu import swiglu
 
-__all__ = ["attention", "cross_entropy", "linear", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "LayerNorm",
+    "RMSNorm",
+    "attention",
+    "cross_entropy",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

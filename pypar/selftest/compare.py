@@ -27,17 +27,18 @@ def parse_arguments(text: str) -> argparse.Namespace:
     return arguments
 
 
-def print_limit(arguments: argparse.Namespace) -> None:
-    """The rate at which this machine moves bytes."""
-    rate = timing.copy_rate(rounds=arguments.rounds) / 1e9
-    print(f"{arguments.threads} threads; the machine's limit: a copy of 64 MiB moves {rate:.1f} GB/s")
+def print_limit(arguments: argparse.Namespace) -> float:
+    """Prints and returns the bytes that this machine moves in a second."""
+    rate = timing.copy_rate(rounds=arguments.rounds)
+    print(f"{arguments.threads} threads; the machine's limit: a copy of 64 MiB moves {rate / 1e9:.1f} GB/s")
+    return rate
 
 
-def compare(case: Case, traffic: tuple[int, int], rounds: int) -> None:
+def compare(case: Case, traffic: tuple[int, int], rounds: int, copy_rate: float) -> None:
     """Prints a line for each dtype: forward and backward by the backend that is chosen, with time, ratio and GB/s.
 
     A result that breaks the rule of accuracy is an AssertionError. traffic: the elements of the case's dtype that
-    forward and backward must read or write at least.
+    forward and backward must read or write at least. copy_rate: what print_limit found, of which shares are printed.
     """
     for name in DTYPES:
         dtype = timing.DTYPES[name]
@@ -52,12 +53,13 @@ def compare(case: Case, traffic: tuple[int, int], rounds: int) -> None:
         for direction, elements in zip(("forward", "backward"), traffic, strict=True):
             contend = _forward if direction == "forward" else _backward
             seconds = timing.best_seconds({key: contend(case, *side) for key, side in sides.items()}, rounds)
-            rate = elements * dtype.itemsize / seconds["ours"] / 1e9
+            rate = elements * dtype.itemsize / seconds["ours"]
             cells.append(
                 f"{direction} {seconds['ours'] * 1e6:8.0f} us, plain {seconds['plain'] * 1e6:8.0f} us, "
-                f"{seconds['plain'] / seconds['ours']:5.2f}x, {rate:5.1f} GB/s"
+                f"{seconds['plain'] / seconds['ours']:5.2f}x, {rate / 1e9:5.1f} GB/s, "
+                f"{rate / copy_rate:4.0%} of copy"
             )
-        print(f"{case.shape}, {name}: {' | '.join(cells)}", flush=True)
+        print(f"{case.shape}, {case.name}, {name}: {' | '.join(cells)}", flush=True)
 
 
 def _forward(case: Case, function: Function, inputs: Inputs) -> Callable[[], object]:

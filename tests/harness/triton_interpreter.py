@@ -1,25 +1,33 @@
-"""A process in which Triton interprets kernels on CPU tensors: TRITON_INTERPRET must be set before they are
-imported, and
-this process also needs them compiled. Its functions have the arguments and results of the backend's."""
+"""A process in which Triton interprets kernels on CPU tensors: TRITON_INTERPRET must be set before they are imported,
+and this process also needs them compiled. `call` runs any function there; the others have the arguments and results of
+attention's backend."""
 
 import os
 import pickle
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+from tests import ROOT
 
 
 class Interpreter:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "tests.harness.triton_interpreter"],
+            cwd=ROOT,
             env=os.environ | {"TRITON_INTERPRET": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments) in that process; AssertionError with its traceback where it raises."""
+        return self._call(function, *arguments)
 
     def forward(
         self, problem: Any, carry: tuple[Tensor, Tensor] | None, splits: int | None = None
@@ -60,7 +68,9 @@ def _in_place(given: Any, result: Any) -> Any:
     return given
 
 
-def _answer(name: str, *arguments: Any) -> Any:
+def _answer(name: str | Callable[..., Any], *arguments: Any) -> Any:
+    if callable(name):
+        return name(*arguments)
     from pypar.kernels import attention
     from pypar.ops.attention import triton as attention_triton
 

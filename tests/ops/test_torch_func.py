@@ -69,6 +69,14 @@ FUNCTIONS = {
         lambda x: pypar.ops.rms_norm(x.detach() + 1, x[0, 0, 0]),
         lambda x: F.rms_norm(x.detach() + 1, (H,), x[0, 0, 0], 1e-5),
     ),
+    "rms_norm after a residual": (
+        lambda x: torch.stack(pypar.rms_norm(x, WEIGHT, residual=x.sin())),
+        lambda x: torch.stack((F.rms_norm(x + x.sin(), (H,), WEIGHT, 1e-5), x + x.sin())),
+    ),
+    "layer_norm": (
+        lambda x: pypar.layer_norm(x, WEIGHT, x[0, 0, 0]),
+        lambda x: F.layer_norm(x, (H,), WEIGHT, x[0, 0, 0]),
+    ),
     "swiglu": (lambda x: pypar.ops.swiglu(x, x * 2), lambda x: F.silu(x) * x * 2),
     "rope": (lambda x: pypar.ops.rope(x, ANGLES.cos(), ANGLES.sin()), plain_rope),
     "cross_entropy": (lambda x: pypar.ops.cross_entropy(x, TARGETS), plain_cross_entropy),

@@ -17,7 +17,7 @@ from pypar.comm.allreduce.ranks import Ranks
 from pypar.comm.allreduce.thresholds import Thresholds, choose
 from pypar.comm.shared_memory import host_identity
 from pypar.ops.native import address
-from pypar.ops.rms_norm import reference_forward
+from pypar.ops.rms_norm import rms_norm
 from pypar.ops.uncompiled import uncompiled_class
 
 ENGINES: dict[str, ModuleType] = {m.NAME: m for m in (cuda, triton)}  # fastest first
@@ -40,7 +40,7 @@ def residual_norm_reference(
     residual_out, so that it can be computed again from what is kept.
     """
     residual_out = (_total(parts) + residual.float()).to(residual.dtype)
-    return reference_forward(residual_out, weight, eps)[0], residual_out
+    return rms_norm(residual_out, weight, eps, backend="reference"), residual_out
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pypar.comm.allreduce.cuda import gpu_refusal
 from pypar.comm.allreduce.ranks import Ranks
-from pypar.ops.attention.triton import TRITON_MISSING
+from pypar.ops.backend.gpu import TRITON_MISSING
 
 NAME = "triton"
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from pypar.ops import native
 from pypar.ops.attention import native as attention_native
 from pypar.ops.attention.arguments import AttentionProblem, AttentionResults
-from pypar.ops.attention.gpu import device_refusal, refusal
+from pypar.ops.attention.gpu import refusal
 from pypar.ops.attention.native import aligned, with_aligned_rows
+from pypar.ops.backend.gpu import gpu_refusal
 
 _MISSING = native.cuda_missing()  # looked up once, since torch.compile cannot trace it
 
@@ -56,4 +57,4 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return _MISSING
     if torch.version.cuda is None:
         return "this torch is not built for CUDA"
-    return device_refusal(q.device)
+    return gpu_refusal(q.device)

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
-import torch
 from torch import Tensor
 
 from pypar.ops.attention.arguments import AttentionProblem, AttentionResults
-from pypar.ops.attention.gpu import device_refusal, refusal
+from pypar.ops.attention.gpu import refusal
+from pypar.ops.backend.gpu import triton_device_refusal
 
 _LARGEST_POSITION = 2**30  # sums of two positions are int32 in the kernels
-
-
-def _triton_missing() -> str | None:
-    try:
-        found = importlib.util.find_spec("triton") is not None
-    except ValueError:  # sys.modules says that it is not to be imported
-        found = False
-    return None if found else "triton is not installed (pip install 'pypar-torch[triton]')"
-
-
-# Looked up once: torch.compile cannot trace it, and Triton looks at the variable when kernels are imported.
-TRITON_MISSING = _triton_missing()
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def forward(problem: AttentionProblem, carry: tuple[Tensor, Tensor] | None) -> AttentionResults:
@@ -56,7 +40,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return reason
     if not _positions_fit(problem):
         return f"a position is beyond {_LARGEST_POSITION}"
-    return _missing(problem.q.device)
+    return triton_device_refusal(problem.q.device)
 
 
 def _positions_fit(problem: AttentionProblem) -> bool:
@@ -66,15 +50,3 @@ def _positions_fit(problem: AttentionProblem) -> bool:
     if at is not None:
         last = [abs(at.q_start) + at.step * T, abs(at.k_start) + at.step * S, at.batch_start, at.head_start]
     return max(last) < _LARGEST_POSITION
-
-
-def _missing(device: torch.device) -> str | None:
-    if TRITON_MISSING is not None:
-        return TRITON_MISSING
-    if device.type == "cpu":
-        if _INTERPRETED:
-            return None
-        return "it runs on a GPU, and a tensor is on the CPU (TRITON_INTERPRET=1 interprets it there, slowly)"
-    if device.type != "cuda":
-        return f"it runs on a GPU, and a tensor is on {device}"
-    return device_refusal(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,27 +15,74 @@ EPS = 1e-5
 
 def cases(large: bool) -> list[Case]:
     rows, size = (16384, 4096) if large else (1024, 2048)
-    return [case((rows, size), quick=True), case((301, 1023)), case((7, 2 * size + 24), strided=True)]
+    return [
+        case((rows, size), quick=True),
+        case((rows // 4, size), residual=True, quick=True),
+        case((301, 1023)),
+        case((rows // 8, 16, 128), weight_offset=1.0),
+        case((7, 2 * size + 24), strided=True),
+    ]
 
 
-def case(shape: tuple[int, ...], strided: bool = False, quick: bool = False) -> Case:
+def small_cases() -> list[Case]:
+    """Sizes and options for interpreters of GPU kernels."""
+    return [
+        case((5, 200), residual=True, quick=True),
+        case((70, 64)),
+        case((3, 4, 40), residual=True, weight_offset=1.0),
+        case((3, 63), strided=True),
+        case((2, 24), weight=False, residual=True),
+    ]
+
+
+def compiled_cases() -> list[Case]:
+    """Rows of models, whose machine code is looked at; as few rows as will do."""
+    return [case((2, size), residual=True) for size in (4096, 128, 1000, 8192)]
+
+
+def case(
+    shape: tuple[int, ...],
+    *,
+    residual: bool = False,
+    weight: bool = True,
+    weight_offset: float = 0.0,
+    strided: bool = False,
+    quick: bool = False,
+) -> Case:
     """x of this shape; strided: its rows are parts of longer ones."""
 
     def inputs(draw: Draw) -> Inputs:
         x = draw.normal(*shape[:-1], shape[-1] + 5)[..., 2 : shape[-1] + 2]
-        return {"x": x if strided else x.contiguous(), "weight": draw.normal(shape[-1])}
+        made = {"x": x if strided else x.contiguous()}
+        if residual:
+            made["residual"] = draw.normal(*shape)
+        if weight:
+            made["weight"] = draw.normal(shape[-1])
+        return made
 
+    def ours(backend: str | None, **tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return rms_norm(eps=EPS, weight_offset=weight_offset, backend=backend, **tensors)  # type: ignore[call-overload]
+
+    expected = partial(plain, weight_offset=weight_offset)
+    words = (
+        ["parts of longer rows"] * strided + ["residual"] * residual + ["1 + weight"] * bool(weight_offset)
+    )
     return Case(
-        name="parts of longer rows" if strided else "contiguous",
+        name=", ".join(words + ["no weight"] * (not weight)) or "contiguous",
         shape=f"x {list(shape)}",
         inputs=inputs,
-        gradients=("x", "weight"),
-        ours=lambda x, weight, backend: rms_norm(x, weight, EPS, backend=backend),
-        plain=plain,
-        peer=Peer("F.rms_norm", plain),
+        gradients=("x", *["residual"] * residual, *["weight"] * weight),
+        ours=ours,
+        plain=expected,
+        peer=Peer("F.rms_norm", expected),
         quick=quick,
     )
 
 
-def plain(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, EPS)
+def plain(
+    x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None, weight_offset: float = 0.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    scale = weight + weight_offset if weight is not None and weight_offset else weight
+    out = F.rms_norm(total, total.shape[-1:], scale, EPS)
+    return out if residual is None else (out, total)

@@ -17,12 +17,11 @@ from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention import triton as attention_triton
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.ops.backend import Backend
+from pypar.ops.backend.gpu import TRITON_MISSING
 from tests.gpu.attention.problems import check_added, check_carry, draw
 from tests.ops.attention.judge import compare
 
-needs_triton = pytest.mark.skipif(
-    attention_triton.TRITON_MISSING is not None, reason=f"{attention_triton.TRITON_MISSING}"
-)
+needs_triton = pytest.mark.skipif(TRITON_MISSING is not None, reason=f"{TRITON_MISSING}")
 
 
 @pytest.fixture(scope="module")

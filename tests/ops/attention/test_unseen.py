@@ -15,9 +15,9 @@ from torch import Tensor
 from pypar.hugging_face.attention import attention_forward as interface_forward
 from pypar.ops import native
 from pypar.ops.attention import BACKENDS
-from pypar.ops.attention import triton as attention_triton
 from pypar.ops.attention.arguments import AttentionProblem, Positions
 from pypar.ops.backend import Backend, never_refuses
+from pypar.ops.backend.gpu import TRITON_MISSING
 from pypar.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from tests.harness.native_kernels import instruction_set
 from tests.harness.pairs import pairwise
@@ -132,7 +132,7 @@ def test_a_single_element_reaches_what_it_does_by_definition(name, value):
 GPU_WAY = Way(93, 93, (30,), (40,), {}, lengths=(20, 43, 30), N=1, H=32, Hv=40)
 
 
-@pytest.mark.skipif(attention_triton.TRITON_MISSING is not None, reason=f"{attention_triton.TRITON_MISSING}")
+@pytest.mark.skipif(TRITON_MISSING is not None, reason=f"{TRITON_MISSING}")
 def test_other_sequences_by_triton():
     from tests.harness.triton_interpreter import Interpreter
 

@@ -16,7 +16,7 @@ from torch.overrides import _get_current_function_mode_stack, handle_torch_funct
 from torch.utils._device import DeviceContext
 
 from pypar.ops.backend import Backend
-from pypar.ops.derivative import Derivative, Derivatives, autograd_kernel, one_by_one
+from pypar.ops.register.derivative import Derivative, Derivatives, autograd_kernel, one_by_one
 from pypar.ops.uncompiled import uncompiled
 
 Function = TypeVar("Function", bound=Callable[..., Any])

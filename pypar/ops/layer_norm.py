@@ -1,0 +1,89 @@
+"""Layer normalisation (Ba, Kiros and Hinton, arXiv 1607.06450)."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+from torch import Tensor, nn
+
+from pypar.ops.backend import choose
+from pypar.ops.norm.definition import check
+from pypar.ops.norm.operator import of_last_dims, register_norm
+
+BACKENDS, _forward = register_norm("layer_norm", center=True)
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: None = None,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(var + eps) * (weight + weight_offset) + bias, computed in fp32 and rounded once.
+
+    Mean and variance are of the last dimension, the variance of what is left when the mean is taken off. With a
+    residual, x + residual, rounded to x's dtype, is normalised, and (out, x + residual) is returned.
+
+    x: [..., D], any strides; weight, bias: [D], each of x's dtype or float32, or None for ones and zeros;
+    weight_offset: 1.0 for weights that are kept around zero; residual: like x. Returns [..., D] of x's dtype,
+    contiguous, once or twice.
+    ValueError: operands that do not fit together, eps that is not positive, a backend that refuses.
+    """
+    check(x, residual, eps, weight=weight, bias=bias)
+    operands = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    chosen = choose("layer_norm", BACKENDS, operands, backend)
+    out, total, _, _ = _forward(x, residual, weight, bias, eps, weight_offset, chosen.name)
+    return out if residual is None else (out, total)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm by `layer_norm`, with its arguments and its state_dict.
+
+    weight_offset: added to the weight, whose first value is 1 - weight_offset.
+    """
+
+    computes_as = nn.LayerNorm  # what pypar.parallel asks of a subclass
+
+    def __init__(self, *args: Any, weight_offset: float = 0.0, **kwargs: Any) -> None:
+        self.weight_offset = weight_offset  # reset_parameters, which super().__init__ calls, reads it
+        super().__init__(*args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.elementwise_affine:
+            nn.init.constant_(self.weight, 1 - self.weight_offset)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """x [..., *normalized_shape] -> out, or, with a residual, (out, x + residual)."""
+        options = {"eps": self.eps, "weight_offset": self.weight_offset}
+        return of_last_dims(layer_norm, self.normalized_shape, x, residual, self.weight, self.bias, **options)
