@@ -35,15 +35,19 @@ if TYPE_CHECKING:
     from pypar.ops.scaled_dot_product_attention import (
         scaled_dot_product_attention as scaled_dot_product_attention,
     )
+    from pypar.optimizers.adamw import AdamW as AdamW
+    from pypar.optimizers.muon import Muon as Muon
     from pypar.parallel.apply import parallelize as parallelize
 
 __version__ = "0.1.0"
 
 _HOME_OF_NAME = {
+    "AdamW": "pypar.optimizers.adamw",
     "DataParallel": "pypar.data_parallel",
     "GradientBuckets": "pypar.data_parallel",
     "LayerNorm": "pypar.ops.layer_norm",
     "Mesh": "pypar.mesh",
+    "Muon": "pypar.optimizers.muon",
     "RMSNorm": "pypar.ops.rms_norm",
     "attention": "pypar.ops.attention",
     "layer_norm": "pypar.ops.layer_norm",

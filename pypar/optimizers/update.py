@@ -47,10 +47,17 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float, gradient_norm: float) -> None:
         """Clip to ``clip_norm`` (0 = never) and update the masters; the store publishes them."""
-        if self.config.clip_norm and gradient_norm > self.config.clip_norm:
-            torch._foreach_mul_([each.gradient for each in self.owned], self.config.clip_norm / gradient_norm)
         for group in self.update.param_groups:
             group["lr"] = lr
+        is_clipped = self.config.clip_norm and gradient_norm > self.config.clip_norm
+        if is_clipped and getattr(self.update, "_step_supports_amp_scaling", False):
+            # Such an optimizer divides by grad_scale in the pass that reads the gradients anyway.
+            self.update.__dict__["grad_scale"] = torch.tensor(gradient_norm / self.config.clip_norm)
+            self.update.step()
+            del self.update.__dict__["grad_scale"]
+            return
+        if is_clipped:
+            torch._foreach_mul_([each.gradient for each in self.owned], self.config.clip_norm / gradient_norm)
         self.update.step()
 
     def state(self) -> dict[str, tuple[Tensor, Layout]]:

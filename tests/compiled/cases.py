@@ -162,6 +162,28 @@ def _bucket(axis):
     )  # large enough to pass the caches by
 
 
+# ---- optimizers
+
+
+@case("pypar.AdamW", "pypar.Muon")
+def _optimizers(axis):
+    """Without momentum, so that an update does not depend on those before it."""
+    weight = nn.Parameter(torch.ones(2, WIDTH))
+    optimizers = [pypar.AdamW([weight], lr=0.1, betas=(0.0, 0.0)), pypar.Muon([weight], lr=0.1, momentum=0.0)]
+
+    def run(x):
+        y = x.sum(1).detach() * 2
+        for optimizer in optimizers:
+            with torch.no_grad():
+                weight.fill_(1.0)
+            weight.grad = y.sin()
+            optimizer.step()
+            y = y + weight.detach() * 3
+        return y
+
+    return run, lambda length: (numbers(2, length, WIDTH),), None
+
+
 # ---- comm
 
 

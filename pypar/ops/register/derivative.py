@@ -6,7 +6,7 @@ under torch.func.grad and its relatives, and forgets tangents in silence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def autograd_kernel(op: Operator, derivatives: Derivatives) -> Callable:
     of_one_level: Any = type(name, (_SingleLevelFunction,), methods)
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
-        given = [inputs[i] for i in tensors if inputs[i] is not None]
+        given = _tensors_of(inputs[i] for i in tensors)
         if forward_ad._current_level >= 0 and any(
             forward_ad.unpack_dual(x).tangent is not None for x in given
         ):
@@ -86,7 +86,7 @@ def autograd_kernel(op: Operator, derivatives: Derivatives) -> Callable:
             return below(keyset, inputs)
         if op._schema.is_mutable:
             raise NotImplementedError(
-                f"pypar::{name} writes into a tensor and has no derivative; pass x.detach()"
+                f"pypar::{name} writes into a tensor and has no derivative; pass x.detach(), or use torch.no_grad()"
             )
         if not torch._C._are_functorch_transforms_active():
             return usual.apply(*inputs, keyset)
@@ -96,11 +96,22 @@ def autograd_kernel(op: Operator, derivatives: Derivatives) -> Callable:
     return kernel
 
 
+def _tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operator's arguments, some of which are lists of tensors and some None."""
+    tensors: list[Tensor] = []
+    for value in values:
+        tensors += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return tensors
+
+
 def one_by_one(op: Operator) -> Callable:
     """The rule of torch.vmap for `op`: it runs for one element of the batch after the other."""
     written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
+    takes_lists = any("List[Tensor]" in str(argument.type) for argument in op._schema.arguments)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        if takes_lists:
+            raise ValueError(f"torch.vmap cannot run {op}, which takes lists of tensors; call it in a loop")
         if not info.batch_size:
             raise ValueError(f"torch.vmap over a dimension of size 0 does not run {op}; leave the call out")
         if any(in_dims[i] is None for i in written):
