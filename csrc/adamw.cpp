@@ -371,6 +371,10 @@ static void update_block(const Adamw& a, float factor, const AdamwTensor& t, int
 void adamw(const Adamw& a) {
   if (a.found_inf != nullptr && *a.found_inf != 0.0f) return;
   const float factor = a.scale != nullptr ? a.factor * *a.scale : a.factor;
+  // Only what is converted in between, and random numbers, need blocks: they have room for no more.
+  const bool is_direct = a.gradient_type != kFloat16 && a.param_type != kFloat16 &&
+                         (a.moment_type == kFloat32 || a.moment_type == kBFloat16) && !a.stochastic;
+  const int64_t step = is_direct ? kChunkElements : kBlock;
   parallel_for(a.num_chunks, 1, a.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       int64_t low = 0, high = a.num_tensors;  // the last tensor that begins at this chunk or before it
@@ -381,8 +385,8 @@ void adamw(const Adamw& a) {
       const AdamwTensor& t = a.tensors[low];
       const int64_t from = (chunk - t.first_chunk) * kChunkElements;
       const int64_t to = smaller(t.count, from + kChunkElements);
-      for (int64_t at = from; at < to; at += kBlock) {
-        update_block(a, factor, t, at, smaller(kBlock, to - at));
+      for (int64_t at = from; at < to; at += step) {
+        update_block(a, factor, t, at, smaller(step, to - at));
       }
     }
   });

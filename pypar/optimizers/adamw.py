@@ -182,6 +182,8 @@ class _Entry(NamedTuple):
 
 def _local(x: Tensor) -> Tensor:
     """What this rank holds, as a plain tensor that shares memory with x."""
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return x
     return x.to_local() if isinstance(x, DTensor) else local_tensor(x)
 
 
