@@ -49,24 +49,14 @@ PYPAR_INLINE Float centered(const Element* x, int64_t count, float mean) {
   return kCenter ? load_first(x, count) - mean : load_first(x, count);
 }
 
-template <class Element, bool kCenter>
-static void norm_forward_row(const NormForward& a, int64_t row) {
-  const Element* x = static_cast<const Element*>(a.x) + row * a.x_stride;
+// read(i, count) gives what is to be normalised; it is called once for each vector, and `x` has it then.
+template <bool kCenter, class Element, class Read>
+PYPAR_INLINE void norm_forward_row(const NormForward& a, int64_t row, const Element* x, const Read& read) {
   Element* out = static_cast<Element*>(a.out) + row * a.size;
-  if (a.residual) {
-    const Element* residual = static_cast<const Element*>(a.residual) + row * a.residual_stride;
-    Element* sum = static_cast<Element*>(a.sum) + row * a.size;
-    for_vectors(a.size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
-      store_first(sum + i, load_first(x + i, count) + load_first(residual + i, count), count);
-    });
-    x = sum;
-  }
   const float size = static_cast<float>(a.size);
   float mean = 0.0f, squares;
   if (kCenter) {
-    mean = sum_over(a.size,
-                    [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA { return load_first(x + i, count); }) /
-           size;
+    mean = sum_over(a.size, read) / size;
     // What is left has a mean too, by which rounding took too little or too much.
     const FloatSums left = sums_over(a.size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
       const Float v = first_lanes(load_first(x + i, count) - mean, count);
@@ -77,7 +67,7 @@ static void norm_forward_row(const NormForward& a, int64_t row) {
     a.mean[row] = mean;
   } else {
     squares = sum_over(a.size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
-      const Float v = load_first(x + i, count);
+      const Float v = read(i, count);
       return v * v;
     });
   }
@@ -87,6 +77,22 @@ static void norm_forward_row(const NormForward& a, int64_t row) {
     const Float v = centered<kCenter>(x + i, count, mean) * rstd * load_first(a.scale + i, count);
     store_first(out + i, kCenter ? v + load_first(a.shift + i, count) : v, count);
   });
+}
+
+template <class Element, bool kCenter>
+static void norm_forward_row(const NormForward& a, int64_t row) {
+  const Element* x = static_cast<const Element*>(a.x) + row * a.x_stride;
+  if (a.residual) {
+    const Element* residual = static_cast<const Element*>(a.residual) + row * a.residual_stride;
+    Element* sum = static_cast<Element*>(a.sum) + row * a.size;
+    norm_forward_row<kCenter>(a, row, sum, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+      store_first(sum + i, load_first(x + i, count) + load_first(residual + i, count), count);
+      return load_first(sum + i, count);  // as it was rounded
+    });
+  } else {
+    norm_forward_row<kCenter>(
+        a, row, x, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA { return load_first(x + i, count); });
+  }
 }
 
 // Writes a row of dx and, with kSums, adds the row's shares of dweight and dbias to `sums` [2, size].

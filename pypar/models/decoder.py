@@ -137,8 +137,9 @@ class Layer(nn.Module):
 
     def forward(self, x_BTD: Tensor, *given: Any) -> Tensor:
         """given: what `Attention.forward` takes."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), *given)
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        attended_BTD = self.attention(self.attention_norm(x_BTD), *given)
+        normed_BTD, x_BTD = self.feed_forward_norm(attended_BTD, residual=x_BTD)
+        return x_BTD + self.feed_forward(normed_BTD)
 
 
 class Decoder(nn.Module):
