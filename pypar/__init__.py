@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pypar.optimizers.adamw import AdamW as AdamW
     from pypar.optimizers.muon import Muon as Muon
     from pypar.parallel.apply import parallelize as parallelize
+    from pypar.tensor_parallel.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ _HOME_OF_NAME = {
     "RMSNorm": "pypar.ops.rms_norm",
     "attention": "pypar.ops.attention",
     "layer_norm": "pypar.ops.layer_norm",
+    "linear_cross_entropy": "pypar.tensor_parallel.linear_cross_entropy",
     "parallelize": "pypar.parallel.apply",
     "register_with_transformers": "pypar.hugging_face.attention",
     "rms_norm": "pypar.ops.rms_norm",

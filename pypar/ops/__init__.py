@@ -8,6 +8,7 @@ from pypar.ops.attention import attention
 from pypar.ops.cross_entropy import cross_entropy
 from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.ops.linear import linear
+from pypar.ops.linear_cross_entropy import linear_cross_entropy
 from pypar.ops.rms_norm import RMSNorm, rms_norm
 from pypar.ops.rope import rope
 from pypar.ops.swiglu import swiglu
@@ -19,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "rope",
     "swiglu",

@@ -128,6 +128,16 @@ def _linear_by_hand(axis):
     return of_x(run)
 
 
+@case("pypar.ops.linear_cross_entropy")
+def _linear_cross_entropy(axis):
+    weight = numbers(VOCABULARY, WIDTH)
+    return (
+        lambda x, ids: pypar.ops.linear_cross_entropy(x * 2, weight, ids) + 1,
+        lambda n: (numbers(n, WIDTH), tokens(n)),
+        None,
+    )
+
+
 @case("pypar.ops.rms_norm")
 def _rms_norm(axis):
     return of_x(lambda x: pypar.ops.rms_norm(x, torch.ones(WIDTH)))

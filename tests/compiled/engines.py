@@ -61,6 +61,17 @@ def _vocab_parallel_cross_entropy(axis):
     return run, lambda n: (numbers(n, part, seed=axis.rank), tokens(n)), None
 
 
+@case("pypar.linear_cross_entropy")
+def _linear_cross_entropy_over_a_group(axis):
+    layer = nn.Module()
+    layer.weight = nn.Parameter(numbers(VOCABULARY // axis.size, WIDTH, seed=axis.rank))
+
+    def run(hidden, ids):
+        return pypar.linear_cross_entropy(hidden * 2, layer.weight, ids, group=axis) + 1
+
+    return run, lambda n: (numbers(n, WIDTH), tokens(n)), layer
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()

@@ -80,6 +80,14 @@ FUNCTIONS = {
     "swiglu": (lambda x: pypar.ops.swiglu(x, x * 2), lambda x: F.silu(x) * x * 2),
     "rope": (lambda x: pypar.ops.rope(x, ANGLES.cos(), ANGLES.sin()), plain_rope),
     "cross_entropy": (lambda x: pypar.ops.cross_entropy(x, TARGETS), plain_cross_entropy),
+    "linear_cross_entropy": (
+        lambda x: pypar.ops.linear_cross_entropy(wide(x), MATRIX, TARGETS, reduction="none"),
+        lambda x: plain_cross_entropy(F.linear(wide(x), MATRIX)),
+    ),
+    "linear_cross_entropy's sum": (
+        lambda x: pypar.ops.linear_cross_entropy(wide(x), MATRIX, TARGETS, reduction="sum")[None] * x,
+        lambda x: plain_cross_entropy(F.linear(wide(x), MATRIX)).sum()[None] * x,
+    ),
     "linear": (lambda x: pypar.ops.linear(wide(x), MATRIX), lambda x: F.linear(wide(x), MATRIX)),
     "linear of oneDNN": (
         lambda x: pypar.ops.linear(wide(x), MATRIX, backend="onednn"),

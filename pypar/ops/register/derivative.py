@@ -109,7 +109,10 @@ def one_by_one(op: Operator) -> Callable:
     written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
     takes_lists = any("List[Tensor]" in str(argument.type) for argument in op._schema.arguments)
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+    def element(x: Any, dim: Any, index: int) -> Any:
+        return x.select(dim, index) if isinstance(x, Tensor) and dim is not None else x
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         if takes_lists:
             raise ValueError(f"torch.vmap cannot run {op}, which takes lists of tensors; call it in a loop")
         if not info.batch_size:
@@ -119,7 +122,7 @@ def one_by_one(op: Operator) -> Callable:
                 f"torch.vmap cannot run {op}, which writes into a tensor that is not batched; batch it"
             )
         outputs = [
-            op(*(x if dim is None else x.select(dim, index) for x, dim in zip(inputs, in_dims, strict=True)))
+            op(*(element(x, dim, index) for x, dim in zip(inputs, in_dims, strict=True)))
             for index in range(info.batch_size)
         ]
         if isinstance(outputs[0], Tensor):
