@@ -50,7 +50,7 @@ PYPAR_INLINE Float centered(const Element* x, int64_t count, float mean) {
 }
 
 // read(i, count) gives what is to be normalised; it is called once for each vector, and `x` has it then.
-template <bool kCenter, class Element, class Read>
+template <bool kCenter, bool kResidual, class Element, class Read>
 PYPAR_INLINE void norm_forward_row(const NormForward& a, int64_t row, const Element* x, const Read& read) {
   Element* out = static_cast<Element*>(a.out) + row * a.size;
   const float size = static_cast<float>(a.size);
@@ -73,7 +73,12 @@ PYPAR_INLINE void norm_forward_row(const NormForward& a, int64_t row, const Elem
   }
   const float rstd = 1.0f / __builtin_sqrtf(squares / size + a.eps);
   a.rstd[row] = rstd;
+  // Memory would rest while the caches are read: the next row is fetched meanwhile.
+  const Element* next = static_cast<const Element*>(a.x) + (row + 1) * a.x_stride;
+  const Element* next_residual = static_cast<const Element*>(a.residual) + (row + 1) * a.residual_stride;
   for_vectors(a.size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+    __builtin_prefetch(next + i);
+    if (kResidual) __builtin_prefetch(next_residual + i);
     const Float v = centered<kCenter>(x + i, count, mean) * rstd * load_first(a.scale + i, count);
     store_first(out + i, kCenter ? v + load_first(a.shift + i, count) : v, count);
   });
@@ -85,12 +90,12 @@ static void norm_forward_row(const NormForward& a, int64_t row) {
   if (a.residual) {
     const Element* residual = static_cast<const Element*>(a.residual) + row * a.residual_stride;
     Element* sum = static_cast<Element*>(a.sum) + row * a.size;
-    norm_forward_row<kCenter>(a, row, sum, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+    norm_forward_row<kCenter, true>(a, row, sum, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
       store_first(sum + i, load_first(x + i, count) + load_first(residual + i, count), count);
       return load_first(sum + i, count);  // as it was rounded
     });
   } else {
-    norm_forward_row<kCenter>(
+    norm_forward_row<kCenter, false>(
         a, row, x, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA { return load_first(x + i, count); });
   }
 }
@@ -121,6 +126,8 @@ static void norm_backward_row(const NormBackward& a, int64_t row, float* sums) {
   const float mean_g = found.first / size, mean_gy = found.second * rstd / size;
   const auto write = [&](auto more) PYPAR_INLINE_LAMBDA {
     for_vectors(a.size, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+      __builtin_prefetch(dout + a.dout_stride + i);
+      __builtin_prefetch(x + a.x_stride + i);
       const Float d = load_first(dout + i, count);
       const Float y = centered<kCenter>(x + i, count, mean) * rstd;
       Float v = d * load_first(a.scale + i, count) - y * mean_gy;
