@@ -21,7 +21,6 @@ from pypar.comm.allreduce.thresholds import choose as choose_thresholds
 from pypar.comm.backend import BACKENDS
 from pypar.comm.backend import register as register_backend
 from pypar.ops import native
-from pypar.ops.attention.arguments import AttentionProblem, attention_problem
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
 from pypar.ops.linear import library_choice, processor
 
@@ -171,11 +170,11 @@ def ask(unsupported: Callable[..., str | None], device: str, dtype: torch.dtype)
         for name, parameter in inspect.signature(unsupported, eval_str=True).parameters.items():
             if parameter.default is not inspect.Parameter.empty or parameter.kind in _ANY_NUMBER:
                 continue
-            if parameter.annotation is AttentionProblem:
-                x = torch.empty(1, _SIZE, _SIZE, _SIZE, device=device, dtype=dtype)
-                arguments[name] = attention_problem(x, x, x)
-            elif parameter.annotation is torch.Tensor:
-                arguments[name] = torch.empty(1, _SIZE, _SIZE, _SIZE, device=device, dtype=dtype)
+            x = torch.empty(1, _SIZE, _SIZE, _SIZE, device=device, dtype=dtype)
+            if parameter.annotation is torch.Tensor:
+                arguments[name] = x
+            elif hasattr(parameter.annotation, "example"):  # a record of an operator's arguments
+                arguments[name] = parameter.annotation.example(x)
             else:  # a size or an option: int, float, bool
                 arguments[name] = parameter.annotation(_SIZE)
         return unsupported(**arguments)

@@ -143,6 +143,18 @@ def _rms_norm(axis):
     return of_x(lambda x: pypar.ops.rms_norm(x, torch.ones(WIDTH)))
 
 
+@case("pypar.ops.RMSNorm")
+def _rms_norm_layer(axis):
+    layer = pypar.ops.RMSNorm(WIDTH, weight_offset=1.0)
+    return of_x(lambda x: sum(layer(x, x * 3)), layer)
+
+
+@case("pypar.ops.LayerNorm")
+def _layer_norm_layer(axis):
+    layer = pypar.ops.LayerNorm(WIDTH)
+    return of_x(lambda x: sum(layer(x, x * 3)), layer)
+
+
 @case("pypar.ops.rope")
 def _rope(axis):
     return (

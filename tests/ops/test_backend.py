@@ -1,5 +1,6 @@
 """Who decides which backend runs, and what is said when none can."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -69,6 +70,12 @@ def test_when_all_refuse_every_reason_is_listed():
         choose("op", (PICKY, other), {"x": 1}, None)
 
 
+@dataclasses.dataclass
+class _Record:
+    weight: torch.Tensor | None
+    x: torch.Tensor
+
+
 class _OnGpu(torch.Tensor):
     """A tensor whose metadata says cuda, for a machine that has none."""
 
@@ -91,6 +98,13 @@ def test_the_reference_on_a_gpu_warns_once():
 def test_operators_are_found_without_a_list():
     names = {module.__name__.rsplit(".", 1)[1] for module in op_modules()}
     assert names >= {"cross_entropy", "linear", "rms_norm", "rope", "swiglu"}
+
+
+@pytest.mark.parametrize("within", [lambda x: [1, [x]], lambda x: _Record(None, x)], ids=["list", "record"])
+def test_the_warning_finds_tensors_within_other_arguments(within):
+    backend_module._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"pypar\.op runs its plain PyTorch reference on cuda"):
+        choose("op", (PICKY, REFERENCE), {"problem": within(torch.zeros(1).as_subclass(_OnGpu))}, None)
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("", 1), ("reference", 2)])

@@ -77,6 +77,11 @@ class AdamwProblem(NamedTuple):
     seed: int | None
     places: list[int]
 
+    @classmethod
+    def example(cls, x: Tensor) -> AdamwProblem:
+        """The first update of x alone, with moments of its dtype: what `pypar doctor` asks the backends about."""
+        return problem_of([x], [x], [x], [x], Update(step=1, lr=1e-3), None, 1.0, None, None)
+
     @property
     def columns(self) -> tuple[list[Tensor], ...]:
         """The lists of tensors, in this order."""

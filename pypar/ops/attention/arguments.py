@@ -97,6 +97,11 @@ class AttentionProblem:
     cu_seqlens_k: Tensor | None = None
     positions: Positions | None = None
 
+    @classmethod
+    def example(cls, x: Tensor) -> AttentionProblem:
+        """Attention of x [B, T, N, H] to itself: what `pypar doctor` asks the backends about."""
+        return attention_problem(x, x, x)
+
     @property
     def varlen(self) -> bool:
         return self.cu_seqlens_q is not None

@@ -8,6 +8,7 @@ refuses is an error with its reason, and the reference on a GPU tensor warns.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -120,14 +121,21 @@ def _all_backend_names() -> tuple[str, ...]:
 
 
 def _warn_if_on_gpu(op: str, backends: tuple[Backend, ...], args: Mapping[str, object]) -> None:
-    for value in args.values():
-        if isinstance(value, torch.Tensor):
-            if value.device.type != "cpu" and value.device.type != "meta":
-                reasons = "; ".join(
-                    f"{b.name}: {b.unsupported(**args)}" for b in backends if b.name != "reference"
-                )
-                _warn_once(op, value.device.type, reasons or "it has no other backend yet")
-            return
+    tensor = _first_tensor(tuple(args.values()))
+    if tensor is not None and tensor.device.type not in ("cpu", "meta"):
+        reasons = "; ".join(f"{b.name}: {b.unsupported(**args)}" for b in backends if b.name != "reference")
+        _warn_once(op, tensor.device.type, reasons or "it has no other backend yet")
+
+
+def _first_tensor(value: object) -> torch.Tensor | None:
+    """The first tensor among an operator's arguments, which may be lists, and records of them."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if dataclasses.is_dataclass(value):
+        value = tuple(vars(value).values())
+    if isinstance(value, (tuple, list)):
+        return next((found for each in value if (found := _first_tensor(each)) is not None), None)
+    return None
 
 
 @functools.cache
