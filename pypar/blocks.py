@@ -55,21 +55,40 @@ def stage_blocks(blocks: Sequence[Block], num_stages: int, stage: int) -> Sequen
     return blocks[0 if stage == 0 else start : len(blocks) if stage == num_stages - 1 else end]
 
 
+def check_stages(model: nn.Module, num_stages: int) -> None:
+    """ValueError, the same for every stage, where a whole model cannot be cut into so many.
+
+    Stages other than the first and the last one cannot share parameters. A trained parameter that is in no block would
+    be on every stage, each of which would train it by its own part of the gradient.
+    """
+    blocks = blocks_of(model)
+    stages = [stage_blocks(blocks, num_stages, stage) for stage in range(num_stages)]
+    for stage in range(1, num_stages - 1):
+        if shared := _shared(model, blocks, stages[stage]):
+            raise ValueError(
+                f"stage {stage} of {num_stages} shares {', '.join(sorted(shared.values()))} with another one; only the "
+                "first and the last stage can share parameters"
+            )
+    prefixes = tuple(f"{module}." for block in blocks for module in block.modules)
+    in_blocks = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n.startswith(prefixes)}
+    outside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_blocks]
+    if outside and num_stages > 1:
+        raise ValueError(
+            f"no block of this {type(model).__name__}'s blocks() has {', '.join(outside)}, which each of {num_stages} "
+            "pipeline stages would train by itself; put it into a module of a block, or use pp=1"
+        )
+
+
 def keep_stage(model: nn.Module, num_stages: int, stage: int) -> None:
     """Take from the model, in place, all blocks but those of one pipeline stage.
 
     A parameter that two blocks share stays on both stages: its gradient is summed over them ("tied"), and its name is
-    the first block's. ValueError where stages other than the first and the last one would share it.
+    the first block's. ValueError as `check_stages` says.
     """
+    check_stages(model, num_stages)
     blocks = blocks_of(model)
     kept = stage_blocks(blocks, num_stages, stage)
     shared = _shared(model, blocks, kept)
-    is_end = stage in (0, num_stages - 1)
-    if shared and not is_end:
-        raise ValueError(
-            f"stage {stage} of {num_stages} shares {', '.join(sorted(shared.values()))} with another one; only the "
-            "first and the last stage can share parameters"
-        )
     for block in blocks:
         for name in block.modules if block not in kept else ():
             _take_out(model, name)

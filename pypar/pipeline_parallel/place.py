@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from pypar.blocks import keep_stage, shares_across_stages
+from pypar.blocks import check_stages, keep_stage, shares_across_stages
 from pypar.grid import STAGES
 from pypar.mesh import Mesh
 from pypar.pipeline_parallel import schedules
@@ -26,12 +26,13 @@ def place_stages(model: nn.Module, mesh: Mesh, schedule: Schedule) -> Mapping[Pl
     """This rank's stages of a whole model, which has no others afterwards: {(path, stage): model without the rest}.
 
     Several stages on a rank are models of their own, over the same parameters. ValueError, the same on every rank, for
-    a model that does not say its blocks or has too few, and for one whose first and last stage share parameters and
-    are not on the first and the last rank, which sum the gradients of what they share.
+    a model that cannot be cut into so many stages (`pypar.blocks.check_stages`), and for one whose first and last stage
+    share parameters and are not on the first and the last rank, which sum the gradients of what they share.
     """
     axis, places = mesh.axis(STAGES), list(schedule.placement)
     if schedule.num_stages == 1:
         return {places[0]: model}
+    check_stages(model, schedule.num_stages)
     last = schedule.num_stages - 1
     ends = schedule.placement[0, 0], schedule.placement[0, last]
     if (ends != (0, axis.size - 1) or axis.size == 1) and shares_across_stages(model, schedule.num_stages):

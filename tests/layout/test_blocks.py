@@ -77,5 +77,20 @@ def test_what_cannot_be_a_pipeline_is_refused():
         blocks_of(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="2 layers has too few for 3 pipeline stages.*use pp <= 2"):
         keep_stage(_decoder(2), 3, 0)
-    with pytest.raises(ValueError, match="stage 1 of 4 shares parts.2.weight with another one"):
-        keep_stage(Shared(), 4, 1)
+    for stage in range(4):  # every stage says so, that none waits for another
+        with pytest.raises(ValueError, match="stage 1 of 4 shares parts.2.weight with another one"):
+            keep_stage(Shared(), 4, stage)
+
+
+def test_a_parameter_that_is_in_no_block_is_refused():
+    """Each stage would have trained its own by its part of the gradient."""
+    model = Shared()
+    model.scale = nn.Parameter(torch.ones(2))
+    keep_stage(model, 1, 0)
+    for stage in range(2):
+        with pytest.raises(
+            ValueError, match="^no block of this Shared's .* has scale, which each of 2 pipeline stages"
+        ):
+            keep_stage(model, 2, stage)
+    model.scale.requires_grad_(False)
+    keep_stage(model, 2, 1)
