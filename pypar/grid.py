@@ -108,7 +108,8 @@ class Grid:
             )
         total = math.prod(self.sizes[axis] for axis in axes)
         if total % size:
-            divisors = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+            small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
+            divisors = ", ".join(map(str, sorted({*small, *(total // n for n in small)})))
             raise ValueError(
                 f"{name}={size} must divide {' x '.join(axes)} ({total}), whose ranks it folds; use one of {divisors}"
             )

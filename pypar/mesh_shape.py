@@ -26,6 +26,8 @@ FOLDS = {"ep": DATA}
 # What a Mesh has beside its axes.
 RESERVED = frozenset({"axis", "data", "declare", "device_mesh", "grid", "of", "rank", "sizes", "world"})
 
+MOST_RANKS = 1 << 20  # that a text may give to an axis: an error of typing is said at once
+
 Split = Mapping[str, Mapping[str, int]]
 Fold = Mapping[str, tuple[int, tuple[str, ...]]]
 
@@ -177,6 +179,8 @@ def _name_and_size(text: str, item: str) -> tuple[str, int]:
         raise ValueError(
             f"mesh {text!r} must give axis {name} a positive whole number, not {value!r}; write {name}=2"
         )
+    if len(value.lstrip("0")) > len(str(MOST_RANKS)) or int(value) > MOST_RANKS:
+        raise ValueError(f"mesh {text!r} gives axis {name} more than {MOST_RANKS:,} ranks; write {name}=2")
     check_size(name, int(value))
     return name, int(value)
 

@@ -41,12 +41,13 @@ class ContextConfig(Section):
         return {"ulysses_size": self.ulysses_size} if self.method == "hybrid" and self.ulysses_size else {}
 
     def num_positions(self, length: int, axes: Mapping[str, int]) -> list[int]:
-        """How many of a sequence's positions each rank of the axis has."""
-        if axes[POSITIONS] == 1:
+        """How many of a sequence's positions each rank of the axis has. ValueError where they are too few."""
+        size = axes[POSITIONS]
+        if size == 1:
             return [length]
+        _check_length(length, size)
         from pypar.context_parallel.layouts import num_positions, segments_of
 
-        size = axes[POSITIONS]
         return [num_positions(segments_of(length, rank, size, self.layout)) for rank in range(size)]
 
     def check(self, run: Run) -> Sequence[str]:
@@ -54,11 +55,7 @@ class ContextConfig(Section):
         cp = run.axes[POSITIONS]
         if cp == 1:
             return ()
-        if run.sequence_length < cp:
-            raise ValueError(
-                f"train.sequence_length ({run.sequence_length}) must be at least the cp size ({cp}): each rank holds "
-                "a position"
-            )
+        _check_length(run.sequence_length, cp)
         sharing = {"ulysses": cp, "hybrid": self.ulysses_size or 1}.get(self.method, 1)
         if cp % sharing:
             divisors = ", ".join(str(n) for n in range(1, cp + 1) if cp % n == 0)
@@ -76,3 +73,10 @@ class ContextConfig(Section):
                 'context.method "hybrid" needs a layout of chunks; use context.layout "zigzag" or "contiguous"'
             )
         return ()
+
+
+def _check_length(length: int, cp: int) -> None:
+    if length < cp:
+        raise ValueError(
+            f"train.sequence_length ({length}) must be at least the cp size ({cp}): each rank holds a position"
+        )

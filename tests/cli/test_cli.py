@@ -143,6 +143,10 @@ def test_a_mesh_that_does_not_fit_the_ranks_of_torchrun(place: Path, monkeypatch
         ({"model__d_ff": 49, "mesh": "tp=2"}, "model.d_ff (49) must divide by the tp size (2); use 48 or 50"),
         ({"model__num_kv_heads": 3}, "num_heads (4) must divide by num_kv_heads (3)"),
         ({"mesh": "cp=3", "train__sequence_length": 2}, "(2) must be at least the cp size (3)"),
+        (
+            {"mesh": "cp=1000000"},
+            "must be at least the cp size (1000000)",
+        ),  # without counting each rank's positions
         ({"context__method": "rings"}, "context.method 'rings' is not one of ring, all_gather"),
         (
             {"mesh": "cp=4", "context__method": "hybrid", "context__ulysses_size": 3},

@@ -86,6 +86,7 @@ def test_views_are_what_refinements_and_folds_add():
         ("tp", "mesh 'tp' must give axis tp a positive whole number, not ''; write tp=2"),
         ("tp=-2", "mesh 'tp=-2' must give axis tp a positive whole number, not '-2'; write tp=2"),
         ("tp=2.5", "mesh 'tp=2.5' must give axis tp a positive whole number, not '2.5'; write tp=2"),
+        ("cp=9999999", "mesh 'cp=9999999' gives axis cp more than 1,048,576 ranks; write cp=2"),
         ("tp=0", "mesh axis tp=0 must be a positive whole number; use tp=1 to leave the axis out"),
         ("ep=0", "mesh axis ep=0 must be a positive whole number; use ep=1 to leave the axis out"),
         (
@@ -144,6 +145,16 @@ def test_bad_texts_are_refused(text, message):
     with pytest.raises(ValueError) as error:
         parse_mesh(text)
     assert str(error.value) == message
+
+
+def test_absurd_sizes_are_refused_at_once():
+    """Python itself refuses to read 5000 digits, and counting to 10**12 for the divisors took hours."""
+    with pytest.raises(ValueError, match="9' gives axis tp more than 1,048,576 ranks; write tp=2"):
+        parse_mesh("tp=" + "9" * 5000)
+    with pytest.raises(
+        ValueError, match=r"ep=3 must divide dp x cp \(1000000000000\).*use one of 1, 2, 4, 5, 8, "
+    ):
+        mesh_grid({"dp": 10**6, "cp": 10**6, "ep": 3})
 
 
 def test_sizes_of_axes_that_are_not_there_are_refused():
