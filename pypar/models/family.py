@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pypar.settings import Section, setting
+from pypar.settings import Section, of_kind, setting
 
 
 class Sizes(Protocol):
@@ -68,9 +68,9 @@ class ModelSection(Section):
         """The section of the family that ``values`` name. ValueError where there is none of that name."""
         from pypar.models.families import FAMILIES
 
-        name = values.get("family", "decoder")
+        name = of_kind("model.family", values.get("family", "decoder"), str)
         if name not in FAMILIES:
-            near = difflib.get_close_matches(str(name), FAMILIES, 1, 0.3)
+            near = difflib.get_close_matches(name, FAMILIES, 1, 0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"model.family {name!r} is not one of {', '.join(sorted(FAMILIES))}{hint}")
         return FAMILIES[name]

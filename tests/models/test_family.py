@@ -131,6 +131,8 @@ def test_keys_are_those_of_the_family(mixer) -> None:
         ValueError, match="model.family 'mixr' is not one of decoder, mixer; did you mean 'mixer'"
     ):
         load_config(None, ["model.family=mixr"])
+    with pytest.raises(ValueError, match=r"configuration key 'model.family' must be text, not \['mixer'\]"):
+        load_config(None, ["model.family=['mixer']"])
     assert '## `[model]` with `family = "mixer"`\n\nSizes of the mixer.\n' in page()
     assert "| `width` | `16` | a whole number at least 2 | width |" in page()
 
