@@ -143,6 +143,7 @@ def _check_resume(path: Path, config: RunConfig, model: "Sizes | None", *, heade
     if model is None:  # its tensors are compared when they are read
         manifest = checkpoint.read_manifest(path)
     else:
+        _check_family(path, config)
         manifest = checkpoint.check_readable(path, model, headers=headers)
     if manifest["step"] >= config.train.steps:
         raise ValueError(
@@ -150,6 +151,19 @@ def _check_resume(path: Path, config: RunConfig, model: "Sizes | None", *, heade
             "to train; raise train.steps"
         )
     return manifest
+
+
+def _check_family(path: Path, config: RunConfig) -> None:
+    """ValueError for a checkpoint of another family, whose weights may well have the names and shapes of this one's."""
+    written: Any = checkpoint.read_extra(path).get("config")
+    for name in ("model", "family"):
+        written = written.get(name) if isinstance(written, dict) else None
+    now = config.model.family
+    if written is not None and written != now:  # None: older than families
+        raise ValueError(
+            f"checkpoint {path} holds a model of family {checkpoint.shown_value(written)} but the configuration says "
+            f"{checkpoint.shown_value(now)}; set model.family or start a run of another name"
+        )
 
 
 def check_whole_model(path: Path) -> tuple[RunConfig, "Sizes"]:

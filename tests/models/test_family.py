@@ -167,3 +167,20 @@ def test_a_run_of_another_family(ranks, mixer, config) -> None:
                 torch.testing.assert_close(part, weights[name], rtol=1e-4, atol=1e-6)
     model, _ = load_model(saved)
     assert isinstance(model, Mixer) and torch.equal(model.head.weight, weights["head.weight"])
+
+
+class TwinSection(MixerSection):
+    """Another family whose weights have the mixer's names and shapes."""
+
+
+def test_a_checkpoint_of_another_family_is_refused_though_its_weights_fit(mixer, config, monkeypatch) -> None:
+    monkeypatch.setitem(FAMILIES, "twin", TwinSection)
+    _, _, saved = run(config, save=True)
+    again = config | {"train": config["train"] | {"steps": 5, "resume": str(saved)}}
+    assert check(RunConfig.from_dict(again)).config.train.resume == str(saved)
+    twin = RunConfig.from_dict(again | {"model": config["model"] | {"family": "twin"}})
+    with pytest.raises(
+        ValueError,
+        match="holds a model of family 'mixer' but the configuration says 'twin'; set model.family or",
+    ):
+        check(twin)
