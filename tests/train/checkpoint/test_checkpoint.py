@@ -242,10 +242,12 @@ def test_a_writer_killed_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) 
         ours, theirs = forkserver().Pipe()
         writer = forkserver().Process(target=_save_endlessly, args=(directory, theirs), daemon=True)
         writer.start()
+        theirs.close()  # a writer that fails ends what is received from it
         assert [ours.recv() for _ in range(3)] == [1, 2, 3]
         time.sleep(0.004 * trial)
         writer.kill()
         writer.join()
+        ours.close()
         complete, faults = checkpoint.survey(directory)
         assert complete and not faults
         for path in complete:
