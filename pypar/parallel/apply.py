@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from pypar.comm.identical import first_difference
@@ -19,6 +20,7 @@ from pypar.parallel.rules import Reading, read_plan
 from pypar.parallel.trial.examples import Verify, example_call
 from pypar.parallel.trial.numbers import partial_gradients
 from pypar.parallel.trial.shapes import check_shapes
+from pypar.parallel.trial.together import all_ranks
 from pypar.parallel.whole_files import write_whole_files
 from pypar.role import Spreading
 from pypar.sharded import shard
@@ -124,15 +126,22 @@ def _is_meta(model: nn.Module) -> bool:
 
 
 def _check_same_model(model: nn.Module, mesh: Mesh) -> None:
+    """ValueError on every rank that the axes reach, where two of them have different models."""
+    if _is_meta(model):
+        return
     others = [axis for axis in axes_of(mesh) if not set(axis.ranks) <= set(mesh.data.ranks)]
-    for axis in () if _is_meta(model) else (*others, mesh.data):
-        difference = first_difference(list(model.named_parameters()), axis)
-        if difference is not None:
-            raise ValueError(
-                f"parallelize needs the same whole model on every rank, but on axis {axis.name!r} "
-                f"{difference} differs; build it from one seed (torch.manual_seed) or load one checkpoint on "
-                "every rank"
-            )
+    axes, named = [*others, mesh.data], list(model.named_parameters())
+    found = [(axis.name, first_difference(named, axis)) for axis in axes]
+    own = [f"on axis {name!r} {what} differs" for name, what in found if what is not None]
+    is_same, device = not own, next((x.device for _, x in named), torch.device("cpu"))
+    for axis in axes:  # a rank may have the same as all on its own axes
+        is_same = all_ranks(is_same, axis, device)
+    if not is_same:
+        what = own[0] if own else "other ranks differ, and say in what"
+        raise ValueError(
+            f"parallelize needs the same whole model on every rank, but {what}; build it from one seed "
+            "(torch.manual_seed) or load one checkpoint on every rank"
+        )
 
 
 def _spread(spreading: Spreading, reading: Reading) -> None:

@@ -139,12 +139,11 @@ def test_a_module_used_in_two_places_is_swapped_in_both(ranks):
     assert all(ranks(2, run_shared_module))
 
 
-def run_different_weights(axis_name):
-    sizes = {"tp": 2, "dp": 1} if axis_name == "tp" else {"tp": 1, "dp": 2}
+def run_different_weights(sizes):
     mesh = Mesh(**sizes)
     model = Model()
     with torch.no_grad():
-        model.norm.bias[3] += mesh.world.rank * 1e-6
+        model.norm.bias[3] += (mesh.world.rank == mesh.world.size - 1) * 1e-6
     with pytest.raises(ValueError) as caught:
         pypar.parallelize(model, mesh, PLAN)
     assert type(model.up) is nn.Linear
@@ -153,8 +152,20 @@ def run_different_weights(axis_name):
 
 @pytest.mark.parametrize("axis_name", ["tp", "data"])
 def test_ranks_with_different_weights_are_refused(ranks, axis_name):
-    for message in ranks(2, run_different_weights, axis_name):
+    for message in ranks(2, run_different_weights, {"dp" if axis_name == "data" else axis_name: 2}):
         assert f"on axis {axis_name!r} norm.bias differs" in message and "torch.manual_seed" in message
+
+
+def test_a_rank_whose_own_axes_agree_refuses_with_the_others(ranks):
+    """It went on to the trial, and waited there."""
+    found = ranks(4, run_different_weights, {"dp": 2, "tp": 2})
+    said = [
+        "other ranks differ",
+        "on axis 'data' norm.bias",
+        "on axis 'tp' norm.bias",
+        "on axis 'tp' norm.bias",
+    ]
+    assert all(what in message for what, message in zip(said, found, strict=True))
 
 
 # ---- refusals: one sentence, and the model is as it was
