@@ -43,7 +43,7 @@ class _Member:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Sizes and names of the axes over a job's ranks; see the module for split, fold and stages.
 
@@ -84,6 +84,8 @@ class Grid:
             raise ValueError(
                 f"split refines an unknown axis {axis!r}; refine some of {', '.join(self.sizes)}"
             )
+        if not parts:
+            raise ValueError(f"axis {axis} is refined into nothing; name what it is the product of")
         if math.prod(parts.values()) != self.sizes[axis]:
             product = " x ".join(f"{name}={size}" for name, size in parts.items())
             raise ValueError(
@@ -113,6 +115,18 @@ class Grid:
             raise ValueError(
                 f"{name}={size} must divide {' x '.join(axes)} ({total}), whose ranks it folds; use one of {divisors}"
             )
+
+    @functools.cached_property
+    def _key(self) -> tuple[object, ...]:
+        """What makes two grids one: the order of axes and of an axis's parts counts, unlike a dict's."""
+        parts = sorted((axis, tuple(parts.items())) for axis, parts in self.split.items())
+        return tuple(self.sizes.items()), tuple(parts), tuple(sorted(self.fold.items())), self.stages
+
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, Grid) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     @property
     def num_ranks(self) -> int:

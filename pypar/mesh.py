@@ -71,6 +71,7 @@ class Mesh:
         device_type: str | None = None,
     ) -> None:
         shape = mesh_shape({"dp": dp, "pp": pp, "cp": cp, "tp": tp, "ep": ep}, split, fold)
+        self.shape = shape
         self.grid = shape.grid
         self.sizes = dict(self.grid.sizes)
         if dist.is_available() and dist.is_initialized():
@@ -170,7 +171,7 @@ class Mesh:
         raise AttributeError(f"this mesh has no axis {name!r}{names}")
 
     def __repr__(self) -> str:
-        return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())})"
+        return f"Mesh({self.shape})"
 
 
 def _device_type() -> str:

@@ -24,7 +24,9 @@ AXIS_NAMES = (STAGES, SAMPLES, POSITIONS, "tp")  # outermost first
 # Folds that every mesh has, and the axes whose ranks they fold: of size 1 where nothing else is said.
 FOLDS = {"ep": DATA}
 # What a Mesh has beside its axes.
-RESERVED = frozenset({"axis", "data", "declare", "device_mesh", "grid", "of", "rank", "sizes", "world"})
+RESERVED = frozenset(
+    {"axis", "data", "declare", "device_mesh", "grid", "of", "rank", "shape", "sizes", "world"}
+)
 
 MOST_RANKS = 1 << 20  # that a text may give to an axis: an error of typing is said at once
 
@@ -32,7 +34,7 @@ Split = Mapping[str, Mapping[str, int]]
 Fold = Mapping[str, tuple[int, tuple[str, ...]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeshShape:
     """Sizes of the axes (1 where they are not named), refinements {axis: {name: size}}, folds {name: (size, axes)}.
 
@@ -50,6 +52,12 @@ class MeshShape:
         for name in self.grid.names:
             if name in RESERVED or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
                 raise ValueError(f"an axis of a mesh cannot be called {name!r}; use another name")
+
+    def __eq__(self, other: object) -> bool:
+        return self.grid == other.grid if isinstance(other, MeshShape) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.grid)
 
     @functools.cached_property
     def grid(self) -> Grid:

@@ -44,8 +44,8 @@ class RunConfig:
     seed: int = setting(0, help="of initial weights, of the order of the data and of the sample")
     mesh: str = setting(
         "",
-        help='sizes of the axes, like "tp=2,pp=2"; refined and folded ones, like "tp=4(row=2,column=2),ep=2"; '
-        '"": every rank is on the dp axis',
+        help='sizes of the axes, like "tp=2,pp=2"; "": every rank is on the dp axis. Refinements and folds, like '
+        '"tp=4(row=2,column=2),ep=2", are refused where nothing is spread over them',
     )
     model: ModelSection = section_of(DecoderSection)
     data: DataConfig = section_of(DataConfig)

@@ -6,9 +6,9 @@
         assert ranks(2, _sum, 3) == [6, 6]
 
 One pool per world size is started when it is first asked for (forkserver with torch loaded, so this process
-never forks), with gloo over loopback, a file store, one thread a rank, and the environment of the session's
-start. Arguments and results are pickled by value. When a rank raises, dies or does not answer in time the
-pool is killed, `RankError` tells what happened, and the next test gets a new pool.
+never forks), with gloo over loopback, a file store, one thread a rank, and the environment in which the first
+pool was started. Arguments and results are pickled by value. When a rank raises, dies or does not answer in time
+the pool is killed, `RankError` tells what happened, and the next test gets a new pool.
 """
 
 from __future__ import annotations

@@ -160,3 +160,15 @@ def test_absurd_sizes_are_refused_at_once():
 def test_sizes_of_axes_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="a mesh has no axis 'tpp'; did you mean 'tp'"):
         mesh_grid({"tpp": 2})
+
+
+def test_the_order_of_the_parts_makes_another_mesh():
+    first, second = parse_mesh("tp=4(row=2,column=2)"), parse_mesh("tp=4(column=2,row=2)")
+    assert first.grid.groups("row") != second.grid.groups("row")
+    assert first != second and first.grid != second.grid
+    assert len({first, second, parse_mesh(" tp=4(row=2, column=2)")}) == 2
+
+
+def test_an_axis_is_not_refined_into_nothing():
+    with pytest.raises(ValueError, match="axis tp is refined into nothing"):
+        MeshShape(split={"tp": {}})
