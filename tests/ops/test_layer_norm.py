@@ -37,6 +37,17 @@ def test_accuracy(name, dtype, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_rows_of_one_element_are_the_bias(name):
+    """The bias's gradient is then one number, of which plain PyTorch's error is luck: a sum's bound is the rule."""
+    dout = torch.randn(63, 1, generator=torch.Generator().manual_seed(0))
+    x, weight, bias = (torch.full(shape, 3.0, requires_grad=True) for shape in ((63, 1), (1,), (1,)))
+    out = layer_norm(x, weight, bias, backend=name)
+    dx, dweight, dbias = torch.autograd.grad(out, (x, weight, bias), dout)
+    assert (out == 3).all() and not dx.any() and not dweight.any()
+    assert abs(dbias.double() - dout.double().sum()) <= 63 * 2**-24 * dout.double().abs().sum()
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(name, dtype, options):
