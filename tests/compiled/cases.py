@@ -138,21 +138,10 @@ def _linear_cross_entropy(axis):
     )
 
 
-@case("pypar.ops.rms_norm")
-def _rms_norm(axis):
-    return of_x(lambda x: pypar.ops.rms_norm(x, torch.ones(WIDTH)))
-
-
-@case("pypar.ops.RMSNorm")
-def _rms_norm_layer(axis):
-    layer = pypar.ops.RMSNorm(WIDTH, weight_offset=1.0)
-    return of_x(lambda x: sum(layer(x, x * 3)), layer)
-
-
-@case("pypar.ops.LayerNorm")
-def _layer_norm_layer(axis):
-    layer = pypar.ops.LayerNorm(WIDTH)
-    return of_x(lambda x: sum(layer(x, x * 3)), layer)
+@case("pypar.ops.LayerNorm", "pypar.ops.RMSNorm")
+def _norm_layers(axis):
+    layers = nn.Sequential(pypar.ops.LayerNorm(WIDTH), pypar.ops.RMSNorm(WIDTH, weight_offset=1.0))
+    return of_x(layers, layers)
 
 
 @case("pypar.ops.rope")

@@ -255,7 +255,7 @@ def test_the_command(tmp_path, capfd):
     )
     assert {row["op"] for row in json.loads(path.read_text())["rows"]} == {"rope"}
     for arguments, sentence in (
-        (["--ops", "atention"], "--ops: unknown operator 'atention', known are attention, "),
+        (["--ops", "atention"], "--ops: unknown operator 'atention', known are adamw, attention, "),
         (["--backends", "cud"], "--backends: unknown backend 'cud', known are "),
         (["--json", str(tmp_path / "no" / "folder" / "x.json")], "cannot be written"),
     ):

@@ -7,6 +7,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pypar.kernels.launch import launches_go_elsewhere
 
@@ -50,7 +51,8 @@ def triton_device_refusal(device: torch.device) -> str | None:
         return TRITON_MISSING
     if device.type == "cuda":
         return gpu_refusal(device)
-    if device.type == "cpu" and (_INTERPRETED or launches_go_elsewhere()):
+    # What torch.compile traces is for other calls too, and it cannot trace the context that launches are sent by.
+    if device.type == "cpu" and (_INTERPRETED or (not is_compiling() and launches_go_elsewhere())):
         return None
     if device.type == "cpu":
         return "it runs on a GPU, and a tensor is on the CPU (TRITON_INTERPRET=1 interprets it there, slowly)"

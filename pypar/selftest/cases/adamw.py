@@ -51,7 +51,7 @@ def case(count: int, form: Form = PLAIN, quick: bool = False) -> Case:
 
     def ours(param: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, backend: str) -> Tensor:
         new, *moments = (x.clone() for x in (param, exp_avg, exp_avg_sq))
-        masters = [param.float()] if form.master else None
+        masters = [param.to(torch.float32, copy=True)] if form.master else None
         adamw(
             [new],
             [gradient],
