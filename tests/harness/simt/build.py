@@ -38,8 +38,8 @@ _KERNEL = "-DPYPAR_SIMT -DPYPAR_PLANT_FAULTS -Wall -Wextra -Wno-unknown-pragmas 
 _FLAVOURS = {
     "fast": "-O2 -g1",
     # Inlining joins an instruction's wrapper with the kernel, so that the kernel's line is reported.
-    "checked": "-O1 -g -finline-functions -finline-small-functions -DSIMT_CHECKED",
-    "sanitized": "-O1 -g -DSIMT_SANITIZED",
+    "checked": "-O1 -g1 -finline-functions -finline-small-functions -DSIMT_CHECKED",
+    "sanitized": "-O1 -g1 -DSIMT_SANITIZED",
 }
 _KERNEL_FLAVOURS = {
     "fast": "",
