@@ -59,7 +59,8 @@ def check_stages(model: nn.Module, num_stages: int) -> None:
     """ValueError, the same for every stage, where a whole model cannot be cut into so many.
 
     Stages other than the first and the last one cannot share parameters. A trained parameter that is in no block would
-    be on every stage, each of which would train it by its own part of the gradient.
+    be on every stage, each of which would train it by its own part of the gradient; under a second name that is in no
+    block it would stay on stages that do not train it.
     """
     blocks = blocks_of(model)
     stages = [stage_blocks(blocks, num_stages, stage) for stage in range(num_stages)]
@@ -69,13 +70,26 @@ def check_stages(model: nn.Module, num_stages: int) -> None:
                 f"stage {stage} of {num_stages} shares {', '.join(sorted(shared.values()))} with another one; only the "
                 "first and the last stage can share parameters"
             )
+    if num_stages > 1:
+        _check_inside(model, blocks, num_stages)
+
+
+def _check_inside(model: nn.Module, blocks: Sequence[Block], num_stages: int) -> None:
+    """ValueError where a trained parameter has a name that is in no block."""
     prefixes = tuple(f"{module}." for block in blocks for module in block.modules)
-    in_blocks = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n.startswith(prefixes)}
-    outside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_blocks]
-    if outside and num_stages > 1:
+    named = list(model.named_parameters(remove_duplicate=False))
+    inside = {id(p): n for n, p in reversed(named) if n.startswith(prefixes)}
+    outside = {n: p for n, p in named if p.requires_grad and not n.startswith(prefixes)}
+    if alone := [n for n, p in outside.items() if id(p) not in inside]:
         raise ValueError(
-            f"no block of this {type(model).__name__}'s blocks() has {', '.join(outside)}, which each of {num_stages} "
+            f"no block of this {type(model).__name__}'s blocks() has {', '.join(alone)}, which each of {num_stages} "
             "pipeline stages would train by itself; put it into a module of a block, or use pp=1"
+        )
+    for name, parameter in outside.items():
+        raise ValueError(
+            f"{name} is {inside[id(parameter)]} under another name, which no block of this {type(model).__name__}'s "
+            f"blocks() has: it would stay on each of {num_stages} pipeline stages and be trained on one; put it into a "
+            "module of a block, or use pp=1"
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ RESIDUAL = ("attention.out.weight", "feed_forward.down.weight")
 @dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of a decoder; every number is the whole model's, never one rank's."""
+
+    filled_in: ClassVar[tuple[str, ...]] = ("vocab_size", "head_size")
 
     vocab_size: int
     num_layers: int

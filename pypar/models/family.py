@@ -17,13 +17,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pypar.settings import Section, of_kind, setting
 
 
 class Sizes(Protocol):
     """A dataclass of the sizes of a whole model, whose fields are keys of the family's section."""
+
+    # Keys that may be 0 in a section, as the tokenizer or other sizes give their values.
+    filled_in: ClassVar[tuple[str, ...]]
 
     @property
     def vocab_size(self) -> int: ...

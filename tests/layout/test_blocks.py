@@ -94,3 +94,15 @@ def test_a_parameter_that_is_in_no_block_is_refused():
             keep_stage(model, 2, stage)
     model.scale.requires_grad_(False)
     keep_stage(model, 2, 1)
+
+
+def test_a_name_outside_blocks_of_a_parameter_inside_is_refused():
+    """Stages without its block would have kept, and used, the values of the start."""
+    model = Shared()
+    model.first = model.parts[0].weight
+    keep_stage(model, 1, 0)
+    for stage in range(2):
+        with pytest.raises(ValueError, match="^first is parts.0.weight under another name, which no block"):
+            keep_stage(model, 2, stage)
+    model.first.requires_grad_(False)
+    keep_stage(model, 2, 1)

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class MixerSizes:
+    filled_in = ("vocab_size",)
     vocab_size: int
     num_layers: int
     width: int

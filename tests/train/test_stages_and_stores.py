@@ -184,6 +184,18 @@ def test_a_store_that_gathers_blocks_is_asked_around_each_of_them(ranks, text: P
             assert all(calls[i][1] == calls[i + 1][1] for i in range(0, len(calls), 2))
 
 
+def test_a_forward_that_fails_leaves_the_block_it_was_in(text: Path, monkeypatch) -> None:
+    _register(monkeypatch)
+    trainer = Trainer(_config(text, "", store="evicting"), Mesh(), CPU)
+    layer = trainer.model.layers["0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer), "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train_step()
+    assert trainer.store.calls[-2:] == [("enter", "layers.0"), ("leave", "layers.0")]
+    assert all(torch.isnan(p).all() for p in layer.parameters())
+
+
 def test_a_store_that_does_not_act_on_blocks_costs_nothing(text: Path) -> None:
     model = Trainer(_config(text, ""), Mesh(), CPU).model
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -16,8 +16,9 @@ def around_blocks(model: nn.Module, store: Store) -> None:
     """Let the model call the store's `enter` and `leave` for each of its blocks, where the store acts on them.
 
     A forward enters a block before the first of its modules and leaves it after the last one. A backward enters a block
-    when a gradient of its outputs is there, and leaves it when it comes to another block, or ends. Nothing is added to
-    a model whose store does not act on blocks. ValueError for a model that does not say its blocks.
+    when a gradient of its outputs is there, and leaves it when it comes to another block, or ends. A forward that fails
+    leaves the block it was in. Nothing is added to a model whose store does not act on blocks. ValueError for a model
+    that does not say its blocks.
     """
     if store.acts_on_blocks:
         _Watch(store).watch(model)
@@ -28,6 +29,7 @@ class _Watch:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.in_forward: Block | None = None
         self.in_backward: Block | None = None
         self.backward = -1  # torch's number of the backward that runs: one that failed is not gone on with
 
@@ -35,11 +37,22 @@ class _Watch:
         for block in blocks_of(model):
             modules = [model.get_submodule(name) for name in block.modules if _is_here(model, name)]
             if modules:
-                modules[0].register_forward_pre_hook(lambda *_, block=block: self.store.enter(block))
+                modules[0].register_forward_pre_hook(lambda *_, block=block: self._enter(block))
                 modules[-1].register_forward_hook(lambda *given, block=block: self._leave(block, given[-1]))
+        model.register_forward_hook(lambda *_: self._end_forward(), always_call=True)
+
+    def _enter(self, block: Block) -> None:
+        self.in_forward = block
+        self.store.enter(block)
+
+    def _end_forward(self) -> None:
+        """A block that is still entered is one that raised."""
+        if self.in_forward is not None:
+            self.store.leave(self.in_forward)
+            self.in_forward = None
 
     def _leave(self, block: Block, output: Any) -> None:
-        self.store.leave(block)
+        self._end_forward()
         made = [x for x in _tensors(output) if x.requires_grad]
         if made and torch.is_grad_enabled():
             torch.autograd.graph.register_multi_grad_hook(

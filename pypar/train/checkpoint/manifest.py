@@ -24,10 +24,6 @@ PICKLED_METADATA = ".metadata"  # of checkpoints that pypar wrote before, and of
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 REMEDY = "give the folder of a complete checkpoint (step_...) or of a run that has one"
-FOLLOWING = (
-    "vocab_size",
-    "head_size",
-)  # of a model: 0 where they follow from the tokenizer or the other sizes
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -128,7 +124,7 @@ def _check_model(path: Path, extra: Mapping[str, Any], index: Index, model: "Siz
     sizes: Any = model
     for key, value in dataclasses.asdict(sizes).items():
         held = written.get(key, value)
-        follows = key in FOLLOWING and type(held) is int and held == 0
+        follows = key in model.filled_in and type(held) is int and held == 0
         if not follows and (held != value or isinstance(held, bool) != isinstance(value, bool)):
             raise ValueError(
                 f"checkpoint {path} holds a model with {key} = {shown_value(held)} but the configuration says "
