@@ -34,7 +34,8 @@ ORDER = (
     ),
     ("tensor_parallel", "context_parallel", "pipeline_parallel", "data_parallel", "optimizers"),
     ("models", "parallel"),
-    ("hugging_face", "train", "bench", "doctor"),
+    ("hugging_face", "train", "doctor"),
+    ("bench",),
     ("selftest",),
     ("cli",),
 )

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 import pypar.comm  # noqa: F401  makes the backend known
+from pypar.bench.figures import Figure
 from pypar.bench.timing import DTYPES, median_seconds
 
 BACKENDS = ("pypar", "gloo")
@@ -45,9 +47,11 @@ class Sweep:
     seconds: float = 0.25
 
 
-def measure(num_ranks: int, sweep: Sweep) -> None:
-    """Starts the ranks; rank 0 prints a line for each collective, dtype and size."""
-    spawn(_run, num_ranks, sweep)
+def measure(num_ranks: int, sweep: Sweep, *, quiet: bool = False) -> list[Figure]:
+    """Starts the ranks; a figure for each collective, dtype and size, which rank 0 prints unless it is to be quiet."""
+    rows = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    spawn(_run, num_ranks, sweep, rows, quiet)
+    return [rows.get() for _ in range(len(sweep.collectives) * len(sweep.dtypes) * len(sweep.sizes))]
 
 
 def spawn(run: Callable[..., None], num_ranks: int, *arguments: object) -> None:
@@ -108,7 +112,7 @@ def copy_seconds(num_bytes: int) -> float:
     return median_seconds({"copy": lambda: target.copy_(source)}, rounds=7)["copy"]
 
 
-def _run(rank: int, size: int, store_path: str, sweep: Sweep) -> None:
+def _run(rank: int, size: int, store_path: str, sweep: Sweep, rows: SimpleQueue[Figure], quiet: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store_path, size), rank=rank, world_size=size)
     groups = {backend: dist.new_group(backend=backend) for backend in BACKENDS}
@@ -124,20 +128,28 @@ def _run(rank: int, size: int, store_path: str, sweep: Sweep) -> None:
                     for backend in BACKENDS:
                         times[backend].append(seconds_a_call(by_backend[backend][what], sweep.seconds))
                 if rank == 0:
-                    print_row(size, what, name, num_bytes, [statistics.median(times[b]) for b in BACKENDS])
+                    figure = _figure(size, what, name, num_bytes, times)
+                    rows.put(figure)
+                    if not quiet:
+                        _print_row(size, num_bytes, figure)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def print_row(size: int, what: str, dtype: str, num_bytes: int, periods: list[float]) -> None:
-    ours, gloo = periods
+def _figure(size: int, what: str, dtype: str, num_bytes: int, times: dict[str, list[float]]) -> Figure:
+    ours, gloo = (statistics.median(times[backend]) for backend in BACKENDS)
+    share = copy_seconds(num_bytes) / ours
+    return Figure(what, f"{size} ranks, {num_bytes} B", dtype, "call", ours, "gloo", gloo, "copy", share)
+
+
+def _print_row(size: int, num_bytes: int, figure: Figure) -> None:
     target = ""
-    if what == "all_reduce" and dtype == "fp32" and size in TARGETS:
+    if figure.bench == "all_reduce" and figure.dtype == "fp32" and size in TARGETS:
         aim = next((v for k, v in TARGETS[size].items() if num_bytes <= k), 0.0)
         target = f"  target {aim:.1f}x" if aim else ""
     print(
-        f"{size} ranks  {what:14}  {dtype}  {num_bytes:>9} B  pypar {ours * 1e6:9.1f} us  "
-        f"{num_bytes / ours / 1e9:6.2f} GB/s  gloo {gloo * 1e6:9.1f} us  {gloo / ours:6.2f}x  "
-        f"copy {copy_seconds(num_bytes) * 1e6:8.1f} us{target}",
+        f"{size} ranks  {figure.bench:14}  {figure.dtype}  {num_bytes:>9} B  pypar {figure.seconds * 1e6:9.1f} us  "
+        f"{num_bytes / figure.seconds / 1e9:6.2f} GB/s  gloo {(figure.peer_seconds or 0.0) * 1e6:9.1f} us  "
+        f"{figure.ratio:6.2f}x  copy {(figure.share or 0.0) * figure.seconds * 1e6:8.1f} us{target}",
         flush=True,
     )

@@ -1,28 +1,113 @@
-"""``pypar bench``: how fast communication is on this machine."""
+"""``pypar bench``: how fast this machine is with pypar, beside what else is there."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-SUMMARY = "measure all-reduce: our GPU kernels against NCCL, or on CPUs our backend against gloo"
+from pypar.cli.selftest import check_ops
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pypar.bench.figures import Figure
+
+SUMMARY = "measure: everything in one table, or all-reduce alone"
+PARTS = ("operators", "communication", "training")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("subject", choices=["allreduce"])
-    parser.add_argument(
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="subject")
+    text = "every operator, the collectives and a training step, each beside a named peer, in one table"
+    all_ = subjects.add_parser("all", help=text, description=text, allow_abbrev=False)
+    all_.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="default all of them")
+    all_.add_argument("--ops", nargs="+", default=[], metavar="OP", help="such as attention (default all)")
+    all_.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of training; default fp32"
+    )
+    all_.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    all_.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios as bars into a PNG")
+    text = "all-reduce: our GPU kernels against NCCL, or on CPUs our backend against gloo"
+    allreduce = subjects.add_parser("allreduce", help=text, description=text, allow_abbrev=False)
+    allreduce.add_argument(
         "--tune", action="store_true", help="keep the sizes from which which way is the fastest"
     )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default cuda")
-    parser.add_argument("--ranks", type=int, nargs="+", help="default all GPUs, up to 8; on CPUs 2")
-    parser.add_argument(
+    allreduce.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default cuda")
+    allreduce.add_argument("--ranks", type=int, nargs="+", help="default all GPUs, up to 8; on CPUs 2")
+    allreduce.add_argument(
         "--backend", choices=["cuda", "triton"], help="of the kernels; default the first that runs"
     )
-    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16", "fp16"], default=["bf16"])
-    parser.add_argument("--bytes", type=int, nargs="+", help="default 1 KiB to 64 MiB; on CPUs to 1 MiB")
-    parser.add_argument("--quick", action="store_true", help="one round of 0.05 s a figure")
+    allreduce.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16", "fp16"], default=["bf16"])
+    allreduce.add_argument("--bytes", type=int, nargs="+", help="default 1 KiB to 64 MiB; on CPUs to 1 MiB")
+    allreduce.add_argument("--quick", action="store_true", help="one round of 0.05 s a figure")
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
+    return _prepare_all(arguments) if arguments.subject == "all" else _prepare_allreduce(arguments)
+
+
+def _prepare_all(arguments: argparse.Namespace) -> Callable[[], int]:
+    check_ops(arguments.ops)
+    for option in ("json", "picture"):
+        path: Path | None = getattr(arguments, option)
+        if path is not None and (
+            path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)
+        ):
+            raise ValueError(f"--{option} ({path}) cannot be written; name a file in a folder that can")
+
+    def job() -> int:
+        from pypar.bench import figures
+        from pypar.doctor import machine_lines
+
+        machine = list(machine_lines())
+        for line in [*machine, "", *figures.header()]:
+            print(line, flush=True)
+        found = []
+        for part in arguments.only:
+            for figure in _MEASURED[part](arguments):
+                found.append(figure)
+                print(figures.line(figure), flush=True)
+        if arguments.json is not None:
+            figures.write(arguments.json, machine, found)
+        if arguments.picture is not None:
+            figures.draw(arguments.picture, machine, found)
+        return 0
+
+    return job
+
+
+def _operators(arguments: argparse.Namespace) -> "Iterator[Figure]":
+    import torch
+
+    from pypar.selftest import operators
+    from pypar.selftest.rows import Options
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return operators.figures(device, Options(ops=tuple(arguments.ops), quick=True))
+
+
+def _communication(arguments: argparse.Namespace) -> "Iterator[Figure]":
+    from pypar.bench import collectives
+
+    sizes = (1 << 10, 64 << 10, 1 << 20, 32 << 20)
+    yield from collectives.measure(
+        2, collectives.Sweep(("fp32", "bf16"), sizes, rounds=3, seconds=0.05), quiet=True
+    )
+
+
+def _training(arguments: argparse.Namespace) -> "Iterator[Figure]":
+    from pypar.bench.training import race
+
+    names = ["torch, one process", "torch DDP", "pypar, one process", "pypar dp=2", "pypar tp=2"]
+    yield from race.figures(names, arguments.precision, steps=2, rounds=1)
+
+
+_MEASURED = dict(zip(PARTS, (_operators, _communication, _training), strict=True))
+
+
+def _prepare_allreduce(arguments: argparse.Namespace) -> Callable[[], int]:
     import torch
 
     from pypar.bench import allreduce, collectives

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SUMMARY = "check every operator on every backend of this machine, and compare the times with torch's"
@@ -23,14 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter timings")
 
 
+def check_ops(ops: Sequence[str]) -> None:
+    """ValueError for a name of --ops that no operator has."""
+    from pypar.ops.backend import op_modules, unknown_name
+
+    known = [module.__name__.rsplit(".", 1)[1] for module in op_modules()]
+    for name in ops:
+        if name not in known:
+            raise ValueError(unknown_name("operator", name, known, "--ops: "))
+
+
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     from pypar.ops.backend import op_modules, unknown_name
 
-    known = {module.__name__.rsplit(".", 1)[1]: [b.name for b in module.BACKENDS] for module in op_modules()}
-    for name in arguments.ops:
-        if name not in known:
-            raise ValueError(unknown_name("operator", name, known, "--ops: "))
-    backends = sorted({name for names in known.values() for name in names})
+    check_ops(arguments.ops)
+    backends = sorted({backend.name for module in op_modules() for backend in module.BACKENDS})
     for name in arguments.backends:
         if name not in backends:
             raise ValueError(unknown_name("backend", name, backends, "--backends: "))

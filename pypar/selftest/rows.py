@@ -150,8 +150,8 @@ def _fill(row: Row, case: Case, draws: list[judge.Expected], limits: Limits) -> 
         return
     # The reference is written to be read: one look at its time is enough.
     budget_s = 0.0 if row.backend == "reference" else limits.options.budget_s
-    (forward, *both), peer = _times(case, ours, expected, row.device, budget_s)
-    least_forward_s, least_both_s, row.limit = _least_seconds(case, expected, row.device, limits)
+    (forward, *both), peer = times(case, ours, expected, row.device, budget_s)
+    least_forward_s, least_both_s, row.limit = least_seconds(case, expected, row.device, limits)
     row.forward_ms, row.forward_share = forward * 1e3, least_forward_s / forward
     if both:
         row.both_ms, row.both_share = both[0] * 1e3, least_both_s / both[0]
@@ -160,7 +160,7 @@ def _fill(row: Row, case: Case, draws: list[judge.Expected], limits: Limits) -> 
         row.both_ratio = peer[1] / both[0] if both else None
 
 
-def _times(
+def times(
     case: Case, ours: Function, expected: judge.Expected, device: str, budget_s: float
 ) -> tuple[list[float], list[float]]:
     """Seconds of ours and of the peer, forward, then forward and backward. The peer's are empty where it cannot."""
@@ -208,7 +208,7 @@ def _repeats(row: Row, first: judge.Results, ours: Function, expected: judge.Exp
     return f"one thread gives another {different} than {num_threads}" if different else None
 
 
-def _least_seconds(
+def least_seconds(
     case: Case, expected: judge.Expected, device: str, limits: Limits
 ) -> tuple[float, float, str]:
     """What forward, and forward and backward, take at the device's rates; and the rate that limits."""
