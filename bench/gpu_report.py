@@ -1,8 +1,11 @@
-"""What the compiled GPU kernels promise, read from pypar._cuda without a GPU: a markdown table per architecture.
+"""What the compiled GPU kernels promise, found out without a GPU: markdown tables per architecture.
 
     python bench/gpu_report.py [--arch sm_80 ...] [--kernel head 128 bf16]
 
-Needs pypar._cuda (nvcc at installation) and Triton's wheel, for its cuobjdump.
+First the kernels of CUDA C++, of which all cells are told. Needs pypar._cuda (nvcc at installation) and Triton's wheel,
+for its cuobjdump. Then Triton's kernels of operators on rows, compiled here for the first of their compiled_cases, and
+the bytes that they move for the first of their small_cases, counted in Triton's interpreter, beside the least: inputs
+and outputs, each once, and gradients in backward.
 
 registers, spills   of a thread; spills are counted in the machine code (STL and LDL instructions) and as stack bytes
 shared              bytes of a block, dynamic and static
@@ -24,190 +27,33 @@ tensor share        the most of its time that the tensor pipe can be busy: with 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-# Of a multiprocessor: bytes of shared memory, warps, block slots. All have 65536 registers, given to warps by 256,
-# and take 1 KiB of shared memory from every block.
-LIMITS = {
-    "sm_80": (164 * 1024, 64, 32),
-    "sm_90a": (228 * 1024, 64, 32),
-    "sm_100a": (228 * 1024, 64, 32),
-    "sm_120": (100 * 1024, 48, 24),
-}
+import torch
+
+from pypar.bench.gpu.flow import Flow
+from pypar.bench.gpu.machine_code import (
+    LIMITS,
+    Kernel,
+    find_tool,
+    is_tensor,
+    num_spills,
+    read_kernels,
+    resident_blocks,
+)
+
 # Cycles of a scheduler's tensor pipe for one m16n8k16, 2048 multiply-adds, from the dense bf16 rates with fp32 sums
 # that NVIDIA states: A100 312, H100 989, RTX 5090 209.5 TFLOP/s. sm_100's tensor memory is out of mma.sync's reach;
 # it is taken to be as fast as sm_90 without.
 TENSOR_CYCLES = {"sm_80": 8, "sm_90a": 4, "sm_100a": 4, "sm_120": 32}
-
-
-@dataclass
-class Kernel:
-    """One kernel of one architecture."""
-
-    symbol: str
-    arch: str
-    registers: int
-    stack: int
-    static_shared: int
-    code: list[Instruction]
-
-
-@dataclass
-class Instruction:
-    address: int
-    opcode: str  # with its modifiers, as in "LDSM.16.M88.4"
-    guarded: bool  # by a predicate
-    target: int | None  # of a branch
-
-
-def find_tool(name: str) -> str | None:
-    """The path of a CUDA binary tool: Triton's own, else the toolkit's."""
-    try:
-        import triton
-    except ImportError:
-        return shutil.which(name)
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return shutil.which(name, path=str(folder)) or shutil.which(name)
-
-
-def run(*command: str, cwd: str | None = None) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
-
-
-def read_kernels(library: Path, archs: list[str]) -> Iterator[Kernel]:
-    """Every kernel in a shared library or cubin."""
-    tool = find_tool("cuobjdump")
-    if tool is None:
-        sys.exit("cuobjdump not found: it comes with Triton (pip install triton) or the CUDA toolkit")
-    with tempfile.TemporaryDirectory() as folder:
-        run(tool, "-xelf", "all", str(library), cwd=folder)
-        for cubin in sorted(Path(folder).iterdir()):
-            if not (match := re.search(r"\.(sm_\d+a?)\.cubin$", cubin.name)) or match[1] not in archs:
-                continue
-            usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", run(tool, "-res-usage", str(cubin))))
-            for part in run(tool, "-sass", str(cubin)).split("Function : ")[1:]:
-                symbol, text = part.split("\n", 1)
-                numbers = dict(re.findall(r"(\w+):(\d+)", usage[symbol.strip()]))
-                yield Kernel(
-                    symbol.strip(),
-                    match[1],
-                    int(numbers["REG"]),
-                    int(numbers["STACK"]),
-                    # From sm_90 on it holds the KiB that every block gives up.
-                    int(numbers["SHARED"]) - (0 if match[1] == "sm_80" else 1024),
-                    list(_instructions(text)),
-                )
-
-
-def _instructions(text: str) -> Iterator[Instruction]:
-    pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);"
-    for address, guard, opcode, operands in re.findall(pattern, text, re.MULTILINE):
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if opcode.startswith("BRA") else None
-        yield Instruction(
-            int(address, 16), opcode, _is_guarded(guard, operands), target and int(target[1], 16)
-        )
-
-
-def _is_guarded(guard: str, operands: str) -> bool:
-    """A branch may also carry its predicate as an operand (BRA P0, BRA.U UP0)."""
-    return bool(guard) or re.match(r"\s*!?U?P\d\b", operands) is not None
-
-
-def num_spills(kernel: Kernel) -> int:
-    """Instructions that use the stack."""
-    return sum(instruction.opcode.split(".")[0] in ("STL", "LDL") for instruction in kernel.code)
-
-
-def is_tensor(instruction: Instruction) -> bool:
-    return instruction.opcode.split(".")[0] in ("HMMA", "HGMMA", "UTCHMMA")
-
-
-class Flow:
-    """Basic blocks of a kernel and which follow which."""
-
-    def __init__(self, code: list[Instruction]) -> None:
-        self.code = code
-        index = {instruction.address: i for i, instruction in enumerate(code)}
-        starts = {0}
-        for i, instruction in enumerate(code):
-            if instruction.target in index:
-                starts |= {i + 1, index[instruction.target]}
-            elif instruction.opcode.split(".")[0] in ("EXIT", "RET", "BRX"):
-                starts.add(i + 1)
-        self.starts = sorted(start for start in starts if start < len(code))
-        ends = [*self.starts[1:], len(code)]
-        self.blocks = {start: code[start:end] for start, end in zip(self.starts, ends, strict=True)}
-        self.successors = {s: self._following(s, e, index) for s, e in zip(self.starts, ends, strict=True)}
-
-    def _following(self, start: int, end: int, index: dict[int, int]) -> list[int]:
-        last = self.code[end - 1]
-        following = [index[last.target]] if last.target in index else []
-        leaves = last.opcode.split(".")[0] in ("EXIT", "RET", "BRX", "BRA")
-        if end < len(self.code) and (last.guarded or not leaves):
-            following.append(end)
-        return following
-
-    def loops(self) -> Iterator[tuple[int, set[int]]]:
-        """(head, blocks) of every loop: the blocks from which a branch back to the head can be reached without it."""
-        before: dict[int, list[int]] = {start: [] for start in self.starts}
-        for start, following in self.successors.items():
-            for other in following:
-                before[other].append(start)
-        for tail, following in self.successors.items():
-            for head in (other for other in following if other <= tail):
-                inside, waiting = {head}, [tail]
-                while waiting:
-                    block = waiting.pop()
-                    if block not in inside:
-                        inside.add(block)
-                        waiting += before[block]
-                yield head, inside
-
-    def hot_path(self) -> list[Instruction]:
-        """One turn of the innermost loop with tensor-core instructions; empty without such a loop."""
-        candidates = [
-            (len(inside), head, inside)
-            for head, inside in self.loops()
-            if any(is_tensor(i) for block in inside for i in self.blocks[block])
-        ]
-        if not candidates:
-            return []
-        _, head, inside = min(candidates, key=lambda c: c[:2])
-        # Blocks lie in the order of their addresses; a branch back inside is another loop and is not taken.
-        best: dict[int, tuple[int, int, list[int]]] = {head: self._score(head, (0, 0, []))}
-        ends = []
-        for block in sorted(inside):
-            if block not in best:
-                continue
-            for other in self.successors[block]:
-                if other == head:
-                    ends.append(best[block])
-                elif other in inside and other > block:
-                    score = self._score(other, best[block])
-                    if other not in best or score[:2] > best[other][:2]:
-                        best[other] = score
-        path = max(ends, key=lambda score: score[:2])[2]
-        return [instruction for block in path for instruction in self.blocks[block]]
-
-    def _score(self, block: int, before: tuple[int, int, list[int]]) -> tuple[int, int, list[int]]:
-        tensor = sum(map(is_tensor, self.blocks[block]))
-        others = len(self.blocks[block]) - tensor
-        return before[0] + tensor, before[1] - others, [*before[2], block]
-
-
-def resident_blocks(arch: str, registers: int, threads: int, shared: int) -> int:
-    """Blocks that a multiprocessor holds at once."""
-    shared_bytes, warps, slots = LIMITS[arch]
-    block_warps = -(-threads // 32)
-    register_units = -(-registers * 32 // 256) * 256 * block_warps
-    return min(65536 // register_units, shared_bytes // (shared + 1024), warps // block_warps, slots)
+DIRECTIONS = ("forward", "backward")
 
 
 def row(kernel: Kernel, name: str, threads: int, shared: int) -> list[str]:
@@ -251,35 +97,108 @@ def readable(part: str) -> str:
     return " ".join(words)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS))
-    parser.add_argument("--kernel", nargs="+", default=[], help="words that a kernel's name must hold")
-    arguments = parser.parse_args()
+def cuda_tables(archs: list[str], words: list[str]) -> Iterator[str]:
     try:
         from pypar import _cuda
     except ImportError as error:
-        sys.exit(
-            f"pypar._cuda is not there ({error}): install pypar where nvcc is found, or with PYPAR_CUDA=1"
-        )
+        yield f"CUDA C++: pypar._cuda is not there ({error}); install pypar where nvcc is found, or with PYPAR_CUDA=1"
+        return
     facts = [
         fact
         for name in sorted(dir(_cuda))
         if name.endswith("_kernels")
         for fact in getattr(_cuda, name)()
-        if all(word in readable(fact[0]).split() for word in arguments.kernel)
+        if all(word in readable(fact[0]).split() for word in words)
     ]
-    kernels = list(read_kernels(Path(_cuda.__file__), arguments.arch))
-    print("Compile-time facts, read from the machine code; nothing here was measured on a GPU.")
-    for arch in arguments.arch:
-        print(f"\n{arch}\n")
-        print("| kernel | registers | spills | shared | blocks | tensor | other | 8x8 reads | tensor share |")
-        print("|---|---|---|---|---|---|---|---|---|")
+    kernels = list(read_kernels(Path(_cuda.__file__), archs))
+    for arch in archs:
+        yield f"\n{arch}, CUDA C++\n"
+        yield "| kernel | registers | spills | shared | blocks | tensor | other | 8x8 reads | tensor share |"
+        yield "|---|---|---|---|---|---|---|---|---|"
         for part, threads, shared in facts:
             for kernel in (k for k in kernels if k.arch == arch and part in k.symbol):
-                print(f"| {' | '.join(row(kernel, readable(part), threads, shared))} |")
+                yield f"| {' | '.join(row(kernel, readable(part), threads, shared))} |"
+
+
+def triton_tables(archs: list[str], words: list[str]) -> Iterator[str]:
+    from pypar.bench.gpu.triton_code import compile_launch, machine_code
+    from pypar.selftest.row_kernels import cases_module, launches_of, operators
+
+    launches = {
+        (op, case.shape, direction, launch.kernel.__name__): launch
+        for op in operators()
+        for case in cases_module(op).compiled_cases()[:1]
+        for direction, several in zip(DIRECTIONS, launches_of(case, torch.bfloat16), strict=True)
+        for launch in several
+        if all(word in (op, direction) for word in words)
+    }
+    for arch in archs:
+        yield f"\n{arch}, Triton, bf16\n"
+        yield "| operator | shape | direction | kernel | threads | registers | spills | shared | blocks |"
+        yield "|---|---|---|---|---|---|---|---|---|"
+        for names, launch in launches.items():
+            with tempfile.TemporaryDirectory() as folder:
+                compiled = compile_launch(launch, int(re.findall(r"\d+", arch)[0]))
+                code = machine_code(compiled, Path(folder))
+            threads = 32 * launch.num_warps
+            cells = [*names, threads, code.registers, f"{code.spills} / {code.stack_bytes} B"]
+            cells.append(f"{code.shared_bytes / 1024:.1f} KiB")
+            cells.append(resident_blocks(arch, code.registers, threads, code.shared_bytes))
+            yield f"| {' | '.join(map(str, cells))} |"
+
+
+def moved_table(words: list[str]) -> Iterator[str]:
+    """Of another process: this one has the kernels compiled."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, __file__, "--moved", "--kernel", *words]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    yield "\nBytes moved, Triton, fp32\n"
+    yield "| operator | case | direction | moved | least | moved / least |"
+    yield "|---|---|---|---|---|---|"
+    for op, case, direction, moved, least in json.loads(found):
+        yield f"| {op} | {case} | {direction} | {moved:,} | {least:,} | {moved / least:.2f} |"
+
+
+def moved(words: list[str]) -> list[tuple[str, str, str, int, int]]:
+    """(operator, case, direction, bytes moved, least bytes), where Triton interprets."""
+    from pypar.bench.gpu.moved import count
+    from pypar.selftest.judge import expect_case
+    from pypar.selftest.row_kernels import cases_module, launches_of, operators
+    from pypar.selftest.rows import least_bytes
+
+    rows = []
+    for op in operators():
+        case = cases_module(op).small_cases()[0]
+        leasts = least_bytes(case, expect_case(case, "cpu", torch.float32)[0])
+        directions = zip(DIRECTIONS, launches_of(case, torch.float32), leasts, strict=True)
+        for direction, launches, least in directions:
+            if all(word in (op, direction) for word in words):
+                total = sum(x.num_moved * x.element_bytes for x in count(launches))
+                rows.append((op, f"{case.shape}, {case.name}", direction, total, least))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--kernel", nargs="*", default=[], help="words that a kernel's name must hold")
+    parser.add_argument("--moved", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.moved:
+        print(json.dumps(moved(arguments.kernel)))
+        return
+    if find_tool("cuobjdump") is None:
+        sys.exit("cuobjdump not found: it comes with Triton (pip install triton) or the CUDA toolkit")
+    print("Compile-time facts, read from the machine code; nothing here was measured on a GPU.")
+    for lines in (
+        cuda_tables(arguments.arch, arguments.kernel),
+        triton_tables(arguments.arch, arguments.kernel),
+        moved_table(arguments.kernel),
+    ):
+        for line in lines:
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

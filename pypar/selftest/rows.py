@@ -208,16 +208,22 @@ def _repeats(row: Row, first: judge.Results, ours: Function, expected: judge.Exp
     return f"one thread gives another {different} than {num_threads}" if different else None
 
 
-def least_seconds(
-    case: Case, expected: judge.Expected, device: str, limits: Limits
-) -> tuple[float, float, str]:
-    """What forward, and forward and backward, take at the device's rates; and the rate that limits."""
+def least_bytes(case: Case, expected: judge.Expected) -> tuple[int, int]:
+    """What forward, and backward, must read and write."""
     read = sum(x.nbytes for x in expected.inputs.values())
     read_again = read - sum(expected.inputs[name].nbytes for name in case.unread)
     written = sum(x.nbytes for x in expected.douts)
     gradients = sum(expected.inputs[name].nbytes for name in case.gradients)
+    return read + written, written + read_again + gradients
+
+
+def least_seconds(
+    case: Case, expected: judge.Expected, device: str, limits: Limits
+) -> tuple[float, float, str]:
+    """What forward, and forward and backward, take at the device's rates; and the rate that limits."""
+    forward, backward = least_bytes(case, expected)
     copy = limits.copy_bytes(device)
-    moving = (read + written) / copy, (read + written + written + read_again + gradients) / copy
+    moving = forward / copy, (forward + backward) / copy
     if not case.flops[0]:
         return *moving, "copy"
     matmul = limits.matmul_flops(device, next(iter(expected.inputs.values())).dtype)

@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from pypar.bench.gpu.flow import Flow
+from pypar.bench.gpu.machine_code import (
+    LIMITS,
+    find_tool,
+    is_tensor,
+    num_spills,
+    read_kernels,
+    resident_blocks,
+)
 from tests import ROOT
 from tests.package.test_package import load_setup
-
-sys.path.append(str(ROOT / "bench"))
-import gpu_report  # noqa: E402
 
 
 def fake_nvcc(folder: Path, archs: str) -> str:
@@ -186,7 +192,7 @@ def test_the_cuda_runtime_stays_inside(cuda):
 
 
 def test_no_kernel_has_a_stack(cuda):
-    tool = gpu_report.find_tool("cuobjdump")
+    tool = find_tool("cuobjdump")
     if tool is None:
         pytest.skip("cuobjdump not found: it comes with Triton or the CUDA toolkit")
     usage = subprocess.run(
@@ -199,14 +205,14 @@ def test_no_kernel_has_a_stack(cuda):
 
 @pytest.mark.slow
 def test_no_kernel_spills_and_the_main_loops_are_found(cuda):
-    if gpu_report.find_tool("cuobjdump") is None:
+    if find_tool("cuobjdump") is None:
         pytest.skip("cuobjdump not found: it comes with Triton or the CUDA toolkit")
-    kernels = list(gpu_report.read_kernels(Path(cuda.__file__), list(gpu_report.LIMITS)))
+    kernels = list(read_kernels(Path(cuda.__file__), list(LIMITS)))
     for kernel in kernels:
-        assert gpu_report.num_spills(kernel) == 0 and kernel.stack == 0, (kernel.arch, kernel.symbol)
+        assert num_spills(kernel) == 0 and kernel.stack == 0, (kernel.arch, kernel.symbol)
         if "ForwardShape" in kernel.symbol:
-            path = gpu_report.Flow(kernel.code).hot_path()
-            tensor = sum(map(gpu_report.is_tensor, path))
+            path = Flow(kernel.code).hot_path()
+            tensor = sum(map(is_tensor, path))
             assert tensor >= 16 and len(path) < 12 * tensor, (kernel.arch, kernel.symbol)
     for part, *_ in [*cuda.attention_forward_kernels(), *cuda.allreduce_kernels()]:
         assert any(part in kernel.symbol for kernel in kernels), part
@@ -214,8 +220,8 @@ def test_no_kernel_spills_and_the_main_loops_are_found(cuda):
 
 def test_blocks_of_a_multiprocessor():
     """Against NVIDIA's occupancy tables."""
-    assert gpu_report.resident_blocks("sm_80", 254, 128, 82496) == 2  # registers, and shared memory
-    assert gpu_report.resident_blocks("sm_90a", 168, 128, 1024) == 3  # registers
-    assert gpu_report.resident_blocks("sm_80", 32, 1024, 0) == 2  # warps
-    assert gpu_report.resident_blocks("sm_120", 16, 32, 0) == 24  # slots
-    assert gpu_report.resident_blocks("sm_120", 32, 128, 99 * 1024) == 1
+    assert resident_blocks("sm_80", 254, 128, 82496) == 2  # registers, and shared memory
+    assert resident_blocks("sm_90a", 168, 128, 1024) == 3  # registers
+    assert resident_blocks("sm_80", 32, 1024, 0) == 2  # warps
+    assert resident_blocks("sm_120", 16, 32, 0) == 24  # slots
+    assert resident_blocks("sm_120", 32, 128, 99 * 1024) == 1

@@ -16,9 +16,9 @@ from pypar.ops.backend.gpu import TRITON_MISSING
 if TRITON_MISSING is not None:
     pytest.skip(TRITON_MISSING, allow_module_level=True)
 
+from pypar.bench.gpu.triton_code import SHARED_BYTES, compile_launch, machine_code
 from pypar.kernels.launch import launches_go_to
 from tests.harness import row_kernels
-from tests.harness.triton_compile import SHARED_BYTES, compile_launch, machine_code
 
 CAPABILITIES = (80, 90, 100)
 OPERATORS = row_kernels.operators()

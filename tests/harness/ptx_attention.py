@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pypar.bench.gpu.machine_code import find_tool
 from pypar.ops import native
 from pypar.ops.attention import native as attention_native
 from pypar.ops.attention.arguments import AttentionProblem
 from tests import ROOT
-
-sys.path.append(str(ROOT / "bench"))
-from gpu_report import find_tool  # noqa: E402
 
 CSRC = ROOT / "csrc"
 KERNELS = {  # what the names of a source's kernels hold

@@ -16,11 +16,11 @@ sys.path.insert(0, os.environ["PYPAR_PTXRUN"])
 import ptxrun
 from ptxrun.triton_aot import TritonKernel
 
+from pypar.bench.gpu.triton_code import source_of
 from pypar.comm.allreduce.peers import residual_norm_reference
 from pypar.kernels import allreduce_launches as allreduce
 from pypar.kernels.allreduce_launches import NUM_BLOCKS, TILE_BYTES, Workspace
 from tests.gpu.allreduce.definition import drawn, total
-from tests.harness.triton_compile import source_of
 
 BLOCK_WORDS = 4 * NUM_BLOCKS  # sets, stages, blocks
 

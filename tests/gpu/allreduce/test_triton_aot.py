@@ -12,13 +12,13 @@ if sys.platform != "linux":
         "Triton has wheels for Linux only", allow_module_level=True
     )  # elsewhere a missing one is an error
 
+from pypar.bench.gpu.triton_code import compile_launch, machine_code
 from pypar.kernels.allreduce_launches import (
     LARGEST_ROW_BYTES,
     Workspace,
     all_reduce_launch,
     residual_norm_launch,
 )
-from tests.harness.triton_compile import compile_launch, machine_code
 
 KERNELS = ("one-shot", "two-shot", "residual norm")
 CAPABILITIES = (80, 90, 100)

@@ -14,11 +14,11 @@ sys.path.insert(0, os.environ["PYPAR_PTXRUN"])
 
 from ptxrun.triton_aot import TritonKernel
 
+from pypar.bench.gpu.triton_code import source_of
 from pypar.kernels.attention_launches import Device, Launch, backward_launches, forward_launches
 from pypar.ops.attention.arguments import AttentionProblem
 from pypar.ops.backend import Backend
 from tests.gpu.attention.problems import draw
-from tests.harness.triton_compile import source_of
 from tests.ops.attention.judge import compare
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90"}

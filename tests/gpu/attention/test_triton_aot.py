@@ -12,9 +12,9 @@ if sys.platform != "linux":
         "Triton has wheels for Linux only", allow_module_level=True
     )  # elsewhere a missing one is an error
 
+from pypar.bench.gpu.triton_code import NEWEST, SHARED_BYTES, compile_launch, machine_code
 from pypar.kernels.attention_launches import Device, Launch, backward_launches, forward_launches
 from pypar.ops.attention.arguments import AttentionProblem, attention_problem
-from tests.harness.triton_compile import NEWEST, SHARED_BYTES, compile_launch, machine_code
 
 ARCHITECTURES = {80: "sm_80", 86: "other", 90: "sm_90", 100: "sm_100", 120: "other"}
 KERNELS = ("forward", "decode", "combine", "delta", "dkdv", "dq")

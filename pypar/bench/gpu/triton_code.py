@@ -66,8 +66,8 @@ def machine_code(compiled: Any, folder: Path) -> MachineCode:
     sass = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)
     return MachineCode(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        stack_bytes=int(re.findall(r"STACK:(\d+)", usage)[0]),
         shared_bytes=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         tensor_core=len(found),

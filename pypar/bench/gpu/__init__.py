@@ -1,0 +1,1 @@
+"""What compiled GPU kernels promise, found out without a GPU."""

@@ -1,0 +1,73 @@
+"""What a kernel loads and stores, counted in Triton's interpreter (TRITON_INTERPRET=1 in the environment)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pypar.kernels.launch import Launch
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How often the elements of a tensor were loaded and stored, the most often counted of them."""
+
+    name: str
+    num_elements: int
+    element_bytes: int
+    most_loads: int
+    most_stores: int
+    num_moved: int  # loads and stores of all its elements
+
+
+def count(launches: list[Launch]) -> list[Moved]:
+    """Runs launches in Triton's interpreter; one entry for each tensor among their arguments."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for launch in launches:
+        for name, x in launch.arguments.items():
+            if isinstance(x, Tensor) and x.numel():
+                tensors.setdefault(x.data_ptr(), (name, x))
+    addresses: dict[str, list[np.ndarray]] = {"loads": [], "stores": []}
+    originals = builder.create_masked_load, builder.create_masked_store
+
+    def load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        addresses["loads"].append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
+        return originals[0](pointers, mask, *rest)
+
+    def store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        addresses["stores"].append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
+        return originals[1](pointers, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = load, store
+    try:
+        for launch in launches:
+            launch.run()
+    finally:
+        del builder.create_masked_load, builder.create_masked_store
+    touched = {kind: np.concatenate([*found, np.zeros(0, np.uint64)]) for kind, found in addresses.items()}
+    return [_moved(name, x, touched) for name, x in tensors.values()]
+
+
+def _moved(name: str, x: Tensor, touched: dict[str, np.ndarray]) -> Moved:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    begin, end = x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+    loads, stores = (
+        np.bincount(
+            (found[(found >= begin) & (found < end)] - begin).astype(np.int64) // x.element_size(),
+            minlength=1,
+        )
+        for found in (touched["loads"], touched["stores"])
+    )
+    return Moved(
+        name,
+        x.numel(),
+        x.element_size(),
+        int(loads.max()),
+        int(stores.max()),
+        int(loads.sum() + stores.sum()),
+    )
