@@ -17,6 +17,8 @@ ARGS ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
+# Tests start some hundred processes, each of which would compile the package anew where Python may keep nothing.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 # worksteal: neighbours in a file, which share what a fixture made, mostly stay with one worker.
 PYTEST_ARGS := -q $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f)
@@ -28,10 +30,10 @@ train: .venv/.set-up
 	$(BIN)/pypar train $(or $(ARGS),--mesh dp=2 --overwrite)
 
 test: .venv/.set-up-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow" $(ARGS)
+	$(PYTEST) $(PYTEST_ARGS) -m "not slow" $(ARGS)
 
 test-all: .venv/.set-up-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+	$(PYTEST) $(PYTEST_ARGS) $(ARGS)
 
 lint: .venv/.set-up-dev
 	$(BIN)/ruff check

@@ -207,7 +207,8 @@ def ninja_text(compiler: list[str], arch: str, output: str) -> str:
 
     paths = sorted(source.relative_to(ROOT / "csrc") for source in (ROOT / "csrc").rglob("*.cpp"))
     for path in paths:
-        compile_source(path, sysconfig.get_config_var("SOABI"), "$binding_flags")
+        if path.name == "module.cpp" or "PYPAR_BIND(" in (ROOT / "csrc" / path).read_text():
+            compile_source(path, sysconfig.get_config_var("SOABI"), "$binding_flags")
     for isa, flags in ISA_FLAGS[arch].items():
         word = ISA_WORD.get(isa, "")
         if word and not knows_flags(compiler, flags):

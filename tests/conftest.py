@@ -1,18 +1,25 @@
-"""Fixtures of the whole suite."""
+"""Fixtures of the whole suite. torch is imported where it is used: what gives the tests to workers needs none of it."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from tests.harness.ranks import RankPools
+from tests import ROOT
+
+if TYPE_CHECKING:
+    from tests.harness.ranks import RankPools
 
 
 def pytest_configure() -> None:
     """Workers of pytest-xdist share the cores: more threads than cores wait for each other."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
+        import torch
+
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
@@ -28,9 +35,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The hundreds of tests of names and structure, which take no time, come last: a long one there ends alone."""
+    items.sort(key=lambda item: item.path.parent == ROOT / "tests")
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPools]:
     """ranks(world_size, fn, *args, timeout_s=60): call a module-level function in every rank."""
+    from tests.harness.ranks import RankPools
+
     pools = RankPools(tmp_path_factory.mktemp("ranks"))
     try:
         yield pools

@@ -19,7 +19,7 @@ SOME = {
     "gpt_oss": ("right", "right"),
     "deepseek_v3": ("right", "right"),
     "deepseek_v32": ("refused", "refused"),
-    "qwen3_next": ("right", "refused"),
+    "jamba": ("right", "refused"),
     "bart": ("right", "refused"),
     "bloom": ("refused", "refused"),
 }

@@ -226,10 +226,12 @@ def test_every_operator_is_compiled_once_per_instruction_set_lowest_first():
         ).split()[3:]
         paths = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.cpp")]
         sources = sorted(str(path.with_suffix("")) for path in paths)
-        bindings, kernels = linked[: len(sources)], linked[len(sources) :]
-        assert [name.split(".")[0] for name in bindings] == sources
+        texts = {s: (ROOT / "csrc" / f"{s}.cpp").read_text() for s in sources}
+        bound = [s for s in sources if s == "module" or "PYPAR_BIND(" in texts[s]]
+        bindings, kernels = linked[: len(bound)], linked[len(bound) :]
+        assert [name.split(".")[0] for name in bindings] == bound
         words = {isa: setup.ISA_WORD.get(isa, "") for isa in isas}
-        texts = {s: (ROOT / "csrc" / f"{s}.cpp").read_text() for s in sources if s != "module"}
+        del texts["module"]
         assert kernels == [f"{s}.{isa}.o" for isa in isas for s in texts if words[isa] in texts[s]]
 
 

@@ -1,7 +1,8 @@
 """What differs between processors, on one: each backend and instruction set of this machine by the self-test's cases.
 
 A machine takes one of them by itself; here each is forced, as PYPAR_BACKEND and PYPAR_ISA do, through every case.
-Of attention's cases `make test` takes those of `pypar selftest --quick`, the long tests all.
+Of attention's cases `make test` takes those of `pypar selftest --quick`, and of every operator's cases each in one
+type, so that each type, backend and instruction set meets some; the long tests take every case in every type.
 """
 
 import functools
@@ -29,13 +30,12 @@ def results(op, name, case, draws):
 
 
 @pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("op", "quick"),
-    [*((op, op == "attention") for op in OPS), pytest.param("attention", False, marks=pytest.mark.slow)],
-)
-def test_every_case_on_every_backend_and_instruction_set(op, quick, dtype):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_on_every_backend_and_instruction_set(op, every, dtype):
+    cases = [i for i, case in enumerate(CASES[op]) if case.quick or every or op != "attention"]
     failures, ran = [], set()
-    for case in (i for i, case in enumerate(CASES[op]) if case.quick or not quick):
+    for case in cases if every else cases[rows.DTYPES.index(dtype) :: len(rows.DTYPES)]:
         draws = judge.expect_case(CASES[op][case], "cpu", dtype)
         for name, isa in [run[1:] for run in RUNS if run[0] == op]:
             try:

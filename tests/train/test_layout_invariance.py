@@ -30,13 +30,10 @@ QUICK = (
     "dp2-cp2-contiguous",
     "dp2-tp2-sp",
     "pp2-cp2-gpipe-zigzag",
-    "pp2-cp2-one_f_one_b-contiguous",
     "pp2-tp2-sp-gpipe",
-    "pp2-tp2-one_f_one_b",
     "cp2-tp2-sp-zigzag",
     "cp2-tp2-contiguous",
     "pp4-one_f_one_b",
-    "cp4-zigzag",
     "tp4-sp",
 )
 # A schedule that none of these names runs too.

@@ -1,4 +1,7 @@
-"""Trainer from Python: pypar's decoder and models of the user's own, spread, alike on every mesh, and resumed."""
+"""Trainer from Python: pypar's decoder and models of the user's own, spread, alike on every mesh, and resumed.
+
+The quick tests have meshes of two axes, the long ones also those of one.
+"""
 
 import json
 import math
@@ -141,15 +144,12 @@ def one_process(ranks, text: Path):
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [
-        ("own", "dp=2"),
-        ("own", "tp=2"),
-        ("own", "pp=2"),
-        ("own", "cp=2"),
         ("own", "pp=2,tp=2"),
         ("own", "cp=2,tp=2"),
         ("frozen", "dp=2,pp=2"),
-        ("llama", "dp=2"),
         ("llama", "tp=2"),
+        *(pytest.param("own", f"{axis}=2", marks=pytest.mark.slow) for axis in ("dp", "tp", "pp", "cp")),
+        pytest.param("llama", "dp=2", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_of_the_users_own_trains_alike_on_every_mesh(

@@ -1,5 +1,5 @@
 """all-reduce's Triton kernels in Triton's interpreter: ranks are processes, flags are exchanged for real. bfloat16 runs
-in test_ptx_triton.py: the interpreter computes with it as with integers."""
+in test_ptx_triton.py: the interpreter computes with it as with integers. The long test has two ranks for three."""
 
 import sys
 from collections.abc import Iterator
@@ -25,7 +25,9 @@ def interpreted() -> Iterator[InterpretedRanks]:
     ranks.close()
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float16), (3, torch.float32)])
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [(3, torch.float32), pytest.param(2, torch.float16, marks=pytest.mark.slow)]
+)
 def test_every_rank_gets_the_sum_in_rank_order(interpreted, ranks, dtype):
     """Calls of different sizes and kinds, one after another with pauses: slots and flags of one are not another's."""
     kinds = ("one-shot", "two-shot", "two-shot", "one-shot", "one-shot", "two-shot")

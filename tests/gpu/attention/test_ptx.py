@@ -1,4 +1,7 @@
-"""Every shipped CUDA kernel as nvcc compiles it, run by ptxrun, which also looks for races and missing waits."""
+"""Every shipped CUDA kernel as nvcc compiles it, run by ptxrun, which also looks for races and missing waits.
+
+The long tests have every combination of head size, type and options, the quick ones every pair of these.
+"""
 
 import os
 import shutil
@@ -12,6 +15,7 @@ from pypar.ops.attention.arguments import attention_problem
 from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import OUTPUTS, expect, judge_draws
 from tests.harness import ptx_attention
+from tests.harness.pairs import pairwise
 
 FOLDER = os.environ.get("PYPAR_PTXRUN", "")
 pytestmark = [
@@ -47,15 +51,14 @@ def check(draws: list[dict[str, Tensor]], keywords: dict, num_splits: int = 1, *
     judge_draws(results, expected).check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("H", HEADS)
-@pytest.mark.parametrize(
-    "options", [{}, {"softcap": 5.0, "dropout_p": 0.17, "dropout_seed": 3}], ids=["plain", "any"]
-)
-def test_forward(H, dtype, options):
+OPTIONS = {"plain": {}, "any": {"softcap": 5.0, "dropout_p": 0.17, "dropout_seed": 3}}
+
+
+@pytest.mark.parametrize(("name", "H", "dtype"), pairwise(OPTIONS, HEADS, DTYPES))
+def test_forward(name, H, dtype):
     """Two blocks of rows and of keys, neither whole."""
     T = 33 if dtype == torch.float32 or H == 256 else 65
-    check([make(T, 70, H, dtype)], {"causal": True, **options})
+    check([make(T, 70, H, dtype)], {"causal": True, **OPTIONS[name]})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,7 @@
 tests/gpu/attention/test_ptx_triton.py.
 
 Each option has one batch element unless it says something of several; the long tests add other numbers of splits, and
-single options of what the quick ones ask of all options together."""
+single options of what the quick ones ask of all options together (LONG)."""
 
 import re
 import subprocess
@@ -82,6 +82,18 @@ OPTIONS = {
         "Hv": 48,
     },
 }
+# Options that "all", "varlen, all" or a quick one beside them has too.
+LONG = {
+    "window",
+    "window, left",
+    "softcap",
+    "alibi, batch",
+    "bias",
+    "sinks",
+    "dropout",
+    "scale zero",
+    "varlen",
+}
 
 
 def long(*names: str) -> list:
@@ -101,7 +113,7 @@ def problem_of(**options: Any) -> AttentionProblem:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*(name for name in OPTIONS if name not in LONG), *long(*sorted(LONG))])
 def test_options(interpreter, name):
     compare(backend_of(interpreter), *draw(dtype=torch.float16, **OPTIONS[name]))
 
@@ -109,7 +121,7 @@ def test_options(interpreter, name):
 @needs_triton
 @pytest.mark.parametrize(
     "name",
-    ["mqa, few queries", "all", "varlen, all", *long("plain", "causal", "alibi, batch", "varlen")],
+    ["mqa, few queries", "varlen, all", *long("all", "plain", "causal", "alibi, batch", "varlen")],
 )
 def test_fp32(interpreter, name):
     compare(backend_of(interpreter), *draw(**OPTIONS[name]))
@@ -122,13 +134,13 @@ def test_bf16(interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["gqa", "varlen, all", *long("plain")])
+@pytest.mark.parametrize("name", ["varlen, all", *long("plain", "gqa")])
 def test_gradients_are_added(interpreter, name):
     check_added(backend_of(interpreter), *draw(**OPTIONS[name]))
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["all", "varlen, all", *long("plain", "mqa, few queries")])
+@pytest.mark.parametrize("name", ["varlen, all", *long("all", "plain", "mqa, few queries")])
 @pytest.mark.parametrize("splits", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_programs_share_the_keys(interpreter, name, splits):
     """The split forward joins in a fixed order, and parts without keys count for nothing."""
@@ -136,7 +148,7 @@ def test_programs_share_the_keys(interpreter, name, splits):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["all", "mqa, few queries", *long("plain", "window")])
+@pytest.mark.parametrize("name", ["all", *long("mqa, few queries", "plain", "window")])
 @pytest.mark.parametrize("splits", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_running_results(interpreter, name, splits):
     tensors, keywords = draw(dtype=torch.float16, **{"sinks": True, **OPTIONS[name]})

@@ -6,6 +6,7 @@ each way not to see a key in each type on each instruction set, the quick ones h
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -25,6 +26,7 @@ from tests.harness.simt import build as simt_build
 from tests.ops.attention.unseen import POISONS, REACHED, Way, draw, make, poisoned, reach
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SLOW = pytest.mark.slow
 
 WAYS = {
     "causal": Way(230, 230, (140, 229), (0, 100), {"causal": True}, B=2),
@@ -132,19 +134,22 @@ def test_a_single_element_reaches_what_it_does_by_definition(name, value):
 GPU_WAY = Way(93, 93, (30,), (40,), {}, lengths=(20, 43, 30), N=1, H=32, Hv=40)
 
 
-@pytest.mark.skipif(TRITON_MISSING is not None, reason=f"{TRITON_MISSING}")
-def test_other_sequences_by_triton():
+@pytest.fixture(scope="module")
+def triton() -> Iterator[Backend]:
     from tests.harness.triton_interpreter import Interpreter
 
     worker = Interpreter()
     try:
-        backend = Backend("triton", worker.forward, worker.backward, never_refuses)
-        for what in REACHED:
-            check(
-                *make(GPU_WAY, torch.float16), what, GPU_WAY.keys if what in "kv" else GPU_WAY.rows, backend
-            )
+        yield Backend("triton", worker.forward, worker.backward, never_refuses)
     finally:
         worker.close()
+
+
+@pytest.mark.skipif(TRITON_MISSING is not None, reason=f"{TRITON_MISSING}")
+@pytest.mark.parametrize("what", [x if x in ("v", "q") else pytest.param(x, marks=SLOW) for x in REACHED])
+def test_other_sequences_by_triton(triton, what):
+    """An operand of keys and one of queries: of each pair one is poisoned quickly."""
+    check_way(GPU_WAY, torch.float16, what, triton)
 
 
 @pytest.mark.skipif(simt_build.why_not() is not None, reason=f"{simt_build.why_not()}")

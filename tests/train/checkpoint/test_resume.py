@@ -1,6 +1,7 @@
 """A checkpoint written by one layout continues under another as if nothing had happened.
 
-In the quick tests each axis writes and reads once; the long ones have more pairs of layouts. That boxes of any layout
+In the quick tests each axis writes and reads once; the long ones have more pairs of layouts, and fp32 bitwise, as
+test_faults.py has it quickly. That boxes of any layout
 fill those of any other is for tests/layout/test_checkpoint.py.
 """
 
@@ -94,7 +95,7 @@ def test_another_layout_continues_the_loss_curve(
         torch.testing.assert_close(losses, whole[HALF:], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_the_same_layout_continues_bitwise(ranks, directory: Path, precision: str) -> None:
     config = _config(directory, "tp=2", precision, tied=False)
     whole = ranks(2, run_part, config, None, None, 2 * HALF)[0]

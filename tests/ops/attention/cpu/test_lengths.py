@@ -1,6 +1,7 @@
 """attention's CPU kernels: sequences of several lengths, few queries, keys in parts; judged as each option is.
 
-The long tests have every combination of lengths, types and options, the quick ones every pair.
+The long tests have every combination of lengths, types and options, the quick ones every pair; where a row of
+sequences is one, has hardly any or no keys, the quick ones take the options that treat those apart.
 """
 
 import itertools
@@ -35,11 +36,18 @@ ISAS = native.module().supported_isas()
 # ---- several sequences
 
 
-@pytest.mark.parametrize("sequences", SEQUENCES)
+QUICK = {"one": ("causal",), "empty ones": ("causal", "window"), "no keys": ("plain", "sinks")}
+
+
 @pytest.mark.parametrize(
-    "name", ["plain", "causal", "window", "softcap", "sinks", "alibi", "dropout", "positions"]
+    ("name", "sequences"),
+    [
+        pytest.param(name, sequences, marks=() if name in QUICK.get(sequences, (name,)) else pytest.mark.slow)
+        for name in ("plain", "causal", "window", "softcap", "sinks", "alibi", "dropout", "positions")
+        for sequences in SEQUENCES
+    ],
 )
-def test_sequences(sequences, name):
+def test_sequences(name, sequences):
     # In fp32 dq's error is 1.4 and 1.1 times what these two are allowed.
     high = sequences == "decoding" and name in ("window", "alibi")
     check(varlen(sequences, dtype=torch.bfloat16 if high else torch.float32, **OPTIONS[name]))
@@ -85,7 +93,9 @@ def test_decoding_on_every_instruction_set(isa, heads):
         check(make(2, 700, N=N, G=G, bias=hiding_bias(2, N, 2, 700), causal=True))
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "softcap"])
+@pytest.mark.parametrize(
+    "name", ["window", *(pytest.param(name, marks=pytest.mark.slow) for name in ("causal", "softcap"))]
+)
 def test_few_blocks_of_rows_split_their_keys(name):
     check(make(80, 3000, N=2, G=1, B=1, **OPTIONS[name]))
 

@@ -1,6 +1,7 @@
 """attention's CPU kernels: every option, alone and together, against autograd through the plain formula in fp64.
 
-The long tests have each of some options in each type on each instruction set, the quick ones every pair.
+The long tests have each of some options in each type on each instruction set, the quick ones every pair; and masks of
+lengths that are nearly the same.
 """
 
 import pytest
@@ -38,7 +39,11 @@ def test_options_on_every_instruction_set(name, dtype, isa):
         check(make(dtype=dtype, H=48, Hv=35, **OPTIONS[name]))
 
 
-@pytest.mark.parametrize("lengths", [(251, 113), (97, 1), (300, 280), (64, 600)], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [(251, 113), (97, 1), (64, 600), pytest.param((300, 280), marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "name", ["causal", "window", "left window", "own position", "positions", "striped", "sinks"]
 )
