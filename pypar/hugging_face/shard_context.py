@@ -99,7 +99,7 @@ def _of_attention(model: Any, given: dict[str, Any]) -> str | None:
     name = type(model).__name__
     implementation = getattr(model.config, "_attn_implementation", None) or "eager"
     unseen = "/" in implementation or implementation.startswith(_UNSEEN)
-    if unseen and not any(hasattr(part, "config") and part is not model for part in _models(model)):
+    if unseen and _attends_itself(model):
         return (
             f'attn_implementation="{implementation}" of {name} would attend to the keys of this rank alone; load the '
             f'model with "sdpa" or, after pypar.register_with_transformers(), "pypar"; {_UNLOOKED}'
@@ -107,6 +107,15 @@ def _of_attention(model: Any, given: dict[str, Any]) -> str | None:
     if given.get("output_attentions"):
         return f"{name} cannot give output_attentions under shard_context; call it without"
     return None
+
+
+def _attends_itself(model: Any) -> bool:
+    """Whether not all attention is that of models inside, which are looked at when they run."""
+    inside = [part for part in _models(model) if hasattr(part, "config") and part is not model]
+    theirs = {part for other in inside for part in other.modules()}
+    return not inside or any(
+        "attention" in type(part).__name__.lower() for part in model.modules() if part not in theirs
+    )
 
 
 def _models(model: Any) -> list[Any]:
