@@ -38,7 +38,8 @@ PYPAR_KERNEL(gated_backward, GatedBackward)
 
 #ifndef PYPAR_BINDING
 
-#  include "core/exponentials.h"
+#  include "core/activations.h"
+#  include "core/rows.h"
 
 namespace pypar::PYPAR_ISA {
 

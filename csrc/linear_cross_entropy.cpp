@@ -39,6 +39,7 @@ PYPAR_KERNEL(linear_cross_entropy_gradient, LinearCrossEntropyGradient)
 
 #ifndef PYPAR_BINDING
 
+#  include "core/activations.h"
 #  include "core/exponentials.h"
 
 namespace pypar::PYPAR_ISA {

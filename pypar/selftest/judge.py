@@ -169,7 +169,7 @@ def judge_draws(actual: Sequence[Results], expected: Sequence[Expected]) -> Judg
     Of all draws the largest error counts, ours and plain PyTorch's.
     """
     judgements = [
-        _largest([draw.judge(name, found[name]) for found, draw in zip(actual, expected, strict=True)])
+        largest([draw.judge(name, found[name]) for found, draw in zip(actual, expected, strict=True)])
         for name in expected[0].exact
     ]
     failed = [judgement for judgement in judgements if judgement.failure]
@@ -178,7 +178,7 @@ def judge_draws(actual: Sequence[Results], expected: Sequence[Expected]) -> Judg
     )
 
 
-def _largest(draws: Sequence[Judgement]) -> Judgement:
+def largest(draws: Sequence[Judgement]) -> Judgement:
     """One result's judgement over all draws: what one of them exceeds, another may allow."""
     worst = max(draws, key=lambda j: j.error)
     allowed = max(j.allowed for j in draws)

@@ -3,6 +3,7 @@
 
 #include "attention/cpu/block_products.h"
 #include "attention/cpu/tile_scheduler.h"
+#include "core/activations.h"
 
 namespace pypar::PYPAR_ISA {
 
@@ -103,29 +104,7 @@ PYPAR_INLINE Float kept(UInt key_position, UInt query_position, UInt stream, uin
   return select((Int)(random >= broadcast_uint(threshold)), broadcast(keep), zero());
 }
 
-// ---- the cap
-
 PYPAR_INLINE Float magnitude(Float x) { return as_float(as_int(x) & 0x7fffffff); }
-
-// Within 3 units in the last place, also near 0: from 2^f - 1, which loses nothing there.
-PYPAR_INLINE Float tanh(Float x) {
-  constexpr float kC1 = 0.6931471824645996f, kC2 = 0.24022647738456726f, kC3 = 0.055503323674201965f,
-                  kC4 = 0.00961843691766262f, kC5 = 0.0013398875016719103f, kC6 = 0.00015353361959569156f;
-  constexpr float kTwoLog2e = 2.8853900817779268f;
-  Float a = magnitude(x);
-  a = a > 10.0f ? broadcast(10.0f) : a;  // NaN is kept
-  const Float n = round_to_whole(a * kTwoLog2e);
-  const Float f = a * kTwoLog2e - n;
-  Float p = f * kC6 + kC5;
-  p = p * f + kC4;
-  p = p * f + kC3;
-  p = p * f + kC2;
-  p = p * f + kC1;
-  const Float power = as_float((__builtin_convertvector(n, Int) + 127) << 23);
-  const Float e = power * (p * f) + (power - 1.0f);  // e^2a - 1
-  const Float t = e / (e + 2.0f);
-  return as_float(as_int(t) | (as_int(x) & static_cast<int32_t>(0x80000000u)));
-}
 
 // ---- scores
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import attention_problem
 from pypar.ops.backend import Backend
 from pypar.selftest.cases.attention.plain import plain_attention
-from pypar.selftest.judge import Expected, expect, judge_result, outputs_and_gradients
+from pypar.selftest.judge import Expected, Judgement, expect, judge_result, largest, outputs_and_gradients
 from tests.ops.attention.matrix import Case, operands
 
 
@@ -59,41 +60,71 @@ def compare(
     sinks_by_the_rule: bool = False,
 ) -> None:
     """The rule of `run` for any operands."""
+    for judgement in _judgements(backend, tensors, keywords, asked, device, sinks_by_the_rule):
+        judgement.check()
+
+
+def run_in_draws(backend: str, case: Case, device: str, draws: int) -> None:
+    """`run` with the largest errors over several draws of the operands, backend's and plain attention's.
+
+    The largest error of one draw in fp32 is a matter of luck (pypar/selftest/judge.py); the reference itself has 1.3
+    times the allowed one in 3 of 132 cases.
+    """
+    of_draws = []
+    for turn in range(draws):
+        tensors, keywords = operands(case, turn)
+        of_draws.append(list(_judgements(backend, tensors, keywords, None, device, False)))
+    for judgements in zip(*of_draws, strict=True):
+        largest(judgements).check()
+
+
+def _judgements(
+    backend: str | Backend,
+    tensors: dict[str, Tensor],
+    keywords: dict,
+    asked: Asked | None,
+    device: str,
+    sinks_by_the_rule: bool,
+) -> Iterator[Judgement]:
+    """One for each result but the gradient of sinks, which has a rule of its own."""
     asked = asked or ask(tensors, keywords)
     dout, dlse, expected = asked.dout, asked.dlse, asked.expected
     outputs, gradients = _results(backend, tensors, keywords, [dout, dlse], device)
     for i, name in enumerate(("out", "lse")):
-        judge_result(
-            name,
-            outputs[i],
-            [plain[name] for plain in expected.plains],
-            expected.exact[name],
-        ).check()
+        plains = [plain[name] for plain in expected.plains]
+        yield judge_result(name, outputs[i], plains, expected.exact[name])
     assert gradients.keys() == {name for name, x in tensors.items() if x.requires_grad}
-    exact = expected.exact
-    if given_out := _differences(tensors):
-        lost = (dout.double() * (exact["out"] - outputs[0])).sum(-1).mT
-        plain = functools.partial(plain_attention, **keywords)
-        corrected = outputs_and_gradients(plain, tensors, [dout, dlse + lost], double=True)[1]
-        exact = exact | {f"d{name}": corrected[name] for name in given_out}
+    corrected = _given_out(tensors, keywords, asked, outputs[0])
     for name, gradient in gradients.items():
         if name == "sinks" and not sinks_by_the_rule:
             check_sinks(gradient, tensors["sinks"], dout, dlse, *outputs)
-        else:
-            of = f"d{name}"
-            plains = [plain[of] for plain in expected.plains]
+            continue
+        of = f"d{name}"
+        plains, exact = [plain[of] for plain in expected.plains], expected.exact[of]
+        judgement = judge_result(of, gradient, plains, exact, gradient=True)
+        if judgement.failure and name in corrected:
             # Plain attention is judged by the out that it returned itself.
-            judge_result(
-                of, gradient, plains, exact[of], gradient=True, plain_exact=expected.exact[of]
-            ).check()
+            judgement = judge_result(of, gradient, plains, corrected[name], gradient=True, plain_exact=exact)
+        yield judgement
+
+
+def _given_out(tensors: dict[str, Tensor], keywords: dict, asked: Asked, out: Tensor) -> dict[str, Tensor]:
+    """The exact gradients for the out that was returned, of what `_differences` names."""
+    names = _differences(tensors)
+    if not names:
+        return {}
+    lost = (asked.dout.double() * (asked.expected.exact["out"] - out)).sum(-1).mT
+    plain = functools.partial(plain_attention, **keywords)
+    found = outputs_and_gradients(plain, tensors, [asked.dout, asked.dlse + lost], double=True)[1]
+    return {name: found[name] for name in names}
 
 
 def _differences(tensors: dict[str, Tensor]) -> set[str]:
     """Whose gradients are small differences of large terms, of which one is sum(dout * out).
 
     The out that is saved is rounded, so that not even exact arithmetic would keep the rule there (the reference does
-    not). They are compared with the exact gradients for the out that was returned. So it is with up to three keys, and
-    with a bias that all of a row's keys share, whose gradient is the sum of a softmax's gradient.
+    not). They may be compared with the exact gradients for the out that was returned. So it is with up to three keys,
+    and with a bias that all of a row's keys share, whose gradient is the sum of a softmax's gradient.
     """
     chosen = {"q", "k", "bias"} if tensors["k"].shape[-3] <= 3 else set()
     if "bias" in tensors and tensors["bias"].shape[-1] == 1:

@@ -150,14 +150,14 @@ def _pairs(case: Case, axes: dict[str, tuple]) -> set:
 # ---- operands
 
 
-def operands(case: Case) -> tuple[dict[str, Tensor], dict]:
+def operands(case: Case, turn: int = 0) -> tuple[dict[str, Tensor], dict]:
     """(tensors, other keywords) of attention for a case. The floating point ones require gradients, the slopes not."""
     T, S = case.lengths
     N, G = (FEWER_HEADS if T * S > MANY_SCORES else HEADS)[case.heads] if T * S < 2**22 else (1, 1)
     B = 1 if case.varlen or T * S > MANY_SCORES else 2
     H, Hv = case.H, case.H if case.values == "same" else OTHER_VALUES[case.H]
     dtype = DTYPES[case.dtype]
-    generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()) + turn)
 
     def draw(*shape: int) -> Tensor:
         # What bf16 holds, so that no dtype begins with an error.
