@@ -230,16 +230,6 @@ static void update(const Adamw& constants, float factor, const Block& block) {
 // ---- the update where all is in bf16: 2 x kWidth elements at once, those at even places and those at odd
 // ones, which need no instruction that moves them to other lanes
 
-struct Pair {
-  Float even, odd;
-};
-
-PYPAR_INLINE Pair load_pair(const BFloat16* p) {
-  UInt both;
-  std::memcpy(&both, p, sizeof(both));
-  return {reinterpret_cast<Float>(both << 16), reinterpret_cast<Float>(both & 0xffff0000u)};
-}
-
 // Rounded as store_bfloat16 does it. A number that is missing needs no care: those in bf16, and those that
 // arithmetic makes, end in 16 zeros, so that nothing is carried into the sign.
 PYPAR_INLINE void store_pair(BFloat16* p, Float even, Float odd, UInt even_added, UInt odd_added) {
@@ -251,7 +241,7 @@ PYPAR_INLINE void store_pair(BFloat16* p, Float even, Float odd, UInt even_added
 template <bool is_random>
 PYPAR_INLINE void update_pair(const Adamw& a, float factor, Keys keys, UInt low, const BFloat16* gradients,
                               BFloat16* params, BFloat16* ms, BFloat16* vs) {
-  const Pair g = load_pair(gradients), p = load_pair(params), m = load_pair(ms), v = load_pair(vs);
+  const Pair g = load_pairs(gradients), p = load_pairs(params), m = load_pairs(ms), v = load_pairs(vs);
   const Updated even = updated(a, factor, g.even, p.even, m.even, v.even);
   const Updated odd = updated(a, factor, g.odd, p.odd, m.odd, v.odd);
   store_pair(ms, even.m, odd.m, to_nearest(even.m), to_nearest(odd.m));

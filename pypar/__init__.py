@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from pypar.hugging_face.shard_context import shard_context as shard_context
     from pypar.mesh import Mesh as Mesh
     from pypar.ops.attention import attention as attention
+    from pypar.ops.gated import clamped_swiglu as clamped_swiglu
+    from pypar.ops.gated import geglu as geglu
+    from pypar.ops.gated import swiglu as swiglu
     from pypar.ops.layer_norm import LayerNorm as LayerNorm
     from pypar.ops.layer_norm import layer_norm as layer_norm
     from pypar.ops.rms_norm import RMSNorm as RMSNorm
@@ -51,6 +54,8 @@ _HOME_OF_NAME = {
     "Muon": "pypar.optimizers.muon",
     "RMSNorm": "pypar.ops.rms_norm",
     "attention": "pypar.ops.attention",
+    "clamped_swiglu": "pypar.ops.gated",
+    "geglu": "pypar.ops.gated",
     "layer_norm": "pypar.ops.layer_norm",
     "linear_cross_entropy": "pypar.tensor_parallel.linear_cross_entropy",
     "parallelize": "pypar.parallel.apply",
@@ -59,6 +64,7 @@ _HOME_OF_NAME = {
     "ring_attention": "pypar.context_parallel.attention",
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
     "shard_context": "pypar.hugging_face.shard_context",
+    "swiglu": "pypar.ops.gated",
 }
 _ROOMS = (
     "comm",

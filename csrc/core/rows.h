@@ -31,6 +31,21 @@ PYPAR_INLINE void store_first(Element* p, Float x, int64_t count) {
   }
 }
 
+// The same of pairs of neighbours, of which there are `count`.
+template <class Element>
+PYPAR_INLINE Pair load_first_pairs(const Element* p, int64_t count) {
+  return count == kWidth ? load_pairs(p) : load_partial_pairs(p, count);
+}
+
+template <class Element>
+PYPAR_INLINE void store_first_pairs(Element* p, Pair x, int64_t count) {
+  if (count == kWidth) {
+    store_pairs(p, x);
+  } else {
+    store_partial_pairs(p, x, count);
+  }
+}
+
 // body(i, count) for the vectors that start at i and together are [0, size); count is kWidth but for the
 // last.
 template <class Body>

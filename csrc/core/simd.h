@@ -21,6 +21,7 @@
 #endif
 
 #define PYPAR_INLINE static inline __attribute__((always_inline))
+#define PYPAR_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace pypar::PYPAR_ISA {
 
@@ -185,16 +186,25 @@ PYPAR_INLINE Float load(const BFloat16* p) {
 #endif
 }
 
+// In the upper half of each lane: rounded to nearest, ties to even; NaN stays NaN. What is below is anything.
+PYPAR_INLINE UInt bfloat16_above(Float x) {
+  const UInt bits = reinterpret_cast<UInt>(x);
+  const UInt rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return (x != x) ? UInt{} + 0x7fc00000 : rounded;
+}
+
 PYPAR_INLINE void store(BFloat16* p, Float x) {
 #if defined(__AVX512BF16__)
   // Unlike the integers below, the instruction takes subnormal numbers for zero.
   const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
   std::memcpy(p, &bits, sizeof(bits));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  // GCC makes more of the conversion below.
+  const __m256i words = (__m256i)(bfloat16_above(x) >> 16);
+  const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  std::memcpy(p, &narrow, sizeof(narrow));
 #else
-  const UInt bits = reinterpret_cast<UInt>(x);
-  UInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = (x != x) ? UInt{} + 0x7fc0 : rounded;
-  const UShort narrow = __builtin_convertvector(rounded, UShort);
+  const UShort narrow = __builtin_convertvector(bfloat16_above(x) >> 16, UShort);
   std::memcpy(p, &narrow, sizeof(narrow));
 #endif
 }
@@ -238,6 +248,99 @@ PYPAR_INLINE void store_partial(Element* p, Float x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
 }
 
+// ---- pairs of neighbours in memory: the first of each pair, and the second
+
+struct Pair {
+  Float even, odd;
+};
+
+PYPAR_INLINE Pair apart(Float low, Float high) {
+#if defined(__AVX512F__)
+  const __m512i even = (__m512i)(lane_indices() * 2), odd = (__m512i)(lane_indices() * 2 + 1);
+  return {(Float)_mm512_permutex2var_ps((__m512)low, even, (__m512)high),
+          (Float)_mm512_permutex2var_ps((__m512)low, odd, (__m512)high)};
+#elif defined(__AVX2__)
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps((__m256)low, (__m256)high, 0x88));
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps((__m256)low, (__m256)high, 0xdd));
+  return {(Float)_mm256_permute4x64_pd(even, 0xd8), (Float)_mm256_permute4x64_pd(odd, 0xd8)};
+#elif defined(__x86_64__)
+  return {(Float)_mm_shuffle_ps((__m128)low, (__m128)high, 0x88),
+          (Float)_mm_shuffle_ps((__m128)low, (__m128)high, 0xdd)};
+#else
+  Pair x;
+  for (int i = 0; i < kWidth / 2; ++i) {
+    x.even[i] = low[2 * i], x.odd[i] = low[2 * i + 1];
+    x.even[kWidth / 2 + i] = high[2 * i], x.odd[kWidth / 2 + i] = high[2 * i + 1];
+  }
+  return x;
+#endif
+}
+
+struct Neighbours {
+  Float low, high;
+};
+
+PYPAR_INLINE Neighbours in_turn(Pair x) {
+#if defined(__AVX512F__)
+  const Int even = lane_indices() >> 1, odd = (lane_indices() & 1) << 4;
+  return {(Float)_mm512_permutex2var_ps((__m512)x.even, (__m512i)(even + odd), (__m512)x.odd),
+          (Float)_mm512_permutex2var_ps((__m512)x.even, (__m512i)(even + odd + kWidth / 2), (__m512)x.odd)};
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_unpacklo_ps((__m256)x.even, (__m256)x.odd);
+  const __m256 high = _mm256_unpackhi_ps((__m256)x.even, (__m256)x.odd);
+  return {(Float)_mm256_permute2f128_ps(low, high, 0x20), (Float)_mm256_permute2f128_ps(low, high, 0x31)};
+#elif defined(__x86_64__)
+  return {(Float)_mm_unpacklo_ps((__m128)x.even, (__m128)x.odd),
+          (Float)_mm_unpackhi_ps((__m128)x.even, (__m128)x.odd)};
+#else
+  Neighbours found;
+  for (int i = 0; i < kWidth / 2; ++i) {
+    found.low[2 * i] = x.even[i], found.low[2 * i + 1] = x.odd[i];
+    found.high[2 * i] = x.even[kWidth / 2 + i], found.high[2 * i + 1] = x.odd[kWidth / 2 + i];
+  }
+  return found;
+#endif
+}
+
+// kWidth pairs.
+template <class Element>
+PYPAR_INLINE Pair load_pairs(const Element* p) {
+  return apart(load(p), load(p + kWidth));
+}
+
+template <class Element>
+PYPAR_INLINE void store_pairs(Element* p, Pair x) {
+  const Neighbours found = in_turn(x);
+  store(p, found.low);
+  store(p + kWidth, found.high);
+}
+
+PYPAR_INLINE Pair load_pairs(const BFloat16* p) {
+  UInt words;  // the first of a pair is the lower half
+  std::memcpy(&words, p, sizeof(words));
+  return {reinterpret_cast<Float>(words << 16), reinterpret_cast<Float>(words & 0xffff0000)};
+}
+
+PYPAR_INLINE void store_pairs(BFloat16* p, Pair x) {
+  const UInt words = (bfloat16_above(x.even) >> 16) | (bfloat16_above(x.odd) & 0xffff0000);
+  std::memcpy(p, &words, sizeof(words));
+}
+
+// The first `count` < kWidth pairs; the other lanes are zero.
+template <class Element>
+PYPAR_INLINE Pair load_partial_pairs(const Element* p, int64_t count) {
+  Element padded[2 * kWidth] = {};
+  for (int64_t i = 0; i < 2 * count; ++i) padded[i] = p[i];
+  return load_pairs(padded);
+}
+
+template <class Element>
+PYPAR_INLINE void store_partial_pairs(Element* p, Pair x, int64_t count) {
+  Element padded[2 * kWidth];
+  store_pairs(padded, x);
+  for (int64_t i = 0; i < 2 * count; ++i) p[i] = padded[i];
+}
+
 // ---- reductions over the lanes, in a fixed order
 
 PYPAR_INLINE float reduce_sum(Float x) {
@@ -275,10 +378,9 @@ PYPAR_INLINE bool any(Int mask) {
 
 // ---- functions
 
-// 2^n * 2^f for |f| <= 1/2 and whole n in [-127, 128]; with AVX-512 any n.
-PYPAR_INLINE Float exp2_of_parts(Float n, Float f) {
-  // 2^f with 2^0 = 1 exactly: relative error 2e-9 (minimax, found by Lawson's iteration), so that what
-  // remains is the rounding of the last operations.
+// 2^f for |f| <= 1/2, with 2^0 = 1 exactly: relative error 2e-9 (minimax, found by Lawson's iteration), so
+// that what remains is the rounding of the last operations.
+PYPAR_INLINE Float exp2_of_fraction(Float f) {
   constexpr float kC1 = 0.6931471824645996f, kC2 = 0.24022647738456726f, kC3 = 0.055503323674201965f,
                   kC4 = 0.00961843691766262f, kC5 = 0.0013398875016719103f, kC6 = 0.00015353361959569156f;
   Float p = f * kC6 + kC5;
@@ -286,7 +388,12 @@ PYPAR_INLINE Float exp2_of_parts(Float n, Float f) {
   p = p * f + kC3;
   p = p * f + kC2;
   p = p * f + kC1;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
+// 2^n * 2^f for |f| <= 1/2 and whole n in [-127, 128]; with AVX-512 any n.
+PYPAR_INLINE Float exp2_of_parts(Float n, Float f) {
+  const Float p = exp2_of_fraction(f);
 #if defined(__AVX512F__)
   return (Float)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else

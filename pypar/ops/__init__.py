@@ -6,18 +6,20 @@ for one element of the batch after the other; forward mode (jvp, jacfwd, hessian
 
 from pypar.ops.attention import attention
 from pypar.ops.cross_entropy import cross_entropy
+from pypar.ops.gated import clamped_swiglu, geglu, swiglu
 from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.ops.linear import linear
 from pypar.ops.linear_cross_entropy import linear_cross_entropy
 from pypar.ops.rms_norm import RMSNorm, rms_norm
 from pypar.ops.rope import rope
-from pypar.ops.swiglu import swiglu
 
 __all__ = [
     "LayerNorm",
     "RMSNorm",
     "attention",
+    "clamped_swiglu",
     "cross_entropy",
+    "geglu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

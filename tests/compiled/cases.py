@@ -15,6 +15,7 @@ from pypar import comm
 from pypar.ops.attention import attention_backward, attention_forward
 from pypar.ops.attention.arguments import attention_problem
 from pypar.ops.bucket import bucket, move
+from pypar.ops.gated import clamped_swiglu, geglu, swiglu
 from pypar.ops.linear import linear_forward, linear_input_gradient, linear_weight_gradient
 from pypar.selftest.case import Draw
 
@@ -153,9 +154,9 @@ def _rope(axis):
     )
 
 
-@case("pypar.ops.swiglu")
-def _swiglu(axis):
-    return of_x(lambda x: pypar.ops.swiglu(x, x * 3))
+@case("pypar.ops.swiglu", "pypar.ops.geglu", "pypar.ops.clamped_swiglu")
+def _gated(axis):
+    return of_x(lambda x: geglu(swiglu(x, x * 3)) + clamped_swiglu(x, interleaved=True))
 
 
 @case("pypar.ops.bucket.bucket", "pypar.ops.bucket.move")

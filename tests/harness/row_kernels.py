@@ -100,19 +100,28 @@ def count(launches: list[Launch]) -> list[Moved]:
     finally:
         del builder.create_masked_load, builder.create_masked_store
     touched = {kind: np.concatenate([*found, np.zeros(0, np.uint64)]) for kind, found in addresses.items()}
-    return [_moved(name, x, touched) for name, x in tensors.values()]
+    all_elements = {name: _addresses(x) for name, x in tensors.values()}
+    return [_moved(name, x, all_elements, touched) for name, x in tensors.values()]
 
 
-def _moved(name: str, x: Tensor, touched: dict[str, np.ndarray]) -> Moved:
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    begin, end = x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
-    loads, stores = (
-        np.bincount(
-            (found[(found >= begin) & (found < end)] - begin).astype(np.int64) // x.element_size(),
-            minlength=1,
-        )
-        for found in (touched["loads"], touched["stores"])
-    )
+def _addresses(x: Tensor) -> np.ndarray:
+    """Of each of its elements."""
+    grids = np.meshgrid(*(np.arange(size) for size in x.shape), indexing="ij", sparse=True)
+    offsets = sum(grid * stride for grid, stride in zip(grids, x.stride(), strict=True))
+    return (x.data_ptr() + np.asarray(offsets) * x.element_size()).astype(np.uint64).ravel()
+
+
+def _moved(name: str, x: Tensor, elements: dict[str, np.ndarray], touched: dict[str, np.ndarray]) -> Moved:
+    """What lies between its elements counts too, unless it belongs to another tensor."""
+    own = elements[name]
+    others = np.concatenate([found for key, found in elements.items() if key != name] + [own[:0]])
+    begin, end = own.min(), own.max() + np.uint64(x.element_size())
+
+    def counts(found: np.ndarray) -> np.ndarray:
+        found = found[(found >= begin) & (found < end) & ~np.isin(found, np.setdiff1d(others, own))]
+        return np.bincount((found - begin).astype(np.int64) // x.element_size(), minlength=1)
+
+    loads, stores = counts(touched["loads"]), counts(touched["stores"])
     return Moved(
         name,
         x.numel(),

@@ -78,6 +78,15 @@ FUNCTIONS = {
         lambda x: F.layer_norm(x, (H,), WEIGHT, x[0, 0, 0]),
     ),
     "swiglu": (lambda x: pypar.ops.swiglu(x, x * 2), lambda x: F.silu(x) * x * 2),
+    "swiglu of one tensor": (
+        lambda x: pypar.swiglu(torch.cat((x, x * 2), -1)),
+        lambda x: F.silu(x) * x * 2,
+    ),
+    "geglu": (lambda x: pypar.geglu(x, x * 2), lambda x: F.gelu(x) * x * 2),
+    "clamped_swiglu": (
+        lambda x: pypar.clamped_swiglu(x, x * 2),
+        lambda x: x * torch.sigmoid(1.702 * x) * (x * 2 + 1),
+    ),
     "rope": (lambda x: pypar.ops.rope(x, ANGLES.cos(), ANGLES.sin()), plain_rope),
     "cross_entropy": (lambda x: pypar.ops.cross_entropy(x, TARGETS), plain_cross_entropy),
     "linear_cross_entropy": (
