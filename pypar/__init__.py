@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from pypar.ops.layer_norm import layer_norm as layer_norm
     from pypar.ops.rms_norm import RMSNorm as RMSNorm
     from pypar.ops.rms_norm import rms_norm as rms_norm
+    from pypar.ops.rope import rope as rope
+    from pypar.ops.rope import rope_tables as rope_tables
     from pypar.ops.scaled_dot_product_attention import (
         scaled_dot_product_attention as scaled_dot_product_attention,
     )
@@ -62,6 +64,8 @@ _HOME_OF_NAME = {
     "register_with_transformers": "pypar.hugging_face.attention",
     "rms_norm": "pypar.ops.rms_norm",
     "ring_attention": "pypar.context_parallel.attention",
+    "rope": "pypar.ops.rope",
+    "rope_tables": "pypar.ops.rope",
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
     "shard_context": "pypar.hugging_face.shard_context",
     "swiglu": "pypar.ops.gated",

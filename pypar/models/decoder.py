@@ -107,7 +107,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTGH, v_BTGH = (
             project(x_BTD).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v)
         )
-        q_BTNH, k_BTGH = rope(q_BTNH, cos, sin), rope(k_BTGH, cos, sin)
+        q_BTNH, k_BTGH = rope(q_BTNH, cos, sin, k_BTGH)
         if cache is not None:
             k_BTGH, v_BTGH = cache.append(self, k_BTGH, v_BTGH)
         out_BTNH = self.core(q_BTNH, k_BTGH, v_BTGH, sequences)

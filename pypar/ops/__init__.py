@@ -11,7 +11,7 @@ from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.ops.linear import linear
 from pypar.ops.linear_cross_entropy import linear_cross_entropy
 from pypar.ops.rms_norm import RMSNorm, rms_norm
-from pypar.ops.rope import rope
+from pypar.ops.rope import rope, rope_frequencies, rope_tables
 
 __all__ = [
     "LayerNorm",
@@ -25,5 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "rope_frequencies",
+    "rope_tables",
     "swiglu",
 ]

@@ -145,13 +145,16 @@ def _norm_layers(axis):
     return of_x(layers, layers)
 
 
-@case("pypar.ops.rope")
+@case("pypar.ops.rope", "pypar.ops.rope_tables", "pypar.ops.rope_frequencies")
 def _rope(axis):
-    return (
-        lambda x, a: pypar.ops.rope(heads(x) * 2, a.cos(), a.sin()) + 1,
-        lambda n: (numbers(2, n, WIDTH), numbers(n, WIDTH // 4)),
-        None,
-    )
+    parameters = {"rope_theta": 10000.0}
+    factor = pypar.ops.rope_frequencies(parameters, WIDTH // 2)[1]
+
+    def run(x):
+        tables = pypar.ops.rope_tables(parameters, WIDTH // 2, x.shape[1])
+        return pypar.ops.rope(heads(x * factor), *tables) + 1
+
+    return of_x(run)
 
 
 @case("pypar.ops.swiglu", "pypar.ops.geglu", "pypar.ops.clamped_swiglu")

@@ -88,6 +88,10 @@ FUNCTIONS = {
         lambda x: x * torch.sigmoid(1.702 * x) * (x * 2 + 1),
     ),
     "rope": (lambda x: pypar.ops.rope(x, ANGLES.cos(), ANGLES.sin()), plain_rope),
+    "rope of q and k": (
+        lambda x: torch.cat(pypar.rope(x, ANGLES.cos(), ANGLES.sin(), x * 2), -2),
+        lambda x: torch.cat((plain_rope(x), plain_rope(x * 2)), -2),
+    ),
     "cross_entropy": (lambda x: pypar.ops.cross_entropy(x, TARGETS), plain_cross_entropy),
     "linear_cross_entropy": (
         lambda x: pypar.ops.linear_cross_entropy(wide(x), MATRIX, TARGETS, reduction="none"),

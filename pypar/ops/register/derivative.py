@@ -117,7 +117,7 @@ def one_by_one(op: Operator) -> Callable:
             raise ValueError(f"torch.vmap cannot run {op}, which takes lists of tensors; call it in a loop")
         if not info.batch_size:
             raise ValueError(f"torch.vmap over a dimension of size 0 does not run {op}; leave the call out")
-        if any(in_dims[i] is None for i in written):
+        if any(in_dims[i] is None and inputs[i] is not None for i in written):
             raise ValueError(
                 f"torch.vmap cannot run {op}, which writes into a tensor that is not batched; batch it"
             )
