@@ -12,6 +12,7 @@ from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.selftest.cases.layer_norm import case
 from pypar.selftest.judge import check_case, draw_inputs
 from tests.harness.native_kernels import assert_same_for_any_threads
+from tests.harness.norms import assert_compiles_as_one_graph, opcheck_norm
 
 NAMES = ["native", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,23 +98,12 @@ def test_gradient_of_the_reference():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("residual", [False, True])
 def test_opcheck(name, residual):
-    inputs = make((5, 7), residual=residual)
-    arguments = (inputs["x"], inputs.get("residual"), inputs["weight"], inputs["bias"], 1e-5, 0.0, name)
-    torch.library.opcheck(torch.ops.pypar.layer_norm_forward, arguments)
-    x, weight = inputs["x"].detach(), inputs["weight"].detach()
-    torch.library.opcheck(
-        torch.ops.pypar.layer_norm_backward,
-        (x, x if residual else None, x, weight, True, torch.rand(5), torch.rand(5), 0.0, name),
-    )
+    opcheck_norm("layer_norm", make((5, 7), residual=residual), name)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_compiles_as_one_graph(residual):
-    inputs = make((5, 63), residual=residual)
-    compiled = torch.compile(layer_norm, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs), layer_norm(**inputs), rtol=0, atol=0)
-    outs = compiled(**inputs)
-    (outs[0] if residual else outs).sum().backward()
+    assert_compiles_as_one_graph(layer_norm, make((5, 63), residual=residual))
 
 
 def test_bad_input_is_named():
