@@ -249,7 +249,7 @@ def _save_with_gradients(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
     ctx.set_materialize_grads(False)  # as zeros, those of the gradients would take as much memory as they do
     # Plain tensors are given away by the first backward, scaled in place. What torch.compile traces is not.
     is_plain = all(type(x) is Tensor for x in gradients) and not torch._C._len_torch_dispatch_stack()
-    ctx.gradients = gradients if is_plain else None
+    ctx.found = gradients if is_plain else None
     ctx.is_traced = not is_plain
     ctx.save_for_backward(*tensors, total, maximum, *(() if is_plain else gradients))
 
@@ -257,22 +257,26 @@ def _save_with_gradients(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 def _gradient_of_with_gradients(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = [bool(x) for x in ctx.needs_input_grad[:3]]
     rest = (None,) * 9
-    if torch.is_grad_enabled() or (ctx.gradients is None and not ctx.is_traced):
-        return *_asked(_computed_again(ctx, dloss, needs), needs), *rest
-    if ctx.is_traced:
+    if ctx.is_traced and not torch.is_grad_enabled():
         return *_asked(scaled(dloss, *ctx.saved_tensors[8:]), needs), *rest
-    gradients, ctx.gradients = ctx.gradients, None
-    return *_asked(scale_in_place(gradients, dloss), needs), *rest
+    found = None if torch.is_grad_enabled() else given_away(ctx, dloss)
+    return *_asked(_computed_again(ctx, dloss, needs) if found is None else found, needs), *rest
 
 
-def scale_in_place(gradients: list[Tensor], dloss: Tensor) -> list[Tensor]:
-    """gradients *= dloss; a factor of 1, which a call of backward() on the loss itself gives, costs nothing."""
+def given_away(ctx: Any, dloss: Tensor) -> list[Tensor] | None:
+    """ctx.found, the gradients that forward has found, times dloss, in place; None where they have been given before.
+
+    A factor of 1, which a call of backward() on the loss itself gives, costs nothing.
+    """
+    found, ctx.found = ctx.found, None
+    if found is None:
+        return None
     # As a number of Python it is not rounded to bf16 first. Nobody waits for a GPU.
     factor = float(dloss) if dloss.device.type == "cpu" else dloss
     if not isinstance(factor, float) or factor != 1:
-        for x in gradients:
+        for x in found:
             x.mul_(factor)
-    return gradients
+    return found
 
 
 def _computed_again(ctx: Any, dloss: Tensor, needs: list[bool]) -> Any:
