@@ -21,3 +21,18 @@ def assert_compiles_as_one_graph(norm, inputs):
     outs = compiled(**inputs)
     torch.testing.assert_close(outs, norm(**inputs), rtol=0, atol=0)
     (outs[0] if "residual" in inputs else outs).sum().backward()
+
+
+def assert_same_in_parts(norm, inputs):
+    """Rows of 16 MiB, which native kernels store past the caches, are those of two halves, which they do not."""
+    inputs = {key: x.detach() for key, x in inputs.items()}
+    whole = norm(**inputs, backend="native")
+    halves = zip(*(inputs[key].chunk(2) for key in inputs if inputs[key].dim() > 1), strict=True)
+    names = [key for key in inputs if inputs[key].dim() > 1]
+    vectors = {key: x for key, x in inputs.items() if x.dim() == 1}
+    parts = [norm(**dict(zip(names, half, strict=True)), **vectors, backend="native") for half in halves]
+    if "residual" in inputs:
+        parts = [torch.cat(each) for each in zip(*parts, strict=True)]
+        assert all(map(torch.equal, whole, parts))
+    else:
+        assert torch.equal(whole, torch.cat(parts))

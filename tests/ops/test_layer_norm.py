@@ -12,7 +12,7 @@ from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.selftest.cases.layer_norm import case
 from pypar.selftest.judge import check_case, draw_inputs
 from tests.harness.native_kernels import assert_same_for_any_threads
-from tests.harness.norms import assert_compiles_as_one_graph, opcheck_norm
+from tests.harness.norms import assert_compiles_as_one_graph, assert_same_in_parts, opcheck_norm
 
 NAMES = ["native", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -69,6 +69,12 @@ def test_empty(name, shape):
     layer_norm(**inputs, backend=name).sum().backward()
     assert inputs["x"].grad.shape == shape
     assert torch.equal(inputs["bias"].grad, torch.zeros(shape[-1]))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_results_larger_than_caches_have_the_bits_of_smaller_ones(residual):
+    """They are stored past the caches."""
+    assert_same_in_parts(layer_norm, make((4096, 1024), residual=residual))
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -15,7 +15,7 @@ from pypar.ops.rms_norm import RMSNorm, rms_norm
 from pypar.selftest.cases.rms_norm import case
 from pypar.selftest.judge import check_case, draw_inputs
 from tests.harness.native_kernels import assert_same_for_any_threads
-from tests.harness.norms import assert_compiles_as_one_graph, opcheck_norm
+from tests.harness.norms import assert_compiles_as_one_graph, assert_same_in_parts, opcheck_norm
 from tests.harness.pairs import pairwise
 
 NAMES = ["native", "reference"]
@@ -75,6 +75,12 @@ def test_empty(name, residual, shape):
     sum(out.sum() for out in (outs if residual else [outs])).backward()
     assert all(inputs[key].grad.shape == shape for key in inputs if key != "weight")
     assert torch.equal(inputs["weight"].grad, torch.zeros(shape[-1]))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_results_larger_than_caches_have_the_bits_of_smaller_ones(residual):
+    """They are stored past the caches."""
+    assert_same_in_parts(rms_norm, make((4096, 1024), torch.float32, residual=residual))
 
 
 @pytest.mark.parametrize("residual", [False, True])
