@@ -18,19 +18,9 @@ LARGEST_ROW = (
 )
 
 
-def norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    center: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, x + residual, mean, rstd) of rows [R, D] whose elements are adjacent.
-
-    The sum is empty without a residual, and the mean if not center.
-    """
+def norm_forward(given: Any, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """NormOutputs of NormInputs of pypar.ops.norm (read here, not imported), of rows [R, D] with adjacent elements."""
+    x, residual = given.x, given.residual
     R, D = x.shape
     out = x.new_empty(R, D)
     total = x.new_empty((0,) if residual is None else (R, D))
@@ -39,8 +29,8 @@ def norm_forward(
     arguments = {
         "x_ptr": x,
         "residual_ptr": residual,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
+        "weight_ptr": given.weight,
+        "bias_ptr": given.bias,
         "out_ptr": out,
         "sum_ptr": total,
         "mean_ptr": mean,
@@ -48,8 +38,8 @@ def norm_forward(
         "R": R,
         "stride_x": x.stride(0),
         "stride_residual": 0 if residual is None else residual.stride(0),
-        "eps": eps,
-        "weight_offset": weight_offset,
+        "eps": given.eps,
+        "weight_offset": given.weight_offset,
         "D": D,
         **tile.blocks,
         "CENTER": center,
@@ -59,21 +49,9 @@ def norm_forward(
     return out, total, mean, rstd
 
 
-def norm_backward(
-    dout: Tensor,
-    dsum: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    has_bias: bool,
-    mean: Tensor,
-    rstd: Tensor,
-    weight_offset: float,
-    center: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [R, D], dweight [D], dbias [D]), the last two fp32, and empty without weight or bias.
-
-    x: what was normalised, the sum where there was a residual. dsum: the gradient of that sum, added to dx.
-    """
+def norm_backward(saved: Any, center: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """NormGradients of NormSaved of pypar.ops.norm (read here, not imported), of rows as forward takes them."""
+    x, dout, dsum, weight, has_bias = saved.x, saved.dout, saved.dsum, saved.weight, saved.has_bias
     R, D = x.shape
     dx = x.new_empty(R, D)
     tile = row_tile(D, max_warps=16)
@@ -88,8 +66,8 @@ def norm_backward(
         "dsum_ptr": dsum,
         "x_ptr": x,
         "weight_ptr": weight,
-        "mean_ptr": mean,
-        "rstd_ptr": rstd,
+        "mean_ptr": saved.mean,
+        "rstd_ptr": saved.rstd,
         "dx_ptr": dx,
         "dweight_ptr": None if weight is None else parts[0],
         "dbias_ptr": parts[1] if has_bias else None,
@@ -97,7 +75,7 @@ def norm_backward(
         "stride_dout": dout.stride(0),
         "stride_dsum": 0 if dsum is None else dsum.stride(0),
         "stride_x": x.stride(0),
-        "weight_offset": weight_offset,
+        "weight_offset": saved.weight_offset,
         "rows_per_program": rows,
         "D": D,
         **tile.blocks,

@@ -40,7 +40,7 @@ struct NormBackward {
 
 #ifndef PYPAR_BINDING
 
-#  include "core/rows.h"
+#  include "core/streaming_stores.h"
 
 namespace pypar::PYPAR_ISA {
 
@@ -49,10 +49,13 @@ PYPAR_INLINE Float centered(const Element* x, int64_t count, float mean) {
   return kCenter ? load_first(x, count) - mean : load_first(x, count);
 }
 
+constexpr int64_t kLargestStreamedSum = 8192;  // elements of a row that waits in the nearest cache
+
 // read(i, count) gives what is to be normalised; it is called once for each vector, and `x` has it then.
-template <bool kCenter, bool kResidual, class Element, class Read>
+template <bool kCenter, bool kResidual, bool kStreams, class Element, class Read>
 PYPAR_INLINE void norm_forward_row(const NormForward& a, int64_t row, const Element* x, const Read& read) {
   Element* out = static_cast<Element*>(a.out) + row * a.size;
+  Element* sum = static_cast<Element*>(a.sum) + row * a.size;
   const float size = static_cast<float>(a.size);
   float mean = 0.0f, squares;
   if (kCenter) {
@@ -80,22 +83,24 @@ PYPAR_INLINE void norm_forward_row(const NormForward& a, int64_t row, const Elem
     __builtin_prefetch(next + i);
     if (kResidual) __builtin_prefetch(next_residual + i);
     const Float v = centered<kCenter>(x + i, count, mean) * rstd * load_first(a.scale + i, count);
-    store_first(out + i, kCenter ? v + load_first(a.shift + i, count) : v, count);
+    put_first<kStreams>(out + i, kCenter ? v + load_first(a.shift + i, count) : v, count);
+    if (kResidual && kStreams) stream(sum + i, load(x + i));
   });
 }
 
-template <class Element, bool kCenter>
+template <class Element, bool kCenter, bool kStreams>
 static void norm_forward_row(const NormForward& a, int64_t row) {
   const Element* x = static_cast<const Element*>(a.x) + row * a.x_stride;
   if (a.residual) {
     const Element* residual = static_cast<const Element*>(a.residual) + row * a.residual_stride;
-    Element* sum = static_cast<Element*>(a.sum) + row * a.size;
-    norm_forward_row<kCenter, true>(a, row, sum, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+    alignas(64) Element waiting[kStreams ? kLargestStreamedSum : 1];
+    Element* sum = kStreams ? waiting : static_cast<Element*>(a.sum) + row * a.size;
+    norm_forward_row<kCenter, true, kStreams>(a, row, sum, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
       store_first(sum + i, load_first(x + i, count) + load_first(residual + i, count), count);
       return load_first(sum + i, count);  // as it was rounded
     });
   } else {
-    norm_forward_row<kCenter, false>(
+    norm_forward_row<kCenter, false, kStreams>(
         a, row, x, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA { return load_first(x + i, count); });
   }
 }
@@ -147,9 +152,26 @@ static void norm_backward_row(const NormBackward& a, int64_t row, float* sums) {
   }
 }
 
+template <class Element, bool kCenter, bool kStreams>
+static void norm_forward_rows(const NormForward& a) {
+  parallel_for(a.rows, rows_per_chunk(a.size), a.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) norm_forward_row<Element, kCenter, kStreams>(a, row);
+    if (kStreams) finish_streams();
+  });
+}
+
 template <bool kCenter>
 static void norm_forward(const NormForward& a) {
-  for_rows(a, [&](auto element, int64_t row) { norm_forward_row<decltype(element), kCenter>(a, row); });
+  by_element_type(a.element_type, [&](auto element) {
+    using Element = decltype(element);
+    const bool sum_fits = a.sum == nullptr || (a.size <= kLargestStreamedSum &&
+                                               is_streamed(static_cast<Element*>(a.sum), a.rows, a.size));
+    if (sum_fits && is_streamed(static_cast<Element*>(a.out), a.rows, a.size)) {
+      norm_forward_rows<Element, kCenter, true>(a);
+    } else {
+      norm_forward_rows<Element, kCenter, false>(a);
+    }
+  });
 }
 
 template <class Element, bool kCenter, bool kSums>

@@ -9,16 +9,25 @@ from pypar.lazy import loader
 
 if TYPE_CHECKING:
     from pypar.models.decoder import Decoder, DecoderConfig
-    from pypar.models.layers import CausalAttention, Linear, Positions, RMSNorm
+    from pypar.models.layers import CausalAttention, Head, Linear, Positions, RMSNorm
     from pypar.sequences import Sequences
 
-__all__ = ["CausalAttention", "Decoder", "DecoderConfig", "Linear", "Positions", "RMSNorm", "Sequences"]
+__all__ = [
+    "CausalAttention",
+    "Decoder",
+    "DecoderConfig",
+    "Head",
+    "Linear",
+    "Positions",
+    "RMSNorm",
+    "Sequences",
+]
 
 __getattr__ = loader(
     __name__,
     {
         **dict.fromkeys(("Decoder", "DecoderConfig"), "pypar.models.decoder"),
-        **dict.fromkeys(("CausalAttention", "Linear", "Positions", "RMSNorm"), "pypar.models.layers"),
+        **dict.fromkeys(("CausalAttention", "Head", "Linear", "Positions", "RMSNorm"), "pypar.models.layers"),
         "Sequences": "pypar.sequences",
     },
     __all__,

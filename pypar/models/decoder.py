@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pypar.blocks import Block
 from pypar.models.cache import KeyValueCache
 from pypar.models.initial_weights import initial_weight
-from pypar.models.layers import CausalAttention, Linear, Positions, RMSNorm
+from pypar.models.layers import CausalAttention, Head, Linear, Positions, RMSNorm
 from pypar.ops import rope, swiglu
 from pypar.sequences import Sequences
 
@@ -145,7 +145,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder: token ids [B, T] -> logits [B, T, V].
+    """The decoder: token ids [B, T] -> logits [B, T, V], or their loss.
 
     seed: of the initial weights, which depend on it and on each weight's name and shape only; None leaves them without
     values, as a model on the meta device has them (``with torch.device("meta"): Decoder(config, seed=None)``, then
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         "*.feed_forward.up": "column",
         "*.feed_forward.down": "row",
         "*norm": "norm",
-        "head": "column",  # each rank has its part of the logits, for vocab_parallel_cross_entropy
+        "head": "head",
     }
 
     def __init__(
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         self.embedding: nn.Embedding | None = nn.Embedding.from_pretrained(no_values, freeze=False)
         self.layers = nn.ModuleDict({str(i): Layer(config, dtype) for i in range(config.num_layers)})
         self.norm: RMSNorm | None = RMSNorm(config.d_model, config.norm_eps, dtype)
-        self.head: Linear | None = Linear(config.d_model, config.vocab_size, dtype)
+        self.head: Head | None = Head(config.d_model, config.vocab_size, dtype)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
         if seed is not None:
@@ -213,16 +213,23 @@ class Decoder(nn.Module):
         return angle.cos(), angle.sin()
 
     def forward(
-        self, x: Tensor, *, cache: KeyValueCache | None = None, sequences: Sequences | None = None
+        self,
+        x: Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        sequences: Sequences | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """x: token ids [B, T], or the hidden state [B, T, D] where the embedding is another stage's. Returns the
         logits [B, T, V], or the hidden state where the head is another stage's.
 
         ``cache`` holds keys and values of earlier positions. ``sequences`` None: x has whole sequences, each of which
-        is one document.
+        is one document. ``targets``: int64 [B, T], of which the head gives the loss in place of the logits (`Head`).
         """
         cos, sin = self.rope_tables(self.positions(x, sequences, 0 if cache is None else cache.length))
         hidden_BTD = x if self.embedding is None else self.embedding(x)
         for layer in self.layers.values():
             hidden_BTD = layer(hidden_BTD, cos, sin, cache, sequences)
-        return hidden_BTD if self.head is None or self.norm is None else self.head(self.norm(hidden_BTD))
+        if self.head is None or self.norm is None:
+            return hidden_BTD
+        return self.head(self.norm(hidden_BTD), targets)

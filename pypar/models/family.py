@@ -8,6 +8,7 @@ A family is a `ModelSection` with its keys, a dataclass of sizes, and a model ma
     model.parallel_plan                                how it is spread; the class says it
     model.blocks()                                     its pipeline stages
     model(tokens, sequences=.., cache=..)              logits, cut over the ranks of tensor parallelism by the plan
+    model(tokens, sequences=.., targets=..)            where forward has this keyword: the sum of the targets' loss
 
 `pypar.models.families` lists all.
 """

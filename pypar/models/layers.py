@@ -1,4 +1,4 @@
-"""Layers of a model on one device, which a plan can give roles: linear, norm, causal attention, positions."""
+"""Layers of a model on one device, which a plan can give roles: linear, head, norm, causal attention, positions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pypar.ops import attention, linear, rms_norm
+from pypar.ops import attention, linear, linear_cross_entropy, rms_norm
 from pypar.sequences import Sequences
 
 
@@ -24,6 +24,19 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+class Head(Linear):
+    """A `Linear` to the logits of a vocabulary; given targets, it gives their loss, for which no logits are kept.
+
+    x [..., D] -> [..., V]; with targets [...] int64, where -100 is not learned, the sum of their cross-entropy in nats,
+    fp32, which is differentiated once.
+    """
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight, targets, reduction="sum")
 
 
 class RMSNorm(nn.Module):

@@ -6,11 +6,9 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
-from pypar.ops.backend import choose
-from pypar.ops.norm.definition import check
-from pypar.ops.norm.operator import of_last_dims, register_norm
+from pypar.ops.norm.operator import AroundOffset, of_last_dims, register_norm
 
-BACKENDS, _forward = register_norm("layer_norm", center=True)
+BACKENDS, _normalise = register_norm("layer_norm", center=True)
 
 
 @overload
@@ -59,29 +57,16 @@ def layer_norm(
     contiguous, once or twice.
     ValueError: operands that do not fit together, eps that is not positive, a backend that refuses.
     """
-    check(x, residual, eps, weight=weight, bias=bias)
-    operands = {"x": x, "residual": residual, "weight": weight, "bias": bias}
-    chosen = choose("layer_norm", BACKENDS, operands, backend)
-    out, total, _, _ = _forward(x, residual, weight, bias, eps, weight_offset, chosen.name)
-    return out if residual is None else (out, total)
+    return _normalise(x, residual, weight, bias, eps, weight_offset, backend)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(AroundOffset, nn.LayerNorm):
     """torch.nn.LayerNorm by `layer_norm`, with its arguments and its state_dict.
 
     weight_offset: added to the weight, whose first value is 1 - weight_offset.
     """
 
     computes_as = nn.LayerNorm  # what pypar.parallel asks of a subclass
-
-    def __init__(self, *args: Any, weight_offset: float = 0.0, **kwargs: Any) -> None:
-        self.weight_offset = weight_offset  # reset_parameters, which super().__init__ calls, reads it
-        super().__init__(*args, **kwargs)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.elementwise_affine:
-            nn.init.constant_(self.weight, 1 - self.weight_offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """x [..., *normalized_shape] -> out, or, with a residual, (out, x + residual)."""

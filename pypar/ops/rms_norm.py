@@ -7,11 +7,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from pypar.ops.backend import choose
-from pypar.ops.norm.definition import check
-from pypar.ops.norm.operator import of_last_dims, register_norm
+from pypar.ops.norm.operator import AroundOffset, of_last_dims, register_norm
 
-BACKENDS, _forward = register_norm("rms_norm", center=False)
+BACKENDS, _normalise = register_norm("rms_norm", center=False)
 
 
 @overload
@@ -56,27 +54,16 @@ def rms_norm(
     that are kept around zero (Gemma); residual: like x. Returns [..., D] of x's dtype, contiguous, once or twice.
     ValueError: operands that do not fit together, eps that is not positive, a backend that refuses.
     """
-    check(x, residual, eps, weight=weight)
-    chosen = choose("rms_norm", BACKENDS, {"x": x, "residual": residual, "weight": weight}, backend)
-    out, total, _, _ = _forward(x, residual, weight, None, eps, weight_offset, chosen.name)
-    return out if residual is None else (out, total)
+    return _normalise(x, residual, weight, None, eps, weight_offset, backend)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(AroundOffset, nn.RMSNorm):
     """torch.nn.RMSNorm by `rms_norm`, with its arguments and its state_dict.
 
     weight_offset: added to the weight, whose first value is 1 - weight_offset.
     """
 
     computes_as = nn.RMSNorm  # what pypar.parallel asks of a subclass
-
-    def __init__(self, *args: Any, weight_offset: float = 0.0, **kwargs: Any) -> None:
-        self.weight_offset = weight_offset  # reset_parameters, which super().__init__ calls, reads it
-        super().__init__(*args, **kwargs)
-
-    def reset_parameters(self) -> None:
-        if self.elementwise_affine:
-            nn.init.constant_(self.weight, 1 - self.weight_offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """x [..., *normalized_shape] -> out, or, with a residual, (out, x + residual)."""

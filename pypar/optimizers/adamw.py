@@ -97,40 +97,33 @@ class AdamW(torch.optim.AdamW):
         scale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float()
         first = 0
         for group in self.param_groups:
-            calls: dict[Any, list[_Entry]] = {}
+            used: list[tuple[Tensor, dict[str, Any], int]] = []
             for param in group["params"]:
                 if param.grad is not None:
-                    entry = self._entry(param, group, first)
-                    calls.setdefault(entry.alike(), []).append(entry)
+                    used.append((param, self._state_of(param, group), first))
                 first += param.numel()
+            counts = [state["step"] for _, state, _ in used]
+            if counts:
+                torch._foreach_add_(counts, 1)
+            calls: dict[Any, list[_Entry]] = {}
+            for (param, state, place), count in zip(used, counts, strict=True):
+                entry = _entry(param, state, group, place, int(count.item()))
+                calls.setdefault(entry.alike(), []).append(entry)
             for entries in calls.values():
                 _update(entries, group, scale)
         return loss
 
-    def _entry(self, param: Tensor, group: dict[str, Any], first: int) -> _Entry:
-        gradient = param.grad
-        assert gradient is not None
-        if gradient.is_sparse or param.is_complex():
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter that has a gradient, made at its first step."""
+        if param.is_complex() or param.grad.is_sparse:  # type: ignore[union-attr]
             raise ValueError(
                 f"a parameter {tuple(param.shape)} is complex or has a sparse gradient, which AdamW does not "
                 "update; use torch.optim.SparseAdam, or torch.view_as_real"
             )
-        state = self.state[param]
+        state: dict[str, Any] = self.state[param]
         if not state:
             state.update(_new_state(param, group))
-        state["step"] += 1
-        plain, gradient = _local(param), _local(gradient)
-        if gradient.stride() != plain.stride():
-            gradient = torch.empty_like(plain, dtype=gradient.dtype).copy_(gradient)
-        moments = [
-            operator.Blocks(state[f"{name}_codes"], state[f"{name}_absmax"])
-            if f"{name}_codes" in state
-            else _local(state[name])
-            for name in MOMENTS
-        ]
-        master = _local(state["master"]) if group["master_weights"] else None
-        place = operator.Place(first, max(1, plain.numel()), 0)
-        return _Entry(plain, gradient, moments[0], moments[1], master, place, int(state["step"].item()))
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """torch's, but what is loaded keeps its dtype on the way, and how this optimizer keeps its numbers stays."""
@@ -178,6 +171,22 @@ class _Entry(NamedTuple):
         """Entries with the same go through one call."""
         kinds = [x.dtype if isinstance(x, Tensor) else "blocks" for x in (self.exp_avg, self.exp_avg_sq)]
         return self.param.dtype, self.gradient.dtype, self.param.device, *kinds, self.step
+
+
+def _entry(param: Tensor, state: dict[str, Any], group: dict[str, Any], first: int, step: int) -> _Entry:
+    """first: how many elements the parameters before this one have. step: which update of it this is."""
+    plain, gradient = _local(param), _local(param.grad)  # type: ignore[arg-type]
+    if gradient.stride() != plain.stride():
+        gradient = torch.empty_like(plain, dtype=gradient.dtype).copy_(gradient)
+    moments = [
+        _local(state[name])
+        if name in state
+        else operator.Blocks(state[f"{name}_codes"], state[f"{name}_absmax"])
+        for name in MOMENTS
+    ]
+    master = _local(state["master"]) if group["master_weights"] else None
+    place = operator.Place(first, plain.numel() or 1, 0)
+    return _Entry(plain, gradient, moments[0], moments[1], master, place, step)
 
 
 def _local(x: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ def parallelize(
                           whole, and its module's forward sees this rank's part
         "row"             inputs are cut, outputs summed: the projections that follow
         "vocab"           an nn.Embedding, by token id
+        "head"            "column" for a head that may be given targets too, as `pypar.models.Head` may: it then gives
+                          their loss
         "column_gather"   "column" and then gathered, for a head whose whole logits the model's own loss wants
         "row_split"       "row" for an input that every rank has whole, as after "column_gather"
         "per_head"        a norm whose one weight serves all heads: stays whole, gradients are summed over tp

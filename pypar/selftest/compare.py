@@ -62,6 +62,21 @@ def compare(case: Case, traffic: tuple[int, int], rounds: int, copy_rate: float)
         print(f"{case.shape}, {case.name}, {name}: {' | '.join(cells)}", flush=True)
 
 
+def compare_norms(text: str, case: Callable[..., Case]) -> None:
+    """The program of a norm over rows, of whose cases `case` is the maker; text: its docstring.
+
+    What must move at least: x and out forward, dout, x and dx backward; with a residual x, residual, sum and out
+    forward, dout, the sum's gradient, the sum and dx backward.
+    """
+    arguments = parse_arguments(text)
+    limit = print_limit(arguments)
+    for rows, size in ((4096, 1024), (1024, 4096), (65536, 128), (65536, 64)):
+        for residual in (False, True) if size >= 1024 else (False,):
+            forward, backward = (4, 4) if residual else (2, 3)
+            traffic = forward * rows * size, backward * rows * size
+            compare(case((rows, size), residual=residual), traffic, arguments.rounds, limit)
+
+
 def _forward(case: Case, function: Function, inputs: Inputs) -> Callable[[], object]:
     return lambda: judge.outputs(function, inputs)
 

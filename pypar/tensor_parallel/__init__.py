@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pypar.tensor_parallel.column import ColumnParallelLinear, column_parallel
     from pypar.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
     from pypar.tensor_parallel.embedding import VocabParallelEmbedding
+    from pypar.tensor_parallel.head import VocabParallelHead
     from pypar.tensor_parallel.roles import USUAL_PLAN
     from pypar.tensor_parallel.row import RowParallelLinear, row_parallel
 
@@ -24,6 +25,7 @@ __all__ = [
     "ColumnParallelLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",
+    "VocabParallelHead",
     "column_parallel",
     "row_parallel",
     "vocab_parallel_cross_entropy",
@@ -36,6 +38,7 @@ __getattr__ = loader(
         "ColumnParallelLinear": "pypar.tensor_parallel.column",
         "RowParallelLinear": "pypar.tensor_parallel.row",
         "VocabParallelEmbedding": "pypar.tensor_parallel.embedding",
+        "VocabParallelHead": "pypar.tensor_parallel.head",
         "column_parallel": "pypar.tensor_parallel.column",
         "row_parallel": "pypar.tensor_parallel.row",
         "vocab_parallel_cross_entropy": "pypar.tensor_parallel.cross_entropy",

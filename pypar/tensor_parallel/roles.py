@@ -11,6 +11,7 @@ from pypar.sharded.partial import sum_in_backward
 from pypar.tensor_parallel.column import ColumnParallelLinear
 from pypar.tensor_parallel.config import AXES
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
+from pypar.tensor_parallel.head import VocabParallelHead
 from pypar.tensor_parallel.heads import give_heads
 from pypar.tensor_parallel.latent import LatentKeyValueLinear, num_shared_features
 from pypar.tensor_parallel.row import RowParallelLinear
@@ -26,6 +27,10 @@ def _column(match: Match, spreading: Spreading) -> nn.Module:
 
 def _column_gather(match: Match, spreading: Spreading) -> nn.Module:
     return _linear(ColumnParallelLinear, match, spreading, gather_output=True)
+
+
+def _head(match: Match, spreading: Spreading) -> nn.Module:
+    return _linear(VocabParallelHead, match, spreading)
 
 
 def _row(match: Match, spreading: Spreading) -> nn.Module:
@@ -100,6 +105,7 @@ ROLES = {
         nn.Linear, AXES, _column, 0, "out_features", gives_part=True, of_parameters=True, join=join
     ),
     "row": Role(nn.Linear, AXES, _row, 1, "in_features", takes_part=True),
+    "head": Role(nn.Linear, AXES, _head, 0, "out_features", gives_part=True),
     "vocab": Role(nn.Embedding, AXES, _vocab, 0, "num_embeddings", is_optional=True),
     "column_gather": Role(nn.Linear, AXES, _column_gather, 0, "out_features", is_optional=True),
     "row_split": Role(nn.Linear, AXES, _row_split, 1, "in_features", is_optional=True),

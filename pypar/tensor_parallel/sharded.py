@@ -87,12 +87,12 @@ class ShardedModule(nn.Module):
         """What the layer computes."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x) if self.axis.size == 1 else self._run_between_ranks(x)
+    def forward(self, *given: Any) -> Tensor:
+        return self.run(*given) if self.axis.size == 1 else self._run_between_ranks(*given)
 
     @uncompiled("a layer that is cut over ranks communicates between ranks; compile without fullgraph=True")
-    def _run_between_ranks(self, x: Tensor) -> Tensor:
-        return self.run(x)
+    def _run_between_ranks(self, *given: Any) -> Tensor:
+        return self.run(*given)
 
     def layouts(self) -> dict[str, Layout]:
         """Layout of each own parameter, by its name."""

@@ -34,25 +34,32 @@ Plan: TypeAlias = "Mapping[str, str] | ParallelPlan | None"
 
 
 class TrainingStage(nn.Module):
-    """A stage as the pipeline runs it: hidden state in and out; the last stage gives the scaled loss."""
+    """A stage as the pipeline runs it: hidden state in and out; the last stage gives the scaled loss.
 
-    def __init__(self, model: nn.Module, loss: Loss, *, is_last: bool) -> None:
+    loss None: the model gives it, when it is told the targets.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss | None, *, is_last: bool) -> None:
         super().__init__()
         self.model, self.loss, self.is_last = model, loss, is_last
-        self.takes_sequences = takes_sequences(model)
+        self.takes_sequences = takes(model, "sequences")
 
     def forward(self, hidden: Any, microbatch: Microbatch) -> Any:
-        given = {"sequences": microbatch.sequences} if self.takes_sequences else {}
+        given: dict[str, Any] = {"sequences": microbatch.sequences} if self.takes_sequences else {}
+        if self.is_last and self.loss is None:
+            given["targets"] = microbatch.targets
         out = self.model(microbatch.tokens if hidden is None else hidden, **given)
-        return self.loss(out, microbatch.targets) * microbatch.loss_scale if self.is_last else out
+        if not self.is_last:
+            return out
+        return (out if self.loss is None else self.loss(out, microbatch.targets)) * microbatch.loss_scale
 
 
 Stages: TypeAlias = Mapping[Place, TrainingStage]
 
 
-def takes_sequences(model: nn.Module) -> bool:
-    """Whether a model's forward asks for `pypar.sequences.Sequences`, by the name ``sequences``."""
-    return "sequences" in inspect.signature(model.forward).parameters
+def takes(model: nn.Module, keyword: str) -> bool:
+    """Whether a model's forward asks for something by this name, as for `pypar.sequences.Sequences` by "sequences"."""
+    return keyword in inspect.signature(model.forward).parameters
 
 
 def own_stages(
@@ -72,7 +79,8 @@ def own_stages(
     models = _spread(model, mesh, plan, schedule)
     for each in models.values():
         materialize(each, model.initial_weight(seed), device=device)
-    return _training(models, _vocabulary_loss(mesh.axis(*CUT_AXES)), schedule)
+    loss = None if takes(model, "targets") else _vocabulary_loss(mesh.axis(*CUT_AXES))
+    return _training(models, loss, schedule)
 
 
 def stages_of(
@@ -98,7 +106,7 @@ def stages_of(
         raise ValueError(
             f"this {type(model).__name__} is on the meta device, without values; give it values, the same on every rank"
         )
-    if config.train.packed_documents and not takes_sequences(model):
+    if config.train.packed_documents and not takes(model, "sequences"):
         raise ValueError(
             f"train.packed_documents tells documents apart, and this {type(model).__name__}'s forward has no keyword "
             '"sequences" (pypar.sequences.Sequences) by which it would learn of them; give it one, or leave '
@@ -152,7 +160,7 @@ def _spread(
     return place_stages(model, mesh, schedule)
 
 
-def _training(models: Mapping[Place, nn.Module], loss: Loss, schedule: Schedule) -> Stages:
+def _training(models: Mapping[Place, nn.Module], loss: Loss | None, schedule: Schedule) -> Stages:
     last = schedule.num_stages - 1
     return {
         (path, stage): TrainingStage(model, loss, is_last=stage == last)

@@ -52,6 +52,16 @@ def _embedding(axis):
     return lambda ids: layer(ids * 1) * 2, lambda length: (tokens(2, length),), layer
 
 
+@case("pypar.tensor_parallel.VocabParallelHead")
+def _head(axis):
+    layer = seeded(tensor_parallel.VocabParallelHead, WIDTH, VOCABULARY, axis, bias=True)
+
+    def run(hidden, ids):
+        return layer(hidden * 2, ids) + 1
+
+    return run, lambda n: (numbers(n, WIDTH), tokens(n)), layer
+
+
 @case("pypar.tensor_parallel.vocab_parallel_cross_entropy")
 def _vocab_parallel_cross_entropy(axis):
     def run(logits, ids):

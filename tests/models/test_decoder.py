@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pypar.hugging_face.weights import global_name, load_llama_weights
 from pypar.models import Decoder, DecoderConfig
@@ -47,6 +49,41 @@ def test_logits_and_gradients_equal_hugging_face(tied: bool) -> None:
     for name, parameter in ours.named_parameters():
         scale = gradients[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5 * scale, msg=name)
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of what operators give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.shapes |= {tuple(x.shape) for x in tree_leaves(found) if isinstance(x, torch.Tensor)}
+        return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_of_targets_is_that_of_the_logits_without_them(tied: bool) -> None:
+    """The head's loss beside cross_entropy's, as numbers and by the memory of which the logits are the most."""
+    model = Decoder(DecoderConfig(**SIZES, tied_embeddings=tied))
+    tokens = torch.randint(97, (2, 65))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, ::3] = -100
+    expected = cross_entropy(model(inputs), targets).sum()
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
+    loss = model(inputs, targets=targets)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for given, has_logits in (({"targets": targets}, False), ({}, True)):
+        with Shapes() as seen:
+            model(inputs, **given)
+        assert any(shape[-1:] == (97,) and len(shape) > 1 for shape in seen.shapes) == has_logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs, targets=targets), expected, rtol=1e-6, atol=0)
 
 
 def test_a_cache_gives_the_logits_of_the_whole_sequence() -> None:

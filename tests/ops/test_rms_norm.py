@@ -15,6 +15,7 @@ from pypar.ops.rms_norm import RMSNorm, rms_norm
 from pypar.selftest.cases.rms_norm import case
 from pypar.selftest.judge import check_case, draw_inputs
 from tests.harness.native_kernels import assert_same_for_any_threads
+from tests.harness.norms import assert_compiles_as_one_graph, assert_same_in_parts, opcheck_norm
 from tests.harness.pairs import pairwise
 
 NAMES = ["native", "reference"]
@@ -77,6 +78,12 @@ def test_empty(name, residual, shape):
 
 
 @pytest.mark.parametrize("residual", [False, True])
+def test_results_larger_than_caches_have_the_bits_of_smaller_ones(residual):
+    """They are stored past the caches."""
+    assert_same_in_parts(rms_norm, make((4096, 1024), torch.float32, residual=residual))
+
+
+@pytest.mark.parametrize("residual", [False, True])
 def test_same_bits_for_any_number_of_threads(residual):
     inputs = make((1023, 111), torch.float32, residual=residual)
     assert_same_for_any_threads(lambda **inputs: rms_norm(**inputs, backend="native"), inputs)
@@ -108,23 +115,12 @@ def test_gradient_of_the_reference():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("residual", [False, True])
 def test_opcheck(name, residual):
-    inputs = make((5, 7), torch.float32, residual=residual)
-    arguments = (inputs["x"], inputs.get("residual"), inputs["weight"], None, 1e-5, 0.0, name)
-    torch.library.opcheck(torch.ops.pypar.rms_norm_forward, arguments)
-    x, weight = inputs["x"].detach(), inputs["weight"].detach()
-    torch.library.opcheck(
-        torch.ops.pypar.rms_norm_backward,
-        (x, x if residual else None, x, weight, False, torch.empty(0), torch.rand(5), 0.0, name),
-    )
+    opcheck_norm("rms_norm", make((5, 7), torch.float32, residual=residual), name)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_compiles_as_one_graph(residual):
-    inputs = make((5, 63), torch.float32, residual=residual)
-    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs), rms_norm(**inputs), rtol=0, atol=0)
-    outs = compiled(**inputs)
-    (outs[0] if residual else outs).sum().backward()
+    assert_compiles_as_one_graph(rms_norm, make((5, 63), torch.float32, residual=residual))
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def _native_forward(problem: AdamwProblem) -> None:
     once = tuple(x if x is None else x.float().cpu() for x in (problem.found_inf, problem.scale))
     native.run(
         native.module().adamw,
-        tuple(map(tuple, problem.columns)), tuple(x.numel() for x in problem.params), tuple(problem.places),
+        [native.addresses(column) for column in problem.columns], [x.numel() for x in problem.params], problem.places,
         (*once, tables()), numbers, step_key(problem.seed or 0, step), kinds,
     )  # fmt: skip
 

@@ -170,8 +170,14 @@ def _check_columns(columns: dict[str, list[Tensor]], absmaxes: tuple[list[Tensor
         if len({x.dtype for x in column}) > 1:
             dtypes = ", ".join(sorted({str(x.dtype) for x in column}))
             raise ValueError(f"{name} must be of one dtype, not of {dtypes}; call adamw once for each")
-        for param, x in zip(params, column, strict=False):
-            if x.shape != param.shape or x.device != param.device or not _lie_alike(param, x):
+    names = [name for name, column in columns.items() if column]
+    for param, *others in zip(*(columns[name] for name in names), strict=True):
+        shape, device, is_contiguous = param.shape, param.device, param.is_contiguous()
+        for name, x in zip(names, (param, *others), strict=True):
+            lie_alike = (
+                x.is_contiguous() if is_contiguous else param.stride() == x.stride() and _is_dense(param)
+            )
+            if not lie_alike or x.shape != shape or x.device != device:
                 raise ValueError(
                     f"{name} holds a tensor {tuple(x.shape)}, strides {x.stride()}, on {x.device} for a parameter "
                     f"{tuple(param.shape)}, strides {param.stride()}, on {param.device}; both must lie alike in "
@@ -185,12 +191,6 @@ def _check_columns(columns: dict[str, list[Tensor]], absmaxes: tuple[list[Tensor
                 raise ValueError(
                     f"absmax {tuple(x.shape)} must be one number for each {BLOCK} elements of {tuple(param.shape)}"
                 )
-
-
-def _lie_alike(param: Tensor, x: Tensor) -> bool:
-    if param.is_contiguous() and x.is_contiguous():
-        return True
-    return param.stride() == x.stride() and _is_dense(param)
 
 
 def _is_dense(x: Tensor) -> bool:

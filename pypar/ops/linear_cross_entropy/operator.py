@@ -8,18 +8,14 @@ that is right where one number multiplies all of them in the end.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pypar.ops.backend import never_refuses
 from pypar.ops.linear_cross_entropy import rows
-from pypar.ops.linear_cross_entropy.chunks import (
-    LossProblem,
-    Needs,
-    rows_of_a_chunk,
-)
+from pypar.ops.linear_cross_entropy.chunks import LossProblem, Needs, rows_of_a_chunk
 from pypar.ops.linear_cross_entropy.loss import (
     TokenParts,
     TokenWeights,
@@ -29,11 +25,7 @@ from pypar.ops.linear_cross_entropy.loss import (
     parts_of,
     token_loss,
 )
-from pypar.ops.linear_cross_entropy.passes import (
-    differentiate_all,
-    measure_all,
-    measure_and_differentiate,
-)
+from pypar.ops.linear_cross_entropy.passes import differentiate_all, measure_all, measure_and_differentiate
 from pypar.ops.linear_cross_entropy.rows import LossBackend
 from pypar.ops.register import define, register_gradient
 from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
@@ -42,40 +34,47 @@ from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
 _BLOCK_BYTES = 16 << 20
 
 
-def problem_of(
-    backend: LossBackend,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    softcap: float,
-    needs_sum: bool,
-) -> LossProblem:
-    """The problem of one who has the whole vocabulary. ValueError on CPU: a target out of range."""
-    hidden, target = as_rows(hidden), target.reshape(-1)
-    counted: Tensor | None = target != ignore_index
-    if target.device.type == "cpu":
-        check_range(target, weight.shape[0], ignore_index)
-        counted = None if bool(torch.all(counted)) else counted  # type: ignore[arg-type]
-    chunk_rows = rows_of_a_chunk(hidden.shape[0], hidden.shape[1], weight.shape[0])
-    return LossProblem(hidden, weight, bias, target, counted, softcap, backend, chunk_rows, needs_sum)
+class LossInputs(NamedTuple):
+    """What is differentiated, and by whose targets; see `linear_cross_entropy`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    ignore_index: int
+    softcap: float
+    needs_mean: bool  # the mean logit is wanted, of which label smoothing is made
+
+    def problem(self, backend: LossBackend) -> LossProblem:
+        """The problem of one who has the whole vocabulary. ValueError on CPU: a target out of range."""
+        hidden, target, vocabulary_size = as_rows(self.hidden), self.target.reshape(-1), self.weight.shape[0]
+        counted: Tensor | None = target != self.ignore_index
+        if target.device.type == "cpu":
+            check_range(target, vocabulary_size, self.ignore_index)
+            counted = None if bool(torch.all(counted)) else counted  # type: ignore[arg-type]
+        chunk_rows = rows_of_a_chunk(hidden.shape[0], hidden.shape[1], vocabulary_size)
+        return LossProblem(
+            hidden,
+            self.weight,
+            self.bias,
+            target,
+            counted,
+            self.softcap,
+            backend,
+            chunk_rows,
+            self.needs_mean,
+        )
+
+    def parts(self, state: Tensor) -> tuple[Tensor, ...]:
+        """TokenParts of statistics [4, T], in the shape of target."""
+        counted = self.target.reshape(-1) != self.ignore_index
+        parts = parts_of(state, counted, self.weight.shape[0], self.needs_mean)
+        return tuple(x.view(self.target.shape) for x in parts)
 
 
-def _parts(
-    backend: LossBackend,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    softcap: float,
-    needs_mean: bool,
-) -> tuple[Tensor, ...]:
-    problem = problem_of(backend, hidden, weight, bias, target, ignore_index, softcap, needs_mean)
-    state = measure_all(problem, None)
-    counted = problem.targets != ignore_index
-    return tuple(x.view(target.shape) for x in parts_of(state, counted, weight.shape[0], needs_mean))
+def _parts(backend: LossBackend, *inputs: Any) -> tuple[Tensor, ...]:
+    given = LossInputs(*inputs)
+    return given.parts(measure_all(given.problem(backend), None))
 
 
 def _parts_backward(
@@ -89,16 +88,15 @@ def _parts_backward(
     target: Tensor,
     total: Tensor,
     maximum: Tensor,
-    ignore_index: int,
-    softcap: float,
-    needs_mean: bool,
-    needs: Needs,
+    *options_and_needs: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = problem_of(backend, hidden, weight, bias, target, ignore_index, softcap, needs_mean)
-    counted = problem.targets != ignore_index
+    *options, needs = options_and_needs
+    given = LossInputs(hidden, weight, bias, target, *options)
+    problem = given.problem(backend)
+    counted = problem.targets != given.ignore_index
     dparts = [torch.where(counted, x.reshape(-1), 0.0) for x in (dtotal, dtarget_logit, dmean_logit)]
     coefficients = coefficients_of_parts(
-        dparts[0], dparts[1], dparts[2] if needs_mean else None, weight.shape[0]
+        dparts[0], dparts[1], dparts[2] if given.needs_mean else None, weight.shape[0]
     )
     state = torch.stack((maximum.reshape(-1), total.reshape(-1)))
     return _shaped(differentiate_all(problem, None, coefficients, state, needs), hidden, needs)
@@ -112,23 +110,17 @@ def _with_gradients(
     target: Tensor,
     token_weights: Tensor,
     divisor: Tensor,
-    ignore_index: int,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
-    needs: Needs,
+    *options_and_needs: Any,
 ) -> tuple[Tensor, ...]:
     """(sum of token_weights x the loss of each token / divisor, TokenParts, gradients of that quotient)."""
-    needs_mean = label_smoothing != 0
-    problem = problem_of(backend, hidden, weight, bias, target, ignore_index, softcap, needs_mean)
-    weights = TokenWeights(token_weights.reshape(-1), divisor)
-    coefficients = coefficients_of_loss(weights, label_smoothing, z_loss, weight.shape[0])
-    state, gradients = measure_and_differentiate(problem, None, coefficients, needs)
-    counted = problem.targets != ignore_index
-    parts = parts_of(state, counted, weight.shape[0], needs_mean)
-    loss = weights.total(token_loss(TokenParts(*parts), label_smoothing, z_loss))
-    found = _shaped(gradients, hidden, needs)
-    return loss, *(x.view(target.shape) for x in parts), *found
+    ignore_index, softcap, label_smoothing, z_loss, needs = options_and_needs
+    given = LossInputs(hidden, weight, bias, target, ignore_index, softcap, label_smoothing != 0)
+    flat = TokenWeights(token_weights.reshape(-1), divisor)
+    coefficients = coefficients_of_loss(flat, label_smoothing, z_loss, weight.shape[0])
+    state, gradients = measure_and_differentiate(given.problem(backend), None, coefficients, needs)
+    parts = given.parts(state)
+    loss = TokenWeights(token_weights, divisor).total(token_loss(TokenParts(*parts), label_smoothing, z_loss))
+    return loss, *parts, *_shaped(gradients, hidden, needs)
 
 
 def _shaped(gradients: Any, hidden: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,7 +249,7 @@ def _save_with_gradients(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
     ctx.set_materialize_grads(False)  # as zeros, those of the gradients would take as much memory as they do
     # Plain tensors are given away by the first backward, scaled in place. What torch.compile traces is not.
     is_plain = all(type(x) is Tensor for x in gradients) and not torch._C._len_torch_dispatch_stack()
-    ctx.gradients = gradients if is_plain else None
+    ctx.found = gradients if is_plain else None
     ctx.is_traced = not is_plain
     ctx.save_for_backward(*tensors, total, maximum, *(() if is_plain else gradients))
 
@@ -265,22 +257,26 @@ def _save_with_gradients(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 def _gradient_of_with_gradients(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = [bool(x) for x in ctx.needs_input_grad[:3]]
     rest = (None,) * 9
-    if torch.is_grad_enabled() or (ctx.gradients is None and not ctx.is_traced):
-        return *_asked(_computed_again(ctx, dloss, needs), needs), *rest
-    if ctx.is_traced:
+    if ctx.is_traced and not torch.is_grad_enabled():
         return *_asked(scaled(dloss, *ctx.saved_tensors[8:]), needs), *rest
-    gradients, ctx.gradients = ctx.gradients, None
-    return *_asked(scale_in_place(gradients, dloss), needs), *rest
+    found = None if torch.is_grad_enabled() else given_away(ctx, dloss)
+    return *_asked(_computed_again(ctx, dloss, needs) if found is None else found, needs), *rest
 
 
-def scale_in_place(gradients: list[Tensor], dloss: Tensor) -> list[Tensor]:
-    """gradients *= dloss; a factor of 1, which a call of backward() on the loss itself gives, costs nothing."""
+def given_away(ctx: Any, dloss: Tensor) -> list[Tensor] | None:
+    """ctx.found, the gradients that forward has found, times dloss, in place; None where they have been given before.
+
+    A factor of 1, which a call of backward() on the loss itself gives, costs nothing.
+    """
+    found, ctx.found = ctx.found, None
+    if found is None:
+        return None
     # As a number of Python it is not rounded to bf16 first. Nobody waits for a GPU.
     factor = float(dloss) if dloss.device.type == "cpu" else dloss
     if not isinstance(factor, float) or factor != 1:
-        for x in gradients:
+        for x in found:
             x.mul_(factor)
-    return gradients
+    return found
 
 
 def _computed_again(ctx: Any, dloss: Tensor, needs: list[bool]) -> Any:

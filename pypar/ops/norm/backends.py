@@ -11,7 +11,14 @@ from torch import Tensor
 from pypar.ops import native
 from pypar.ops.backend import Backend, never_refuses
 from pypar.ops.backend.gpu import triton_refusal
-from pypar.ops.norm.definition import Backward, Forward, reference_backward, reference_forward
+from pypar.ops.norm.definition import (
+    NormGradients,
+    NormInputs,
+    NormOutputs,
+    NormSaved,
+    reference_backward,
+    reference_forward,
+)
 from pypar.ops.rows import as_rows, native_refusal
 
 # The gradients of weight and bias are summed in blocks of rows, whose number does not depend on the number of threads:
@@ -47,57 +54,42 @@ def backends_of(op: str, center: bool) -> tuple[Backend, ...]:
     )
 
 
-def _native_forward(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    center: bool,
-) -> Forward:
+def _native_forward(op: str, given: NormInputs, center: bool) -> NormOutputs:
+    x, residual = given.x, given.residual
     rows, residual_rows = as_rows(x), _rows_or_none(residual)
     num_rows, D = rows.shape
     out = torch.empty(x.shape, dtype=x.dtype)
     total = torch.empty((0,) if residual is None else x.shape, dtype=x.dtype)
     mean = torch.empty(x.shape[:-1] if center else (0,))
     rstd = torch.empty(x.shape[:-1])
-    shift = torch.zeros(D) if bias is None else bias.float().contiguous()
+    scale = _scale(given.weight, given.weight_offset, D)
+    shift = torch.zeros(D) if given.bias is None else given.bias.float().contiguous()
     native.run(
         getattr(native.module(), f"{op}_forward"),
-        rows, _or_null(residual_rows), _scale(weight, weight_offset, D), shift, out, total, mean, rstd,
-        num_rows, D, rows.stride(0), _stride(residual_rows), eps, native.dtype_code(x), native.num_threads(),
+        rows, _or_null(residual_rows), scale, shift, out, total, mean, rstd,
+        num_rows, D, rows.stride(0), _stride(residual_rows), given.eps, native.dtype_code(x), native.num_threads(),
     )  # fmt: skip
-    return out, total, mean, rstd
+    return NormOutputs(out, total, mean, rstd)
 
 
-def _native_backward(
-    op: str,
-    dout: Tensor,
-    dsum: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    has_bias: bool,
-    mean: Tensor,
-    rstd: Tensor,
-    weight_offset: float,
-) -> Backward:
-    rows, dout_rows, dsum_rows = as_rows(x), as_rows(dout), _rows_or_none(dsum)
+def _native_backward(op: str, saved: NormSaved) -> NormGradients:
+    x, weight, has_bias = saved.x, saved.weight, saved.has_bias
+    rows, dout_rows, dsum_rows = as_rows(x), as_rows(saved.dout), _rows_or_none(saved.dsum)
     num_rows, D = rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype)
     rows_per_block = max(_MIN_BLOCK_ROWS, -(-num_rows // _MAX_BLOCKS))
     sums = None if weight is None and not has_bias else torch.empty(2, D)
     parts = torch.empty(-(-num_rows // rows_per_block), 2, D if sums is not None else 0)
+    scale = _scale(weight, saved.weight_offset, D)
     native.run(
         getattr(native.module(), f"{op}_backward"),
-        dout_rows, _or_null(dsum_rows), rows, _scale(weight, weight_offset, D), mean, rstd, dx, _or_null(sums), parts,
+        dout_rows, _or_null(dsum_rows), rows, scale, saved.mean, saved.rstd, dx, _or_null(sums), parts,
         num_rows, D, dout_rows.stride(0), _stride(dsum_rows), rows.stride(0), rows_per_block,
         native.dtype_code(x), native.num_threads(),
     )  # fmt: skip
     dweight = torch.empty(0) if sums is None or weight is None else sums[0].clone()
     dbias = torch.empty(0) if sums is None or not has_bias else sums[1].clone()
-    return dx, dweight, dbias
+    return NormGradients(dx, dweight, dbias)
 
 
 def _scale(weight: Tensor | None, weight_offset: float, D: int) -> Tensor:
@@ -120,21 +112,17 @@ def _or_null(x: Tensor | None) -> Tensor | int:
     return 0 if x is None else x
 
 
-def _triton_forward(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    center: bool,
-) -> Forward:
-    out, total, mean, rstd = importlib.import_module(f"pypar.kernels.{op}").forward(
-        as_rows(x), _rows_or_none(residual), _contiguous(weight), _contiguous(bias), eps, weight_offset
+def _triton_forward(op: str, given: NormInputs, center: bool) -> NormOutputs:
+    x, residual = given.x, given.residual
+    rows = given._replace(
+        x=as_rows(x),
+        residual=_rows_or_none(residual),
+        weight=_contiguous(given.weight),
+        bias=_contiguous(given.bias),
     )
+    out, total, mean, rstd = importlib.import_module(f"pypar.kernels.{op}").forward(rows)
     stats = x.shape[:-1]
-    return (
+    return NormOutputs(
         out.view(x.shape),
         total if residual is None else total.view(x.shape),
         mean.view(stats) if center else mean,
@@ -142,28 +130,15 @@ def _triton_forward(
     )
 
 
-def _triton_backward(
-    op: str,
-    dout: Tensor,
-    dsum: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    has_bias: bool,
-    mean: Tensor,
-    rstd: Tensor,
-    weight_offset: float,
-) -> Backward:
-    dx, dweight, dbias = importlib.import_module(f"pypar.kernels.{op}").backward(
-        as_rows(dout),
-        _rows_or_none(dsum),
-        as_rows(x),
-        _contiguous(weight),
-        has_bias,
-        mean,
-        rstd,
-        weight_offset,
+def _triton_backward(op: str, saved: NormSaved) -> NormGradients:
+    rows = saved._replace(
+        dout=as_rows(saved.dout),
+        dsum=_rows_or_none(saved.dsum),
+        x=as_rows(saved.x),
+        weight=_contiguous(saved.weight),
     )
-    return dx.view(x.shape), dweight, dbias
+    dx, dweight, dbias = importlib.import_module(f"pypar.kernels.{op}").backward(rows)
+    return NormGradients(dx.view(saved.x.shape), dweight, dbias)
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
