@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pypar.data_parallel import DataParallel as DataParallel
     from pypar.data_parallel import GradientBuckets as GradientBuckets
     from pypar.hugging_face.attention import register_with_transformers as register_with_transformers
+    from pypar.hugging_face.fused import apply_fused as apply_fused
     from pypar.hugging_face.shard_context import shard_context as shard_context
     from pypar.mesh import Mesh as Mesh
     from pypar.ops.attention import attention as attention
@@ -55,6 +56,7 @@ _HOME_OF_NAME = {
     "Mesh": "pypar.mesh",
     "Muon": "pypar.optimizers.muon",
     "RMSNorm": "pypar.ops.rms_norm",
+    "apply_fused": "pypar.hugging_face.fused",
     "attention": "pypar.ops.attention",
     "clamped_swiglu": "pypar.ops.gated",
     "geglu": "pypar.ops.gated",
