@@ -1,4 +1,4 @@
-"""Rotary position embeddings of transformers' attention by `pypar.ops.rope`.
+"""Rotary position embeddings of transformers' attention by `pypar.rope`.
 
 The attention of every family calls one function of its file, `apply_rotary_pos_emb(q, k, cos, sin)`. Patching that
 would reach every model in the process. Here an attention module gets a class whose `forward` is the same code with
@@ -130,25 +130,11 @@ def _fused_turn(model: str | None) -> Callable[..., tuple[Tensor, Tensor]]:
         table_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         cos, sin = cos.to(table_dtype), sin.to(table_dtype)
         if unsqueeze_dim == 2:
-            return _turned(q, cos, sin), _turned(k, cos, sin)
-        q, k = (_turned(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
-        return q, k
+            return rope(q, cos, sin, k)
+        q, k = rope(q.transpose(1, 2), cos, sin, k.transpose(1, 2))
+        return q.transpose(1, 2), k.transpose(1, 2)
 
     return apply_rotary_pos_emb
-
-
-def _turned(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x with its first features turned, which are as many as twice those of the tables [B or 1, T, ...]."""
-    B, T, N, H = x_BTNH.shape
-    width = 2 * cos.shape[-1]
-    first = x_BTNH[..., :width]
-    if cos.shape[0] == 1:
-        out = rope(first, cos[0], sin[0])
-    else:  # each sequence has positions of its own
-        out = rope(first.reshape(1, B * T, N, width), cos.flatten(0, 1), sin.flatten(0, 1)).view(
-            B, T, N, width
-        )
-    return out if width == H else torch.cat((out, x_BTNH[..., width:]), dim=-1)
 
 
 @functools.cache  # a model has as many attentions as layers
@@ -168,4 +154,4 @@ def _difference(turn: FunctionType, device: torch.device) -> str:
     return ""
 
 
-_SWAP = Swap("rotary embedding", "pypar.ops.rope", _with_rope)
+_SWAP = Swap("rotary embedding", "pypar.rope", _with_rope)
