@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pypar.ops.gated import swiglu as swiglu
     from pypar.ops.layer_norm import LayerNorm as LayerNorm
     from pypar.ops.layer_norm import layer_norm as layer_norm
+    from pypar.ops.moe_permute import moe_combine as moe_combine
+    from pypar.ops.moe_permute import moe_permute as moe_permute
     from pypar.ops.rms_norm import RMSNorm as RMSNorm
     from pypar.ops.rms_norm import rms_norm as rms_norm
     from pypar.ops.rope import rope as rope
@@ -60,6 +62,8 @@ _HOME_OF_NAME = {
     "geglu": "pypar.ops.gated",
     "layer_norm": "pypar.ops.layer_norm",
     "linear_cross_entropy": "pypar.tensor_parallel.linear_cross_entropy",
+    "moe_combine": "pypar.ops.moe_permute",
+    "moe_permute": "pypar.ops.moe_permute",
     "parallelize": "pypar.parallel.apply",
     "register_with_transformers": "pypar.hugging_face.attention",
     "rms_norm": "pypar.ops.rms_norm",

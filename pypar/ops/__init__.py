@@ -10,6 +10,7 @@ from pypar.ops.gated import clamped_swiglu, geglu, swiglu
 from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.ops.linear import linear
 from pypar.ops.linear_cross_entropy import linear_cross_entropy
+from pypar.ops.moe_permute import moe_combine, moe_permute
 from pypar.ops.rms_norm import RMSNorm, rms_norm
 from pypar.ops.rope import rope, rope_frequencies, rope_tables
 
@@ -23,6 +24,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "moe_combine",
+    "moe_permute",
     "rms_norm",
     "rope",
     "rope_frequencies",
