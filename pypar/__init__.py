@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pypar.ops.gated import clamped_swiglu as clamped_swiglu
     from pypar.ops.gated import geglu as geglu
     from pypar.ops.gated import swiglu as swiglu
+    from pypar.ops.grouped_matmul import grouped_matmul as grouped_matmul
     from pypar.ops.layer_norm import LayerNorm as LayerNorm
     from pypar.ops.layer_norm import layer_norm as layer_norm
     from pypar.ops.moe_permute import moe_combine as moe_combine
@@ -60,6 +61,7 @@ _HOME_OF_NAME = {
     "attention": "pypar.ops.attention",
     "clamped_swiglu": "pypar.ops.gated",
     "geglu": "pypar.ops.gated",
+    "grouped_matmul": "pypar.ops.grouped_matmul",
     "layer_norm": "pypar.ops.layer_norm",
     "linear_cross_entropy": "pypar.tensor_parallel.linear_cross_entropy",
     "moe_combine": "pypar.ops.moe_permute",

@@ -7,6 +7,7 @@ for one element of the batch after the other; forward mode (jvp, jacfwd, hessian
 from pypar.ops.attention import attention
 from pypar.ops.cross_entropy import cross_entropy
 from pypar.ops.gated import clamped_swiglu, geglu, swiglu
+from pypar.ops.grouped_matmul import grouped_matmul
 from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.ops.linear import linear
 from pypar.ops.linear_cross_entropy import linear_cross_entropy
@@ -21,6 +22,7 @@ __all__ = [
     "clamped_swiglu",
     "cross_entropy",
     "geglu",
+    "grouped_matmul",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
