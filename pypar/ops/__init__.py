@@ -11,6 +11,7 @@ from pypar.ops.grouped_matmul import grouped_matmul
 from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.ops.linear import linear
 from pypar.ops.linear_cross_entropy import linear_cross_entropy
+from pypar.ops.merge_attention import merge_attention
 from pypar.ops.moe_permute import moe_combine, moe_permute
 from pypar.ops.rms_norm import RMSNorm, rms_norm
 from pypar.ops.rope import rope, rope_frequencies, rope_tables
@@ -26,6 +27,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "merge_attention",
     "moe_combine",
     "moe_permute",
     "rms_norm",
