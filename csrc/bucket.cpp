@@ -17,13 +17,8 @@ PYPAR_KERNEL(bucket_forward, BucketForward)
 
 #ifndef PYPAR_BINDING
 
-#  include <cstring>
-
-#  if defined(__SSE2__)
-#    include <immintrin.h>
-#  endif
-
 #  include "core/rows.h"
+#  include "core/stream.h"
 
 namespace pypar::PYPAR_ISA {
 
@@ -33,46 +28,6 @@ static void convert(const Source* src, Target* out, int64_t count, float scale) 
   for_vectors(count, [&](int64_t i, int64_t n)
                          PYPAR_INLINE_LAMBDA { store_first(out + i, load_first(src + i, n) * factor, n); });
 }
-
-// One cache line, past the caches. `out` is aligned.
-PYPAR_INLINE void stream_line(char* out, const char* src) {
-#  if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(src));
-#  elif defined(__AVX__)
-  for (int i = 0; i < 64; i += 32)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i)));
-#  elif defined(__SSE2__)
-  for (int i = 0; i < 64; i += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
-#  else
-  std::memcpy(out, src, 64);
-#  endif
-}
-
-// Four pages at once: a core's prefetcher stops at the end of a page, and one stream leaves it waiting. 96 MB
-// took 8.5 ms this way, 10.6 ms page by page, 13 ms with stores through the caches, which read `out` first.
-static void stream(const char* src, char* out, int64_t bytes) {
-  constexpr int64_t kPage = 4096, kPages = 4;
-  const int64_t head = smaller(bytes, -reinterpret_cast<intptr_t>(out) & 63);
-  std::memcpy(out, src, static_cast<size_t>(head));
-  int64_t at = head;
-  for (; at + kPages * kPage <= bytes; at += kPages * kPage) {
-    for (int64_t line = at; line < at + kPage; line += 64) {
-      for (int64_t page = 0; page < kPages; ++page)
-        stream_line(out + line + page * kPage, src + line + page * kPage);
-    }
-  }
-  for (; at + 64 <= bytes; at += 64) stream_line(out + at, src + at);
-  std::memcpy(out + at, src + at, static_cast<size_t>(bytes - at));
-#  if defined(__SSE2__)
-  _mm_sfence();
-#  endif
-}
-
-// From here on what is copied does not stay in a core's own cache anyway.
-constexpr int64_t kStreamBytes = 256 << 10;
 
 void bucket_forward(const BucketForward& a) {
   const int64_t size = a.src_type == kFloat32 ? 4 : 2;

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from pypar.ops.gated import clamped_swiglu as clamped_swiglu
     from pypar.ops.gated import geglu as geglu
     from pypar.ops.gated import swiglu as swiglu
+    from pypar.ops.grouped_matmul import grouped_matmul as grouped_matmul
     from pypar.ops.layer_norm import LayerNorm as LayerNorm
     from pypar.ops.layer_norm import layer_norm as layer_norm
+    from pypar.ops.merge_attention import merge_attention as merge_attention
+    from pypar.ops.moe_permute import moe_combine as moe_combine
+    from pypar.ops.moe_permute import moe_permute as moe_permute
     from pypar.ops.rms_norm import RMSNorm as RMSNorm
     from pypar.ops.rms_norm import rms_norm as rms_norm
     from pypar.ops.rope import rope as rope
@@ -60,8 +64,12 @@ _HOME_OF_NAME = {
     "attention": "pypar.ops.attention",
     "clamped_swiglu": "pypar.ops.gated",
     "geglu": "pypar.ops.gated",
+    "grouped_matmul": "pypar.ops.grouped_matmul",
     "layer_norm": "pypar.ops.layer_norm",
     "linear_cross_entropy": "pypar.tensor_parallel.linear_cross_entropy",
+    "merge_attention": "pypar.ops.merge_attention",
+    "moe_combine": "pypar.ops.moe_permute",
+    "moe_permute": "pypar.ops.moe_permute",
     "parallelize": "pypar.parallel.apply",
     "register_with_transformers": "pypar.hugging_face.attention",
     "rms_norm": "pypar.ops.rms_norm",

@@ -7,9 +7,12 @@ for one element of the batch after the other; forward mode (jvp, jacfwd, hessian
 from pypar.ops.attention import attention
 from pypar.ops.cross_entropy import cross_entropy
 from pypar.ops.gated import clamped_swiglu, geglu, swiglu
+from pypar.ops.grouped_matmul import grouped_matmul
 from pypar.ops.layer_norm import LayerNorm, layer_norm
 from pypar.ops.linear import linear
 from pypar.ops.linear_cross_entropy import linear_cross_entropy
+from pypar.ops.merge_attention import merge_attention
+from pypar.ops.moe_permute import moe_combine, moe_permute
 from pypar.ops.rms_norm import RMSNorm, rms_norm
 from pypar.ops.rope import rope, rope_frequencies, rope_tables
 
@@ -20,9 +23,13 @@ __all__ = [
     "clamped_swiglu",
     "cross_entropy",
     "geglu",
+    "grouped_matmul",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "merge_attention",
+    "moe_combine",
+    "moe_permute",
     "rms_norm",
     "rope",
     "rope_frequencies",

@@ -83,10 +83,7 @@ def _attention(axis):
 
 @case("pypar.scaled_dot_product_attention")
 def _scaled_dot_product_attention(axis):
-    def run(x):
-        return pypar.scaled_dot_product_attention(x, x[..., 1:, :], x[..., 1:, :], is_causal=True)
-
-    return of_x(run)
+    return of_x(lambda x: pypar.scaled_dot_product_attention(x, x[..., 1:, :], x[..., 1:, :], is_causal=True))
 
 
 @case("pypar.ops.attention.attention_forward", "pypar.ops.attention.attention_backward")
@@ -106,6 +103,11 @@ def _cross_entropy(axis):
         lambda n: (numbers(n, VOCABULARY), tokens(n)),
         None,
     )
+
+
+@case("pypar.ops.moe_combine")
+def _moe_combine(axis):
+    return of_x(lambda x: pypar.moe_combine(x.flatten(0, 1), torch.arange(2 * x.shape[1]).view(-1, 2)))
 
 
 @case("pypar.ops.linear")

@@ -27,6 +27,11 @@ def check_small_case(op: str, number: int, dtype: torch.dtype) -> None:
     check_case(cases_module(op).small_cases()[number], dtype, "triton")
 
 
+def check_kernel_case(op: str, number: int, dtype: torch.dtype) -> None:
+    """The same of its kernel_cases, in which some bytes are moved more often than once, or never."""
+    check_case(cases_module(op).kernel_cases()[number], dtype, "triton")
+
+
 def moved_by_small_case(op: str, number: int) -> list[list[Moved]]:
     """What forward and backward move, in fp32; only where Triton interprets kernels."""
     directions = launches_of(cases_module(op).small_cases()[number], torch.float32)

@@ -48,7 +48,7 @@
 #pragma once
 
 #include "attention/cpu/tile_scheduler.h"
-#include "core/simd.h"
+#include "core/lanes.h"
 
 namespace pypar::PYPAR_ISA {
 
@@ -310,22 +310,6 @@ static __attribute__((noinline)) bool cleanse(float* x, int64_t count) {
 }
 
 // ---- transposition
-
-// Lanes of a and b by turns: a0 b0 a1 b1 ... from their lower halves, or their upper halves.
-template <bool kUpper>
-PYPAR_INLINE Float interleave(Float a, Float b) {
-#if defined(__AVX512F__)
-  const Int index = lane_indices() / 2 + (kUpper ? kWidth / 2 : 0) + (lane_indices() % 2) * kWidth;
-  return (Float)_mm512_permutex2var_ps((__m512)a, (__m512i)index, (__m512)b);
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b),
-               high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
-  return (Float)_mm256_permute2f128_ps(low, high, kUpper ? 0x31 : 0x20);
-#else
-  constexpr int kStart = kUpper ? kWidth / 2 : 0;
-  return Float{a[kStart], b[kStart], a[kStart + 1], b[kStart + 1]};
-#endif
-}
 
 // to[j][i] = from[i][j] for i < num_rows, j < num_columns, both rounded up to whole vectors.
 static void transpose(const float* from, int64_t from_stride, int64_t num_rows, int64_t num_columns,
