@@ -17,8 +17,7 @@ PYPAR_KERNEL(bucket_forward, BucketForward)
 
 #ifndef PYPAR_BINDING
 
-#  include "core/rows.h"
-#  include "core/stream.h"
+#  include "core/streaming_stores.h"
 
 namespace pypar::PYPAR_ISA {
 
@@ -35,7 +34,7 @@ void bucket_forward(const BucketForward& a) {
     const auto* src = static_cast<const char*>(a.src);
     auto* out = static_cast<char*>(a.out);
     return parallel_for(a.count, kChunkElements, a.num_threads, [&](int64_t begin, int64_t end) {
-      stream(src + begin * size, out + begin * size, (end - begin) * size);
+      stream_copy(src + begin * size, out + begin * size, (end - begin) * size);
     });
   }
   by_element_type(a.src_type, [&](auto source) {

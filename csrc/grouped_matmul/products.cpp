@@ -27,8 +27,7 @@ PYPAR_KERNEL(grouped_matmul_outer, GroupedMatmul)
 #ifndef PYPAR_BINDING
 
 #  include "core/lanes.h"
-#  include "core/rows.h"
-#  include "core/stream.h"
+#  include "core/streaming_stores.h"
 
 namespace pypar::PYPAR_ISA {
 
@@ -175,7 +174,7 @@ static __attribute__((noinline)) void rows_tile(int64_t terms, const float* a, i
   Float sum[kTile][kUsed] = {};
   for (int64_t i = 0; i < terms; ++i) {
     if (prefetched > 0) {
-      for (int64_t line = 0; line < kUsed * kWidth; line += kLine / static_cast<int64_t>(sizeof(Element))) {
+      for (int64_t line = 0; line < kUsed * kWidth; line += 64 / static_cast<int64_t>(sizeof(Element))) {
         __builtin_prefetch(b + prefetched + line);
       }
     }
@@ -277,6 +276,8 @@ static void outer_task(const GroupedMatmul& a, const Group& group, int64_t block
   const auto* const x = static_cast<const Element*>(a.x) + group.first * a.x_stride + line;
   const auto* const y = static_cast<const Element*>(a.y) + group.first * a.y_stride;
   auto* const out = static_cast<Element*>(a.out) + group.number * a.out_group_stride + line * a.out_stride;
+  const bool streams = a.out_stride == a.size &&
+                       is_streamed(static_cast<const Element*>(a.out), a.num_groups * a.depth, a.size);
   for (int64_t column = 0; column < a.size; column += kOuterBlock) {
     const int64_t columns = smaller(kOuterBlock, a.size - column);
     int64_t row = 0;
@@ -292,13 +293,18 @@ static void outer_task(const GroupedMatmul& a, const Group& group, int64_t block
                                           sums + l * kOuterStride + i, kOuterStride, row > 0, 0);
         });
         for (int64_t done = l; is_last && done < smaller(l + kTile, lines); ++done) {
-          stream_row(sums + done * kOuterStride, out + done * a.out_stride + column, columns);
+          const float* from = sums + done * kOuterStride;
+          Element* to = out + done * a.out_stride + column;
+          for_vectors(columns, [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+            streams ? put_first<true>(to + i, load(from + i), count)
+                    : put_first<false>(to + i, load(from + i), count);
+          });
         }
       }
       row += rows;
     } while (row < group.count);
   }
-  end_stream();
+  finish_streams();
 }
 
 void grouped_matmul_dots(const GroupedMatmul& a) {

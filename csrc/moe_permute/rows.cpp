@@ -32,12 +32,9 @@ PYPAR_KERNEL(moe_permute_gather, MoeGather)
 
 #ifndef PYPAR_BINDING
 
-#  include "core/rows.h"
-#  include "core/stream.h"
+#  include "core/streaming_stores.h"
 
 namespace pypar::PYPAR_ISA {
-
-constexpr char kZeros[kLine] = {};
 
 template <class Element>
 static Element* row_of(void* rows, int64_t row, int64_t stride) {
@@ -76,41 +73,20 @@ static void copy_token(const MoeScatter& a, int64_t token, bool streams) {
   }
 }
 
-// One cache line's elements, or `count` of them.
-template <class Element>
-static constexpr int64_t kLineElements = kLine / static_cast<int64_t>(sizeof(Element));
-
 // out = x * weight, and returns the product of x and row where there is one.
-template <class Element>
-static float scale_row(const Element* x, float weight, const Element* row, Element* out, int64_t size,
-                       bool streams) {
-  const Float factor = broadcast(weight);
-  constexpr int64_t kVectors = kLineElements<Element> / kWidth > 0 ? kLineElements<Element> / kWidth : 1;
-  if (!streams) {
-    if (row == nullptr) {
-      for_vectors(size, [&](int64_t i, int64_t n)
-                            PYPAR_INLINE_LAMBDA { store_first(out + i, load_first(x + i, n) * factor, n); });
-      return 0.0f;
-    }
-    return sum_over(size, [&](int64_t i, int64_t n) PYPAR_INLINE_LAMBDA {
-      const Float value = load_first(x + i, n);
-      const Float term = value * load_first(row + i, n);
-      store_first(out + i, value * factor, n);
-      return term;
-    });
+template <bool kStreams, class Element>
+static float scale_row(const Element* x, float weight, const Element* row, Element* out, int64_t size) {
+  const auto scaled = [&](int64_t i, int64_t count) PYPAR_INLINE_LAMBDA {
+    const Float value = load_first(x + i, count);
+    put_first<kStreams>(out + i, value * weight, count);
+    return value;
+  };
+  if (row == nullptr) {
+    for_vectors(size, scaled);
+    return 0.0f;
   }
-  alignas(kLine) Element line[kVectors * kWidth];
-  Float sums[kVectors] = {};
-  for (int64_t i = 0; i < size; i += kVectors * kWidth) {
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const Float value = load(x + i + v * kWidth);
-      if (row != nullptr) sums[v] += value * load(row + i + v * kWidth);
-      store(line + v * kWidth, value * factor);
-    }
-    stream_line(reinterpret_cast<char*>(out + i), reinterpret_cast<const char*>(line));
-  }
-  for (int64_t v = 1; v < kVectors; ++v) sums[0] += sums[v];
-  return reduce_sum(sums[0]);
+  return sum_over(size, [&](int64_t i, int64_t count)
+                            PYPAR_INLINE_LAMBDA { return scaled(i, count) * load_first(row + i, count); });
 }
 
 template <class Element>
@@ -125,7 +101,8 @@ static void scale_token(const MoeScatter& a, int64_t token, bool streams) {
       std::memset(out, 0, static_cast<size_t>(a.size) * sizeof(Element));
     } else {
       const Element* row = a.rows == nullptr ? nullptr : row_of<Element>(a.rows, at, a.rows_stride);
-      product = scale_row(x, a.weights == nullptr ? 1.0f : a.weights[choice], row, out, a.size, streams);
+      const float weight = a.weights == nullptr ? 1.0f : a.weights[choice];
+      product = (streams ? scale_row<true, Element> : scale_row<false, Element>)(x, weight, row, out, a.size);
     }
     if (a.products != nullptr) a.products[choice] = product;
   }
@@ -149,15 +126,17 @@ static void gather_token(const MoeGather& a, int64_t token) {
 void moe_permute_scatter(const MoeScatter& a) {
   by_element_type(a.element_type, [&](auto element) {
     using Element = decltype(element);
-    const int64_t bytes = a.size * static_cast<int64_t>(sizeof(Element));
-    const bool streams =
-        bytes % kLine == 0 && is_aligned_to_line(a.out) && a.tokens * a.k * bytes >= kStreamBytes;
+    const bool is_streamed_by_vectors =
+        is_streamed(static_cast<const Element*>(a.out), a.tokens * a.k, a.size);
+    const bool is_streamed_by_lines =
+        is_streamed_by_vectors && a.size * static_cast<int64_t>(sizeof(Element)) % kLine == 0;
     const bool copies = a.weights == nullptr && a.products == nullptr;
     parallel_for(a.tokens, rows_per_chunk(a.size * a.k), a.num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
-        copies ? copy_token<Element>(a, token, streams) : scale_token<Element>(a, token, streams);
+        copies ? copy_token<Element>(a, token, is_streamed_by_lines)
+               : scale_token<Element>(a, token, is_streamed_by_vectors);
       }
-      end_stream();
+      finish_streams();
     });
   });
 }

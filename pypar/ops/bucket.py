@@ -12,7 +12,7 @@ from pypar.ops.rows import accumulate_dtype, native_refusal
 from pypar.ops.uncompiled import uncompiled
 
 _MOVED = (torch.float32, torch.bfloat16, torch.float16)
-_LARGE_BYTES = 256 << 10  # kStreamBytes in csrc/core/stream.h
+_LARGE_BYTES = 256 << 10  # kStreamBytes in csrc/core/streaming_stores.h
 
 
 def bucket(src: Tensor, scale: float = 1.0, *, out: Tensor, backend: str | None = None) -> Tensor:

@@ -12,11 +12,11 @@ from pypar.ops.backend.gpu import TRITON_MISSING
 if TRITON_MISSING is not None:
     pytest.skip(TRITON_MISSING, allow_module_level=True)
 
+from pypar.bench.gpu.triton_code import SHARED_BYTES, compile_launch, machine_code
 from pypar.kernels.launch import launches_go_to
 from pypar.selftest.cases import grouped_matmul
 from pypar.selftest.row_kernels import launches_of
 from tests.harness import row_kernels
-from tests.harness.triton_compile import SHARED_BYTES, compile_launch, machine_code
 
 PTXRUN = os.environ.get("PYPAR_PTXRUN")
 CASES = [
