@@ -37,6 +37,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The hundreds of tests of names and structure, which take no time, come last: a long one there ends alone."""
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(
+                f"{item.nodeid} is named by an address, which differs between processes; give its values names"
+            )
     items.sort(key=lambda item: item.path.parent == ROOT / "tests")
 
 

@@ -20,10 +20,11 @@ OPTIONS = [{}, {"dropped": True}, {"strided": True}, {"dropped": True, "strided"
 
 
 @pytest.mark.parametrize(
-    ("make", "sizes", "options", "dtype", "name"),
-    pairwise([case, combine_case], SIZES, OPTIONS, DTYPES, NAMES),
+    ("op", "sizes", "options", "dtype", "name"),
+    pairwise(["permute", "combine"], SIZES, OPTIONS, DTYPES, NAMES),
 )
-def test_accuracy(make, name, dtype, options, sizes):
+def test_accuracy(op, name, dtype, options, sizes):
+    make = case if op == "permute" else combine_case
     check_case(make(*sizes, **options), dtype, name)
 
 
