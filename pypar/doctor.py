@@ -11,6 +11,7 @@ import inspect
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -175,6 +176,8 @@ def ask(unsupported: Callable[..., str | None], device: str, dtype: torch.dtype)
                 arguments[name] = x
             elif hasattr(parameter.annotation, "example"):  # a record of an operator's arguments
                 arguments[name] = parameter.annotation.example(x)
+            elif type(None) in get_args(parameter.annotation):
+                arguments[name] = None
             else:  # a size or an option: int, float, bool
                 arguments[name] = parameter.annotation(_SIZE)
         return unsupported(**arguments)

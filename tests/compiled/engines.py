@@ -106,6 +106,17 @@ def _parallelize(axis):
     return lambda x: model(x) + 1, lambda length: (numbers(2, length, WIDTH),), model
 
 
+@case("pypar.apply_fused")
+def _apply_fused(axis):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": FEATURES, "vocab_size": VOCABULARY}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model = seeded(lambda: LlamaForCausalLM(config))
+    pypar.apply_fused(model)
+    return lambda x: model(inputs_embeds=x).logits + 1, lambda length: (numbers(2, length, WIDTH),), model
+
+
 # ---- context_parallel
 
 
