@@ -205,16 +205,15 @@ def ninja_text(compiler: list[str], arch: str, output: str) -> str:
         objects.append(f"{path.with_suffix('')}.{kind}.o")
         lines.extend([f"build {objects[-1]}: compile ../../csrc/{path}", f"  flags = {flags}"])
 
-    paths = sorted(source.relative_to(ROOT / "csrc") for source in (ROOT / "csrc").rglob("*.cpp"))
-    for path in paths:
-        if path.name == "module.cpp" or "PYPAR_BIND(" in (ROOT / "csrc" / path).read_text():
+    texts = {path.relative_to(ROOT / "csrc"): path.read_text() for path in (ROOT / "csrc").rglob("*.cpp")}
+    for path, text in sorted(texts.items()):
+        if path.name == "module.cpp" or "PYPAR_BIND(" in text:
             compile_source(path, sysconfig.get_config_var("SOABI"), "$binding_flags")
     for isa, flags in ISA_FLAGS[arch].items():
-        word = ISA_WORD.get(isa, "")
-        if word and not knows_flags(compiler, flags):
+        if (word := ISA_WORD.get(isa, "")) and not knows_flags(compiler, flags):
             continue
-        for path in paths:
-            if path.name != "module.cpp" and word in (ROOT / "csrc" / path).read_text():
+        for path, text in sorted(texts.items()):
+            if path.name != "module.cpp" and word in text:
                 compile_source(path, isa, f"-DPYPAR_ISA={isa} {flags}")
     lines.extend([f"build {output}: link {' '.join(objects)}", f"default {output}", ""])
     return "\n".join(lines)
