@@ -82,9 +82,9 @@ def expect(
     return Expected(inputs, list(douts), plains, exact)
 
 
-def expect_case(case: Case, device: str, dtype: torch.dtype) -> list[Expected]:
-    """What is expected for each of the draws of the inputs that judging this dtype takes."""
-    count = _DRAWS.get(dtype, 1)
+def expect_case(case: Case, device: str, dtype: torch.dtype, count: int | None = None) -> list[Expected]:
+    """What is expected for each of the draws of the inputs; their number is what judging this dtype takes."""
+    count = count or _DRAWS.get(dtype, 1)
     draws = []
     for turn in range(count):
         inputs = draw_inputs(case, dtype, device, seed=turn)
@@ -96,6 +96,13 @@ def check_case(case: Case, dtype: torch.dtype, backend: str | None, device: str 
     """AssertionError where the results of a backend, or of the one that is chosen, for one draw exceed the rule."""
     inputs = draw_inputs(case, dtype, device)
     check_operator(functools.partial(case.ours, backend=backend), case.plain, inputs)
+
+
+def check_case_in_draws(case: Case, dtype: torch.dtype, backend: str | None, draws: int) -> None:
+    """`check_case` with the largest errors over several draws: where a result has few numbers."""
+    expected = expect_case(case, "cpu", dtype, draws)
+    ours = functools.partial(case.ours, backend=backend)
+    judge_draws([results(ours, draw.inputs, draw.douts) for draw in expected], expected).check()
 
 
 def check_operator(ours: Function, plain: Function, inputs: Inputs) -> None:

@@ -7,7 +7,7 @@ import pypar
 from pypar.ops import native
 from pypar.ops.merge_attention import merge_attention
 from pypar.selftest.cases.merge_attention import case
-from pypar.selftest.judge import check_case, draw_inputs
+from pypar.selftest.judge import check_case, check_case_in_draws, draw_inputs
 from tests.harness.native_kernels import assert_same_for_any_threads, instruction_set
 from tests.harness.pairs import pairwise
 
@@ -18,7 +18,8 @@ SHAPES = [(2, (2, 7, 3, 24)), (5, (9, 2, 111)), (1, (1, 1, 1, 1)), (3, (1, 31, 2
 
 @pytest.mark.parametrize(("sizes", "hidden", "dtype", "name"), pairwise(SHAPES, [False, True], DTYPES, NAMES))
 def test_accuracy(name, dtype, hidden, sizes):
-    check_case(case(*sizes, hidden=hidden), dtype, name)
+    """The gradients of lses are few numbers, in fp32 beside 16 bits too."""
+    check_case_in_draws(case(*sizes, hidden=hidden), dtype, name, 4)
 
 
 @pytest.mark.parametrize("isa", native.module().supported_isas())
