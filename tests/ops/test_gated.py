@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import pypar
 from pypar.ops.gated import clamped_swiglu, geglu, swiglu
 from pypar.selftest.cases.gated import MEMORY, OURS, case
-from pypar.selftest.judge import check_case, draw_inputs
+from pypar.selftest.judge import check_case_in_draws, draw_inputs
 from tests.harness.native_kernels import assert_same_for_any_threads
 from tests.harness.pairs import pairwise
 
@@ -28,7 +28,8 @@ def make(shape, dtype, name="swiglu", memory="two tensors"):
     pairwise(list(OURS), list(MEMORY), [(63, 1), (2, 63, 111), (1, 1023), (1023,)], DTYPES, NAMES),
 )
 def test_accuracy(name, dtype, shape, memory, function):
-    check_case(case(shape, function, memory), dtype, name)
+    """Some shapes have few numbers, whose largest error in one draw is luck."""
+    check_case_in_draws(case(shape, function, memory), dtype, name, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
