@@ -47,10 +47,11 @@ def _loss_and_gradients(model, **more):
 
 
 def _assert_same(actual, expected, tolerance=1e-5):
+    """Tiny gradients are sums of large terms: they may also lose what the rule of accuracy lets gradients lose."""
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        largest = max(gradient.abs().max().item(), 1e-3)
-        assert (actual[name] - gradient).abs().max().item() <= tolerance * largest, name
+        largest, lost = gradient.abs().max(), ((gradient + 0.3) - 0.3 - gradient).abs().max()
+        assert (actual[name] - gradient).abs().max() <= tolerance * largest + 2 * lost, name
 
 
 def _pair(kind, **changes):
