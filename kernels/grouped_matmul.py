@@ -17,7 +17,7 @@ _OUTER_ROWS = 32  # of a group that are added at a time
 
 
 class _Tile(NamedTuple):
-    """Of the result: M rows and N columns; K terms are multiplied at a time."""
+    """The sizes of a program's tile: M rows and N columns of the result; K terms are multiplied at a time."""
 
     M: int
     N: int

@@ -41,7 +41,7 @@ PYPAR_INLINE Sigmoid sigmoid(Float x) {
   return {select(as_int(x) < 0, less, greater), select(as_int(x) < 0, greater, less)};
 }
 
-// Of a standard normal z: P(z <= x), and its density at x.
+// What is known of a standard normal z at x: P(z <= x), and the density.
 struct Normal {
   Float below, density;
 };

@@ -107,7 +107,7 @@ class _Joining:
     handle: Handle
 
     def wait(self) -> Tensor:
-        """Of the ranks' statistics [R, 4, n] those of all words, the same on every rank."""
+        """The statistics of all words from those of the ranks [R, 4, n], the same on every rank."""
         maximum, total, target_logit, logit_sum = self.handle.wait().unbind(1)
         maximum = torch.where(total == 0, -torch.inf, maximum)  # who has nothing but -inf has no say
         greatest = maximum.amax(0)

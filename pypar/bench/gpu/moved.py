@@ -55,7 +55,7 @@ def count(launches: list[Launch]) -> list[Moved]:
 
 
 def _addresses(x: Tensor) -> np.ndarray:
-    """Of each of its elements."""
+    """The address of each element of x."""
     grids = np.meshgrid(*(np.arange(size) for size in x.shape), indexing="ij", sparse=True)
     offsets = sum(grid * stride for grid, stride in zip(grids, x.stride(), strict=True))
     return (x.data_ptr() + np.asarray(offsets) * x.element_size()).astype(np.uint64).ravel()

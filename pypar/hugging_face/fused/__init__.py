@@ -81,7 +81,7 @@ def _looked_at(model: nn.Module, loss: bool) -> tuple[FusedReport, list[tuple[nn
 
 
 def _verdicts(name: str, module: nn.Module, model: nn.Module, loss: bool) -> dict[str, Verdict]:
-    """Of a module, under "", and of its children, under their names."""
+    """The verdict on a module, under "", and those on its children, under their names."""
     verdicts = loss_verdicts(module) if loss else {}
     if swap_of(module) is not None:
         return verdicts

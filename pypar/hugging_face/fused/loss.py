@@ -220,7 +220,7 @@ class _Trunk(nn.Module):
 
 
 def _difference(model: Any) -> str:
-    """Of the two losses of a small hidden state and weight: a mean, and a sum over a number of tokens."""
+    """How the two losses of a small hidden state and weight differ: a mean, and a sum over a number of tokens."""
     original = type(model)
     fused, name = fused_class(original, _LOSS), _model_like(original)
     V = model.config.vocab_size

@@ -139,8 +139,8 @@ def _fused_turn(model: str | None) -> Callable[..., tuple[Tensor, Tensor]]:
 
 @functools.cache  # a model has as many attentions as layers
 def _difference(turn: FunctionType, device: torch.device) -> str:
-    """Of the known function and pypar's: for tables of one and of two sequences, of whole heads and of parts, where the
-    known one takes these."""
+    """How the known function and pypar's differ: for tables of one and of two sequences, and for parts of heads where
+    the known one takes these."""
     model = _model_with(turn)
     fused = _fused_turn(model)
     for sequences, width in ((1, 8), (2, 8), (1, 4)) if model == "phi3" else ((1, 8), (2, 8)):
