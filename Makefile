@@ -10,8 +10,8 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BENCH ?= *
-# Two tests at a time: most are one process with one thread, those of several ranks wait for each other.
-WORKERS ?= 2
+# Three tests at a time, for two cores: most are one process with one thread, those of several ranks wait for each other.
+WORKERS ?= 3
 ARGS ?=
 
 BIN := .venv/bin

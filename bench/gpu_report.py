@@ -110,7 +110,7 @@ def cuda_tables(archs: list[str], words: list[str]) -> Iterator[str]:
         for fact in getattr(_cuda, name)()
         if all(word in readable(fact[0]).split() for word in words)
     ]
-    kernels = list(read_kernels(Path(_cuda.__file__), archs))
+    kernels = list(read_kernels(Path(_cuda.__file__), archs)) if facts else []
     for arch in archs:
         yield f"\n{arch}, CUDA C++\n"
         yield "| kernel | registers | spills | shared | blocks | tensor | other | 8x8 reads | tensor share |"
@@ -168,6 +168,8 @@ def moved(words: list[str]) -> list[tuple[str, str, str, int, int]]:
 
     rows = []
     for op in operators():
+        if not any(all(word in (op, direction) for word in words) for direction in DIRECTIONS):
+            continue
         case = cases_module(op).small_cases()[0]
         leasts = least_bytes(case, expect_case(case, "cpu", torch.float32)[0])
         directions = zip(DIRECTIONS, launches_of(case, torch.float32), leasts, strict=True)

@@ -21,7 +21,7 @@ class Block(nn.Module):
 torch.manual_seed(0)  # every rank makes the same model
 model = nn.Sequential(nn.Embedding(256, 64), Block(), Block(), nn.Linear(64, 256))  # token ids to logits
 config = RunConfig.from_dict(
-    {"name": "gru", "mesh": "tp=2", "train": {"steps": 20, "sequence_length": 64, "evaluate_every": 10}}
+    {"name": "gru", "mesh": "tp=2", "train": {"steps": 8, "sequence_length": 64, "evaluate_every": 4}}
 )
 trainer = Trainer(config, model=model, plan={"*.widen": "column", "*.narrow": "row"})
 trainer.fit()  # steps, evaluations, checkpoints and metrics as configured; or trainer.train_step(), one by one

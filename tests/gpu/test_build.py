@@ -117,6 +117,7 @@ PYPAR_BIND(one) { module.def("one", &pypar::cuda::one); }
 """
 
 
+@pytest.mark.slow  # make test stands on a build already
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_built_module_loads_without_a_driver_and_is_not_built_twice(setup, monkeypatch, tmp_path):
     tree = tmp_path / "tree"

@@ -242,7 +242,7 @@ def test_the_command(tmp_path, capfd):
         "pypar.cli",
         "selftest",
         "--ops",
-        "rope",
+        "bucket",
         "--backends",
         "native",
         "--quick",
@@ -253,7 +253,7 @@ def test_the_command(tmp_path, capfd):
         f"{path} says it for a bug report" in result.stdout
         and "instruction sets of this CPU" in result.stdout
     )
-    assert {row["op"] for row in json.loads(path.read_text())["rows"]} == {"rope"}
+    assert {row["op"] for row in json.loads(path.read_text())["rows"]} == {"bucket"}
     for arguments, sentence in (
         (["--ops", "atention"], "--ops: unknown operator 'atention', known are adamw, attention, "),
         (["--backends", "cud"], "--backends: unknown backend 'cud', known are "),

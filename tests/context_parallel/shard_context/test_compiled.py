@@ -66,7 +66,12 @@ def _over(communication, backend, when):
 
 @pytest.mark.parametrize(
     ("communication", "backend", "when"),
-    [("gloo", "aot_eager", "compiled before"), ("pypar", "eager", "compiled inside")],
+    [
+        ("gloo", "aot_eager", "compiled before"),
+        pytest.param(
+            "pypar", "eager", "compiled inside", marks=pytest.mark.slow
+        ),  # as the next test's function
+    ],
 )
 def test_a_compiled_model_runs_over_the_group_inside_and_alone_outside(ranks, communication, backend, when):
     outcome = ranks(2, _over, communication, backend, when, timeout_s=120)
