@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pypar.context_parallel.attention import ring_attention as ring_attention
     from pypar.data_parallel import DataParallel as DataParallel
     from pypar.data_parallel import GradientBuckets as GradientBuckets
+    from pypar.data_parallel.zero import zero as zero
     from pypar.hugging_face.attention import register_with_transformers as register_with_transformers
     from pypar.hugging_face.fused import apply_fused as apply_fused
     from pypar.hugging_face.shard_context import shard_context as shard_context
@@ -79,6 +80,7 @@ _HOME_OF_NAME = {
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
     "shard_context": "pypar.hugging_face.shard_context",
     "swiglu": "pypar.ops.gated",
+    "zero": "pypar.data_parallel.zero",
 }
 _ROOMS = (
     "comm",

@@ -36,6 +36,33 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return list(say())
 
 
+def found_blocks(model: nn.Module) -> list[Block]:
+    """The model's blocks: those that it says, else the members of its outermost ModuleLists of two or more modules of
+    one class, else none.
+    """
+    if callable(getattr(model, "blocks", None)):
+        return blocks_of(model)
+    return [Block(name, (name,)) for name in _members_of_lists(model, "")]
+
+
+def _members_of_lists(module: nn.Module, prefix: str) -> Iterator[str]:
+    for name, child in module.named_children():
+        members = list(child) if isinstance(child, nn.ModuleList) else []
+        if len(members) > 1 and len({type(member) for member in members}) == 1:
+            first = {id(member): index for index, member in reversed(list(enumerate(members)))}
+            yield from (f"{prefix}{name}.{index}" for index in sorted(first.values()))
+        else:
+            yield from _members_of_lists(child, f"{prefix}{name}.")
+
+
+def is_here(model: nn.Module, name: str) -> bool:
+    """Whether a module of the whole model is in this stage of it."""
+    found: Any = model
+    for part in name.split("."):
+        found = found._modules.get(part) if isinstance(found, nn.Module) else None
+    return found is not None
+
+
 def stage_blocks(blocks: Sequence[Block], num_stages: int, stage: int) -> Sequence[Block]:
     """The blocks of one pipeline stage, all but the first and the last one as evenly as possible.
 

@@ -13,6 +13,7 @@ This file needs no torch, so that a mistake in a configuration is answered at on
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Key:
         of_kind(key, value, self.kind)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} ({value}) must be a finite number")
-        if self.kind in (int, float) and not rule.holds(value):
+        if type(value) in (int, float) and not rule.holds(value):
             raise ValueError(f"{key} ({value}) must be {rule.bounds()}")
         if rule.choices is not None and value != self.default:
             choices = rule.choices_from(self.default)
@@ -144,7 +145,7 @@ class Key:
     def values(self) -> str:
         """The values that there are, in words: choices, bounds, or the type."""
         choices = [f'"{choice}"' for choice in self.rule.choices_from(self.default)]
-        return ", ".join(choices) or " ".join(filter(None, [TYPE_NAMES[self.kind], self.rule.bounds()]))
+        return ", ".join(choices) or " ".join(filter(None, [type_name(self.kind), self.rule.bounds()]))
 
 
 def keys_of(config: Any, prefix: str = "") -> Iterator[Key]:
@@ -177,12 +178,22 @@ def check_values(config: Any) -> None:
         key.check(value)
 
 
+def _kinds(kind: Any) -> tuple[type, ...]:
+    """The types of a key's values: one, or those of `bool | int`."""
+    return kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+
+
+def type_name(kind: type) -> str:
+    """A type, or several of which a value has one, in words."""
+    return ", or ".join(TYPE_NAMES[each] for each in _kinds(kind))
+
+
 def of_kind(key: str, value: Any, kind: type) -> Any:
     """``value`` as a key of this type takes it: a whole number is a number. ValueError for another type."""
     if kind is float and type(value) is int and abs(value) < 1 << 1000:  # a larger one may be no float
         return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"configuration key {key!r} must be {TYPE_NAMES[kind]}, not {value!r}")
+    if type(value) not in _kinds(kind):
+        raise ValueError(f"configuration key {key!r} must be {type_name(kind)}, not {value!r}")
     return value
 
 

@@ -1,19 +1,50 @@
-"""What a run's configuration says about who holds parameters, gradients and masters: the section ``store``."""
+"""What a run's configuration says about who holds parameters, gradients and states: the section ``memory``."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pypar.settings import Section, setting
-
-
-def _names() -> Iterable[str]:
-    from pypar.data_parallel.stores import STORES
-
-    return STORES
+from pypar.grid import SAMPLES
+from pypar.settings import Run, Section, setting
 
 
 @dataclass(frozen=True)
-class StoreConfig(Section):
-    """Who holds parameters, gradients and what the optimizer updates."""
+class MemoryConfig(Section):
+    """What each rank holds of parameters, gradients and optimizer states."""
 
-    name: str = setting("replicated", choices=_names, help="every rank of dp x cp holds all", resumed=None)
+    zero: int = setting(
+        0,
+        at_least=0,
+        at_most=3,
+        help="what is cut over the data ranks: 0: nothing; 1: optimizer states and masters; 2: gradients too; "
+        "3: parameters too",
+        resumed=None,
+    )
+    shard_size: int = setting(
+        0, at_least=0, help="ranks of dp over which it is cut, a divisor of dp; 0: all of them", resumed=None
+    )
+    reshard: bool | int = setting(
+        True,
+        at_least=1,
+        help="with zero = 3, a block's parameters after its forward: true: freed; false: whole until its backward is "
+        "over; a number: cut over so many ranks",
+        resumed=None,
+    )
+
+    def check(self, run: Run) -> Sequence[str]:
+        """What is cut over ranks of dp divides them, and what is said of parameters is for parameters that are cut."""
+        num_samples = run.axes[SAMPLES]
+        if self.shard_size and num_samples % self.shard_size:
+            raise ValueError(
+                f"memory.shard_size ({self.shard_size}) must divide {SAMPLES} ({num_samples}); use 0 for all "
+                "of its ranks"
+            )
+        for key, is_default, least in (
+            ("shard_size", self.shard_size == 0, 1),
+            ("reshard", self.reshard is True, 3),
+        ):
+            if not is_default and self.zero < least:
+                raise ValueError(
+                    f"memory.{key} is for memory.zero of at least {least}, and it is {self.zero}; leave {key} out, or "
+                    f"set memory.zero={least}"
+                )
+        return ()

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pypar.blocks import Block
 from pypar.data_parallel.gradients import Gradients
-from pypar.layout import layout_of, local_tensor
+from pypar.layout import Layout, layout_of, local_tensor
 from pypar.mesh import Axis, Mesh
 from pypar.owned import Owned
 
@@ -28,7 +27,9 @@ class Replicated:
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, *, bucket_bytes: int
     ) -> None:
-        self._parameters = {name: p for name, p in named_parameters if p.requires_grad}
+        named = list(named_parameters)
+        self._parameters = {name: p for name, p in named if p.requires_grad}
+        self._frozen = {name: p for name, p in named if not p.requires_grad}
         self._gradients = Gradients(
             self._parameters.values(),
             mesh,
@@ -42,8 +43,6 @@ class Replicated:
             gradient = local_tensor(self._gradients.gradient(parameter))
             self._owned.append(Owned(name, master, gradient, layout_of(parameter)))
 
-    acts_on_blocks = False  # all parameters are here always
-
     @property
     def axes(self) -> list[Axis]:
         """The axes over which gradients are summed."""
@@ -53,11 +52,9 @@ class Replicated:
         """Every trained parameter of this rank's part of the model."""
         return self._owned
 
-    def enter(self, block: Block) -> None:
-        """Nothing: all parameters are here always."""
-
-    def leave(self, block: Block) -> None:
-        """Nothing: all parameters stay."""
+    def frozen(self) -> dict[str, tuple[Tensor, Layout]]:
+        """All parameters that are not trained."""
+        return {name: (local_tensor(p).detach(), layout_of(p)) for name, p in self._frozen.items()}
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, backward adds to the gradients and starts no reduction."""

@@ -13,9 +13,12 @@ A training step is one order of calls, whatever the store:
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from pypar.blocks import Block
+from pypar.layout import Layout
 from pypar.mesh import Axis
 from pypar.owned import Owned
 
@@ -32,17 +35,8 @@ class Store(Protocol):
         """What this rank updates, the same list each time. Over all ranks: everything that is trained."""
         ...
 
-    @property
-    def acts_on_blocks(self) -> bool:
-        """Whether `enter` and `leave` are to be called; see `pypar.data_parallel.stores.around_blocks`."""
-        ...
-
-    def enter(self, block: Block) -> None:
-        """Before a block's forward or backward: make its parameters ready to compute with."""
-        ...
-
-    def leave(self, block: Block) -> None:
-        """After it: what `enter` brought may go."""
+    def frozen(self) -> dict[str, tuple[Tensor, Layout]]:
+        """What is not trained: name -> this rank's part, and which one that is, for checkpoints."""
         ...
 
     def accumulate(self) -> AbstractContextManager[None]:
@@ -59,4 +53,24 @@ class Store(Protocol):
 
     def zero(self) -> None:
         """Set all gradients to zero."""
+        ...
+
+
+@runtime_checkable
+class ActsOnBlocks(Protocol):
+    """A store that brings parameters and takes them away; `pypar.data_parallel.stores.around_blocks` calls it.
+
+    One block more than the model's stands for all of a forward or backward: the root, which has no modules.
+    """
+
+    def enter(self, block: Block, *, backward: bool = False) -> None:
+        """Before a block's forward or backward: make its parameters ready to compute with."""
+        ...
+
+    def leave(self, block: Block, *, backward: bool = False, returns: bool = False) -> None:
+        """After it: what `enter` brought may go. ``returns``: the backward of this forward may come."""
+        ...
+
+    def abandon(self) -> None:
+        """A backward has ended with an error: let go of what it brought."""
         ...

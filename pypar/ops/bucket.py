@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,34 @@ def move(src: Tensor, out: Tensor) -> None:
         _native_forward(src, 1.0, out)
     else:
         out.copy_(src)
+
+
+@uncompiled("it writes into flat buffers")
+def pack(pieces: Sequence[Tensor], flat: Tensor, scale: float = 1.0) -> None:
+    """flat[...] = the elements of the pieces, one piece after the other, times scale, in flat's dtype; one pass.
+
+    pieces: contiguous tensors of any shapes and one dtype. flat is as long or longer; the rest of it stays.
+    """
+    begin = 0
+    for piece in pieces:
+        _transfer(piece.view(-1), flat[begin : begin + piece.numel()], scale)
+        begin += piece.numel()
+
+
+@uncompiled("it reads flat buffers")
+def unpack(flat: Tensor, pieces: Sequence[Tensor], scale: float = 1.0) -> None:
+    """The inverse of `pack`: every piece = its elements of flat, times scale, in the piece's dtype; one pass."""
+    begin = 0
+    for piece in pieces:
+        _transfer(flat[begin : begin + piece.numel()], piece.view(-1), scale)
+        begin += piece.numel()
+
+
+def _transfer(src: Tensor, out: Tensor, scale: float) -> None:
+    if scale == 1.0 and src.dtype == out.dtype:
+        out.copy_(src)
+    elif src.numel():
+        bucket(src, scale, out=out)
 
 
 def reference_forward(src: Tensor, scale: float, out: Tensor) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pypar.context_parallel.config import ContextConfig
-from pypar.data_parallel.config import StoreConfig
+from pypar.data_parallel.config import MemoryConfig
 from pypar.models.decoder_section import DecoderSection
 from pypar.models.family import ModelSection
 from pypar.optimizers.config import OptimizerConfig
@@ -52,7 +52,7 @@ class RunConfig:
     optimizer: OptimizerConfig = section_of(OptimizerConfig)
     train: TrainConfig = section_of(TrainConfig)
     pipeline: PipelineConfig = section_of(PipelineConfig)
-    store: StoreConfig = section_of(StoreConfig)
+    memory: MemoryConfig = section_of(MemoryConfig)
     context: ContextConfig = section_of(ContextConfig)
 
     @classmethod

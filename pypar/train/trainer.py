@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pypar.blocks import global_parameters
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
 from pypar.data_parallel.stores import store_of
-from pypar.data_parallel.stores.around_blocks import around_blocks
 from pypar.grid import DATA, SAMPLES, STAGES
-from pypar.layout import Cut, Layout, answers_for, layout_of, local_tensor
+from pypar.layout import Cut, Layout, answers_for
 from pypar.mesh import Axis, Mesh, parse_mesh
 from pypar.optimizers.learning_rate import learning_rate
 from pypar.optimizers.update import Optimizer
@@ -86,11 +84,7 @@ class Trainer:
         self.schedule = schedule_of(config.pipeline, mesh, num_microbatches)
         self.stages = self._own_stages() if model is None else self._stages_of(model, plan, loss)
         self.models = [stage.model for stage in self.stages.values()]
-        named = [each for part in self.models for each in global_parameters(part)]
-        self.frozen = [(name, p) for name, p in named if not p.requires_grad]
-        self.store = store_of(config.store, named, mesh, bucket_bytes=config.train.bucket_bytes)
-        for part in self.models:
-            around_blocks(part, self.store)
+        self.store = store_of(config.memory, self.models, mesh, bucket_bytes=config.train.bucket_bytes)
         self.optimizer = Optimizer(self.store.owned(), config.optimizer)
         self.runtime = PipelineRuntime(
             {stage: each for (_, stage), each in self.stages.items()},
@@ -234,7 +228,7 @@ class Trainer:
 
     def _state(self) -> dict[str, tuple[Tensor, Layout]]:
         """All that a resumed run needs, by name."""
-        frozen = {f"model.{name}": (local_tensor(p).detach(), layout_of(p)) for name, p in self.frozen}
+        frozen = {f"model.{name}": part for name, part in self.store.frozen().items()}
         return self.optimizer.state() | frozen
 
 

@@ -178,6 +178,23 @@ def _data_parallel(axis):
     return of_x(model, model)
 
 
+@case("pypar.zero")
+def _zero(axis):
+    """The whole step: its backward is in the compiled function."""
+    model, mesh = seeded(Mlp), Mesh(dp=dist.get_world_size())
+    store = pypar.zero(model, mesh, blocks=[name for name, _ in model.named_children()][:1])
+
+    def run(x):
+        store.zero_grad()
+        with store.accumulate():
+            model(x.detach()).square().sum().backward()
+        loss = model(x.detach() * 3).square().sum()
+        loss.backward()
+        return torch.stack([p.grad.square().sum() for p in store.parameters()]) + loss.detach()
+
+    return run, lambda length: (numbers(2, length, WIDTH, seed=axis.rank).detach(),), None
+
+
 @case("pypar.data_parallel.GradientBuckets")
 def _gradient_buckets(axis):
     """The whole step: its backward is in the compiled function."""

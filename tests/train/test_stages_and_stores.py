@@ -8,11 +8,11 @@ import torch
 from pypar.blocks import global_parameters
 from pypar.data_parallel import stores
 from pypar.data_parallel.replicated import Replicated
+from pypar.data_parallel.stores.around_blocks import around_blocks
 from pypar.mesh import Mesh, parse_mesh
 from pypar.pipeline_parallel import schedules
 from pypar.pipeline_parallel.action import Action, Schedule
 from pypar.pipeline_parallel.schedules import Registered
-from pypar.settings import check_values
 from pypar.train.config import RunConfig
 from pypar.train.preflight import check
 from pypar.train.trainer import Trainer
@@ -39,7 +39,6 @@ def _config(text: Path, mesh: str, *, schedule: str = "one_f_one_b", **changes: 
             "optimizer": {"eps": 1e-6},
             "train": {"steps": 4, "batch_size": 4, "microbatch_size": 1, "sequence_length": 24},
             "pipeline": {"schedule": schedule},
-            "store": {"name": changes.get("store", "replicated")},
         }
     )
 
@@ -61,18 +60,24 @@ def _two_paths(num_ranks: int, num_microbatches: int) -> Schedule:
 class _Evicting(Replicated):
     """Outside a block's forward and backward its parameters are not numbers."""
 
-    acts_on_blocks = True
-
-    def __init__(self, named, mesh, **options) -> None:
-        named = list(named)
+    def __init__(self, models, mesh, **options) -> None:
+        named = [each for model in models for each in global_parameters(model)]
         super().__init__(named, mesh, **options)
         self.named, self.away, self.calls = dict(named), {}, []
+        for model in models:
+            around_blocks(model, self)
 
-    def enter(self, block) -> None:
-        self.calls.append(("enter", block.name))
-        self._bring(block.modules)
+    def enter(self, block, *, backward=False) -> None:
+        if block.modules:  # not the root
+            self.calls.append(("enter", block.name))
+            self._bring(block.modules)
 
-    def leave(self, block) -> None:
+    def abandon(self) -> None:
+        self.calls.append(("abandon", ""))
+
+    def leave(self, block, *, backward=False, returns=False) -> None:
+        if not block.modules:
+            return
         self.calls.append(("leave", block.name))
         for name, parameter in self.named.items():
             if name.startswith(tuple(f"{module}." for module in block.modules)):
@@ -89,7 +94,7 @@ class _Evicting(Replicated):
             self.named[name].data.copy_(self.away.pop(name))
 
 
-def _register(monkeypatch) -> None:
+def _register(monkeypatch, evicts: bool = False) -> None:
     added = tuple(
         Registered(name, make, "A schedule of the tests.")
         for name, make in (
@@ -99,17 +104,18 @@ def _register(monkeypatch) -> None:
         )
     )
     monkeypatch.setattr(schedules, "REGISTRY", (*schedules.REGISTRY, *added))
-    monkeypatch.setitem(
-        stores.STORES,
-        "evicting",
-        lambda named, mesh, bucket_bytes, config: _Evicting(named, mesh, bucket_bytes=bucket_bytes),
-    )
+    if evicts:
+        monkeypatch.setitem(
+            stores.STORES,
+            "replicated",
+            lambda models, mesh, bucket_bytes, config: _Evicting(models, mesh, bucket_bytes=bucket_bytes),
+        )
 
 
-def run(config: RunConfig, path: Path | None = None):
+def run(config: RunConfig, path: Path | None = None, evicts: bool = False):
     """In each rank: losses of four steps and of an evaluation, this rank's weights, and the trainer's store."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        _register(monkeypatch)
+        _register(monkeypatch, evicts)
         trainer = Trainer(config, Mesh.of(parse_mesh(config.mesh)), CPU)
         losses = [trainer.train_step()["loss"] for _ in range(3)]
         if path is not None:  # go on from a checkpoint
@@ -172,12 +178,10 @@ def test_a_store_that_gathers_blocks_is_asked_around_each_of_them(ranks, text: P
     """Were one block missed, forward or backward would compute with what is not a number."""
     expected, whole, calls = run(_config(text, ""))
     assert not calls
-    for config in (
-        _config(text, "", store="evicting"),
-        _config(text, "pp=2", store="evicting", schedule="interleaved"),
-    ):
+    for config in (_config(text, ""), _config(text, "pp=2", schedule="interleaved")):
         size = parse_mesh(config.mesh).grid.num_ranks
-        for losses, weights, calls in [run(config)] if size == 1 else ranks(size, run, config):
+        arguments = config, None, True
+        for losses, weights, calls in [run(*arguments)] if size == 1 else ranks(size, run, *arguments):
             assert losses == pytest.approx(expected, rel=1e-5)
             assert all(torch.isnan(weight).all() for weight in weights.values())  # after an evaluation
             assert [what for what, _ in calls] == ["enter", "leave"] * (len(calls) // 2)
@@ -185,8 +189,8 @@ def test_a_store_that_gathers_blocks_is_asked_around_each_of_them(ranks, text: P
 
 
 def test_a_forward_that_fails_leaves_the_block_it_was_in(text: Path, monkeypatch) -> None:
-    _register(monkeypatch)
-    trainer = Trainer(_config(text, "", store="evicting"), Mesh(), CPU)
+    _register(monkeypatch, evicts=True)
+    trainer = Trainer(_config(text, ""), Mesh(), CPU)
     layer = trainer.model.layers["0"]
     with monkeypatch.context() as patch:
         patch.setattr(type(layer), "forward", lambda *_, **__: 1 / 0)
@@ -199,9 +203,3 @@ def test_a_forward_that_fails_leaves_the_block_it_was_in(text: Path, monkeypatch
 def test_a_store_that_does_not_act_on_blocks_costs_nothing(text: Path) -> None:
     model = Trainer(_config(text, ""), Mesh(), CPU).model
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-
-
-def test_a_store_that_is_not_there_is_refused(text: Path) -> None:
-    config = _config(text, "", store="replicate")
-    with pytest.raises(ValueError, match="store.name 'replicate' is not one of replicated; did you mean"):
-        check_values(config)

@@ -1,39 +1,50 @@
-"""Every store by the name that ``store.name`` gives it, and how a run gets its own."""
+"""Every store by its name, and how a run gets its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from pypar.data_parallel.config import StoreConfig
+from pypar.blocks import global_parameters
+from pypar.data_parallel.config import MemoryConfig
 from pypar.data_parallel.replicated import Replicated
 from pypar.data_parallel.store import Store
 from pypar.mesh import Mesh
-from pypar.ops.backend import unknown_name
 
-# (named parameters of this rank's part of the model, mesh, bytes of a bucket, the section) -> the store
-MakeStore = Callable[[Iterable[tuple[str, nn.Parameter]], Mesh, int, StoreConfig], Store]
+# (this rank's stages of the model, mesh, bytes of a bucket, the section) -> the store
+MakeStore = Callable[[Sequence[nn.Module], Mesh, int, MemoryConfig], Store]
 
 
-def _replicated(
-    named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, bucket_bytes: int, config: StoreConfig
-) -> Store:
+def _replicated(models: Sequence[nn.Module], mesh: Mesh, bucket_bytes: int, config: MemoryConfig) -> Store:
+    named = [each for model in models for each in global_parameters(model)]
     return Replicated(named, mesh, bucket_bytes=bucket_bytes)
+
+
+def _zero(models: Sequence[nn.Module], mesh: Mesh, bucket_bytes: int, config: MemoryConfig) -> Store:
+    from pypar.data_parallel.zero import Zero
+
+    return Zero(
+        models,
+        mesh,
+        stage=config.zero,
+        shard_size=config.shard_size,
+        reshard=config.reshard,
+        average=False,  # the loss is scaled already
+        bucket_bytes=bucket_bytes,
+        ends_with_backward=False,
+    )
 
 
 STORES: dict[str, MakeStore] = {
     "replicated": _replicated,
+    "zero": _zero,
 }
 
 
-def store_of(
-    config: StoreConfig, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, *, bucket_bytes: int
-) -> Store:
-    """The store that a configuration names, over these parameters; every rank of the mesh calls it at the same time.
+def store_of(config: MemoryConfig, models: Sequence[nn.Module], mesh: Mesh, *, bucket_bytes: int) -> Store:
+    """The store that a configuration asks for, of these stages; every rank of the mesh calls it at the same time.
 
-    ValueError where there is none of that name.
+    A store that acts on blocks is called by the stages from then on.
     """
-    if config.name not in STORES:
-        raise ValueError(unknown_name("store", config.name, sorted(STORES)))
-    return STORES[config.name](named, mesh, bucket_bytes, config)
+    return STORES["zero" if config.zero else "replicated"](models, mesh, bucket_bytes, config)
