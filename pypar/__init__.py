@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pypar import optimizers as optimizers
     from pypar import parallel as parallel
     from pypar import pipeline_parallel as pipeline_parallel
+    from pypar import recomputation as recomputation
     from pypar import tensor_parallel as tensor_parallel
     from pypar import train as train
     from pypar.context_parallel.attention import ring_attention as ring_attention
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from pypar.optimizers.adamw import AdamW as AdamW
     from pypar.optimizers.muon import Muon as Muon
     from pypar.parallel.apply import parallelize as parallelize
+    from pypar.recomputation.apply import recompute as recompute
     from pypar.tensor_parallel.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
 __version__ = "0.1.0"
@@ -72,6 +74,7 @@ _HOME_OF_NAME = {
     "moe_combine": "pypar.ops.moe_permute",
     "moe_permute": "pypar.ops.moe_permute",
     "parallelize": "pypar.parallel.apply",
+    "recompute": "pypar.recomputation.apply",
     "register_with_transformers": "pypar.hugging_face.attention",
     "rms_norm": "pypar.ops.rms_norm",
     "ring_attention": "pypar.context_parallel.attention",
@@ -94,6 +97,7 @@ _ROOMS = (
     "optimizers",
     "parallel",
     "pipeline_parallel",
+    "recomputation",
     "tensor_parallel",
     "train",
 )

@@ -48,11 +48,18 @@ def found_blocks(model: nn.Module) -> list[Block]:
 def _members_of_lists(module: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
         members = list(child) if isinstance(child, nn.ModuleList) else []
-        if len(members) > 1 and len({type(member) for member in members}) == 1:
+        # A class that stands in for another one, as of blocks that are recomputed, counts as that.
+        if len(members) > 1 and len({getattr(member, "computes_as", type(member)) for member in members}) == 1:
             first = {id(member): index for index, member in reversed(list(enumerate(members)))}
             yield from (f"{prefix}{name}.{index}" for index in sorted(first.values()))
         else:
             yield from _members_of_lists(child, f"{prefix}{name}.")
+
+
+def inner_blocks(model: nn.Module) -> list[Block]:
+    """`found_blocks` without the first and the last of a model that says its blocks: an embedding and a head."""
+    found = found_blocks(model)
+    return found[1:-1] if callable(getattr(model, "blocks", None)) else found
 
 
 def is_here(model: nn.Module, name: str) -> bool:

@@ -24,6 +24,7 @@ from pypar.comm.backend import register as register_backend
 from pypar.ops import native
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
 from pypar.ops.linear import library_choice, processor
+from pypar.recomputation.operators import COSTLY, NAMES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
@@ -39,6 +40,7 @@ def main() -> int:
         *distributed_lines(),
         "",
         *linear_lines(),
+        *recompute_lines(),
         *all_reduce_lines(),
         "",
         *support_lines(),
@@ -111,6 +113,12 @@ def linear_lines() -> Iterator[str]:
     """Which library multiplies fp32 matrices on the CPU, and why."""
     name, reason = library_choice(processor())
     yield f"linear in fp32 on CPU: {name}; {reason}"
+
+
+def recompute_lines() -> Iterator[str]:
+    """The operators whose results a recomputation may keep."""
+    kept = ", ".join(f"{name}*" if name in COSTLY else name for name in NAMES)
+    yield f'recompute, ops of the policy "selective" (* by default): {kept}'
 
 
 def all_reduce_lines() -> Iterator[str]:

@@ -31,6 +31,7 @@ ORDER = (
         "sequences",
         "sharded",
         "cost",
+        "recomputation",
     ),
     ("tensor_parallel", "context_parallel", "pipeline_parallel", "data_parallel", "optimizers"),
     ("models", "parallel"),

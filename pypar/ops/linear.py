@@ -7,6 +7,7 @@ by 10 to 23 % (Zen 3, bench/linear.py), on Intel processors it is at least as fa
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pypar.ops.backend import Backend, choose, never_refuses
+from pypar.ops.calls import called_under_autograd, has_listener
 from pypar.ops.register import register, register_gradient
 
 # oneDNN adds up to 1024 terms, and more, in one chain, whose error grows with its length: at 1024 terms it is 2.5
@@ -39,9 +41,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
             f"bias {tuple(bias.shape)} must be [O] = {tuple(weight.shape[:1])}, one value a row of weight"
         )
     name = _choose(x, weight.shape[1], weight.shape[0], backend)
-    if name == "torch":
-        return torch.nn.functional.linear(x, weight, bias)
-    return _forward(x, weight, bias, name)
+    is_heard = not torch.compiler.is_compiling() and has_listener()
+    if name != "torch" or (is_heard and bias is not None):  # torch may add it after the product
+        return _forward(x, weight, bias, name)
+    compute = functools.partial(torch.nn.functional.linear, x, weight, bias)
+    return called_under_autograd("linear", compute) if is_heard else compute()
 
 
 def linear_forward(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -62,8 +66,8 @@ def linear_weight_gradient(dout: Tensor, x: Tensor, *, backend: str | None = Non
     """dout.T @ x, summed over all leading dimensions: dout [..., O], x [..., K] -> dweight [O, K]."""
     if dout.shape[:-1] != x.shape[:-1] or dout.dtype != x.dtype:
         raise ValueError(
-            f"dout {tuple(dout.shape)} {dout.dtype} and x {tuple(x.shape)} {x.dtype} must have the same "
-            f"dtype and the same dimensions but the last; pass the x of the forward pass"
+            f"dout {tuple(dout.shape)} {dout.dtype} and x {tuple(x.shape)} {x.dtype} must have the same dtype and the "
+            "same dimensions but the last; pass the x of the forward pass"
         )
     name = _choose(dout, x.shape[-1], dout.shape[-1], backend)
     return _torch_weight_gradient(dout, x) if name == "torch" else _weight_gradient(dout, x, name)
@@ -127,8 +131,8 @@ def backends_for(processor: Processor) -> tuple[LinearBackend, ...]:
 def _check_matrix(name: str, x: Tensor, weight: Tensor, dim: int) -> None:
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[dim] or x.dtype != weight.dtype:
         raise ValueError(
-            f"{name} {tuple(x.shape)} {x.dtype} must have weight {tuple(weight.shape)} {weight.dtype}'s "
-            f"size in dim {dim} as its last dimension, and its dtype; transpose or convert one of them"
+            f"{name} {tuple(x.shape)} {x.dtype} must have weight {tuple(weight.shape)} {weight.dtype}'s size in dim "
+            f"{dim} as its last dimension, and its dtype; transpose or convert one of them"
         )
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from pypar.comm import all_gather_start, gather_replicated
 from pypar.layout import Cut, Layout, local_tensor
 from pypar.mesh import Axis, as_axis
+from pypar.ops.calls import called
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
 from pypar.ops.uncompiled import between_ranks, uncompiled
 from pypar.tensor_parallel.sharded import ShardedLinear, autocast, check_sequence, part_length, sum_start
@@ -71,12 +72,16 @@ class _ColumnParallel(Function):
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights)  # with sequence parallelism only the shard of x is kept
-        whole_x = all_gather_start(x, axis, 1).wait() if sequence_parallel else x
-        outs = tuple(linear_forward(whole_x, w) for w in weights)
-        for out, bias in zip(outs, biases, strict=True):
-            if bias is not None:
-                out.add_(bias)
-        return outs
+
+        def compute() -> tuple[Tensor, ...]:
+            whole_x = all_gather_start(x, axis, 1).wait() if sequence_parallel else x
+            outs = tuple(linear_forward(whole_x, w) for w in weights)
+            for out, bias in zip(outs, biases, strict=True):
+                if bias is not None:
+                    out.add_(bias)
+            return outs
+
+        return called("linear", (x, *weights), compute)
 
     @staticmethod
     @uncompiled("it is communication between ranks")

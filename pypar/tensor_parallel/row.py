@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from pypar.comm import all_gather_start, split_to
 from pypar.layout import Cut, Layout, local_tensor
 from pypar.mesh import Axis, as_axis
+from pypar.ops.calls import called
 from pypar.ops.linear import linear, linear_forward, linear_input_gradient, linear_weight_gradient
 from pypar.ops.uncompiled import between_ranks, uncompiled
 from pypar.tensor_parallel.sharded import ShardedLinear, autocast, check_sequence, part_length, sum_start
@@ -50,9 +51,12 @@ class _RowParallel(Function):
     ) -> Tensor:
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         ctx.save_for_backward(x, weight)
-        out = linear_forward(x, weight)
-        out = sum_start(out, axis, sequence_parallel).wait()
-        return out if bias is None else out.add_(bias)
+
+        def compute() -> Tensor:
+            out = sum_start(linear_forward(x, weight), axis, sequence_parallel).wait()
+            return out if bias is None else out.add_(bias)
+
+        return called("linear", (x, weight), compute)
 
     @staticmethod
     @uncompiled("it is communication between ranks")

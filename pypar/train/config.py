@@ -19,6 +19,7 @@ from pypar.models.decoder_section import DecoderSection
 from pypar.models.family import ModelSection
 from pypar.optimizers.config import OptimizerConfig
 from pypar.pipeline_parallel.config import PipelineConfig
+from pypar.recomputation.config import RecomputeConfig
 from pypar.settings import Section, keys_of, of_kind, section_of, setting
 from pypar.train.sections import DataConfig, TrainConfig
 
@@ -54,6 +55,7 @@ class RunConfig:
     pipeline: PipelineConfig = section_of(PipelineConfig)
     memory: MemoryConfig = section_of(MemoryConfig)
     context: ContextConfig = section_of(ContextConfig)
+    recompute: RecomputeConfig = section_of(RecomputeConfig)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -64,6 +66,9 @@ class RunConfig:
         train = values.get("train")
         if isinstance(train, Mapping) and isinstance(train.get("resume"), bool):
             values["train"] = {**train, "resume": "auto" if train["resume"] else ""}
+        recompute = values.get("recompute")
+        if isinstance(recompute, Mapping) and isinstance(recompute.get("ops"), (list, tuple)):
+            values["recompute"] = {**recompute, "ops": ",".join(map(str, recompute["ops"]))}
         return _build(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pypar.optimizers.update import Optimizer
 from pypar.parallel import ParallelPlan
 from pypar.pipeline_parallel import PipelineRuntime
 from pypar.pipeline_parallel.place import schedule_of
+from pypar.recomputation.apply import recompute_as
 from pypar.settings import check_values
 from pypar.train import checkpoint
 from pypar.train.config import RunConfig
@@ -84,6 +85,8 @@ class Trainer:
         self.schedule = schedule_of(config.pipeline, mesh, num_microbatches)
         self.stages = self._own_stages() if model is None else self._stages_of(model, plan, loss)
         self.models = [stage.model for stage in self.stages.values()]
+        for part in self.models:
+            recompute_as(part, config.recompute)
         self.store = store_of(config.memory, self.models, mesh, bucket_bytes=config.train.bucket_bytes)
         self.optimizer = Optimizer(self.store.owned(), config.optimizer)
         self.runtime = PipelineRuntime(

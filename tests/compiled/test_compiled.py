@@ -19,7 +19,7 @@ from pypar.mesh import Axis
 from tests.compiled.cases import CASES, numbers
 from tests.compiled.engines import Mlp, parallel_mlp, seeded
 
-ROOMS = ("ops", "comm", "parallel", "tensor_parallel", "context_parallel", "data_parallel")
+ROOMS = ("ops", "comm", "parallel", "tensor_parallel", "context_parallel", "data_parallel", "recomputation")
 # Made, and called, before a model runs.
 BEFORE = {
     "Mesh",

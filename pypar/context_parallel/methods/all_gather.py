@@ -38,6 +38,7 @@ from pypar.context_parallel.methods.blockwise import (
     sinks_share,
 )
 from pypar.context_parallel.methods.heads import HeadGroup
+from pypar.ops.calls import called
 from pypar.ops.rows import accumulate_dtype
 from pypar.ops.uncompiled import uncompiled
 
@@ -63,9 +64,13 @@ class _AllGather(torch.autograd.Function):
         call: Call,
         at_once: int,
     ) -> tuple[Tensor, Tensor]:
-        gathered = _Gathered(q, k, v, call, at_once, "forward")
-        run = _forward_once if gathered.in_order else _forward_by_rank
-        out, lse, lse_rest = run(gathered, q, v, call)
+
+        def compute() -> Results:
+            gathered = _Gathered(q, k, v, call, at_once, "forward")
+            run = _forward_once if gathered.in_order else _forward_by_rank
+            return run(gathered, q, v, call)
+
+        out, lse, lse_rest = called("attention", (q, k, v, sinks, bias), compute)
         ctx.save_for_backward(q, k, v, sinks, bias, out, lse, lse_rest)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.at_once = replace(call, sinks=None, bias=None), at_once  # autograd keeps the tensors

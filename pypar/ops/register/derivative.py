@@ -16,6 +16,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from pypar.ops.calls import called
+
 Operator = torch._ops.OpOverload
 
 _ONCE = "has no derivative: pypar's operators differentiate once; write this in plain PyTorch for second derivatives"
@@ -41,6 +43,7 @@ def autograd_kernel(op: Operator, derivatives: Derivatives) -> Callable:
     """What the dispatcher runs for `op` where derivatives are taken; it looks op's up by its name, or refuses."""
     tensors = [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
     name = op._opname
+    family = name.removesuffix("_forward")
 
     def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -48,7 +51,7 @@ def autograd_kernel(op: Operator, derivatives: Derivatives) -> Callable:
 
     def forward(ctx: Any, *inputs_and_keyset: Any) -> Any:
         *inputs, keyset = inputs_and_keyset
-        output = below(keyset, tuple(inputs))
+        output = called(family, inputs, lambda: below(keyset, tuple(inputs)))
         if name in derivatives:
             derivatives[name].save(ctx, tuple(inputs), output)
         return output

@@ -30,6 +30,7 @@ from pypar.context_parallel.methods.blockwise import (
 from pypar.context_parallel.methods.ring.buffers import Block, RingBuffers
 from pypar.context_parallel.methods.ring.route import rank_route
 from pypar.context_parallel.methods.ring.sub_blocks import SubBlock, rounds_of
+from pypar.ops.calls import called
 from pypar.ops.rows import accumulate_dtype
 from pypar.ops.uncompiled import uncompiled
 
@@ -45,9 +46,15 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
-        sums = empty_sums(q, v)
-        kept = [x for buffers in _rounds("forward", q, k, v, call) for x in _forward(buffers, q, sums, call)]
-        out, lse = finish(sums, sinks, q.dtype)
+
+        def compute() -> tuple[Tensor, ...]:
+            sums = empty_sums(q, v)
+            kept = [
+                x for buffers in _rounds("forward", q, k, v, call) for x in _forward(buffers, q, sums, call)
+            ]
+            return *finish(sums, sinks, q.dtype), *kept
+
+        out, lse, *kept = called("attention", (q, k, v, sinks, bias), compute)
         ctx.save_for_backward(q, k, v, sinks, bias, out, lse, *kept)
         ctx.set_materialize_grads(False)
         ctx.call = replace(call, sinks=None, bias=None)  # autograd keeps the tensors

@@ -1,0 +1,56 @@
+"""What a run's configuration says about activations that are computed again: the section ``recompute``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pypar.settings import Run, Section, setting
+
+POLICIES = ("none", "full", "selective")
+
+
+def names_in(ops: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(name.strip() for name in ops.split(",") if name.strip())
+
+
+def _refuse_unknown(key: str, value: str) -> None:
+    from pypar.recomputation.operators import check_names  # slow: torch
+
+    if value:
+        check_names(names_in(value))
+
+
+@dataclass(frozen=True)
+class RecomputeConfig(Section):
+    """Which activations of the layers backward computes again instead of keeping them. It changes no bit."""
+
+    policy: str = setting(
+        "none",
+        choices=POLICIES,
+        help='"full": of a layer its inputs are kept; "selective": the results of its costly operators too',
+        resumed=None,
+    )
+    every: int = setting(1, at_least=1, help="layers, of which the first is computed again", resumed=None)
+    ops: str = setting(
+        "",
+        refuse=_refuse_unknown,
+        help='operators whose results "selective" keeps, with commas between; "": attention, products of matrices, '
+        "choices of routers",
+        resumed=None,
+    )
+    checksums: bool = setting(
+        False,
+        help="compare what is computed again with checksums, to find a model whose forward differs; slow",
+        resumed=None,
+    )
+
+    def check(self, run: Run) -> Sequence[str]:
+        """Operators are named for the policy that keeps their results only."""
+        if self.ops and self.policy != "selective":
+            raise ValueError(
+                f'recompute.ops names what the policy "selective" keeps, and recompute.policy is "{self.policy}"; '
+                "leave recompute.ops out"
+            )
+        return ()

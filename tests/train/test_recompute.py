@@ -1,0 +1,174 @@
+"""Runs whose layers are computed again in backward: the same bits on every mesh, and the bytes of the formula."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pypar.blocks import global_parameters
+from pypar.data_parallel import stores
+from pypar.layout import local_tensor
+from pypar.mesh import Mesh, parse_mesh
+from pypar.models.activations import Microbatch, layer_bytes
+from pypar.ops import native
+from pypar.pipeline_parallel import schedules
+from pypar.pipeline_parallel.schedules import Registered
+from pypar.recomputation import SavedBytes
+from pypar.recomputation.apply import recomputed
+from pypar.recomputation.operators import COSTLY
+from pypar.settings import check_values
+from pypar.train.config import RunConfig
+from pypar.train.preflight import check
+from pypar.train.trainer import Trainer
+from tests.pipeline_parallel.stage import random_schedule
+from tests.train.test_stages_and_stores import _Evicting
+
+CPU = torch.device("cpu")
+SIZES = {"num_layers": 3, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 48}
+LENGTH, SEQUENCES = 24, 2
+LAYOUTS = (  # mesh, changes of a run
+    ("tp=2", {"sequence_parallel": True}),
+    ("cp=2", {}),
+    ("pp=2", {"schedule": "split"}),
+    ("", {"store": "evicting"}),
+)
+MORE_LAYOUTS = (
+    ("dp=2", {}),
+    ("tp=2", {}),
+    ("cp=2", {"method": "all_gather", "layout": "contiguous"}),
+    ("cp=2", {"method": "ulysses", "packed_documents": True}),
+    ("pp=2", {}),
+    ("cp=2,tp=2", {"sequence_parallel": True, "precision": "bf16"}),
+    ("dp=2,pp=2", {"schedule": "split", "packed_documents": True}),
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} times {i} makes {i * i}\n" for i in range(600)))
+    return path
+
+
+def _config(text: Path, mesh: str, recompute: dict, changes: dict) -> RunConfig:
+    sections: dict = {
+        "train": ("sequence_parallel", "packed_documents", "precision"),
+        "context": ("method", "layout"),
+    }
+    given = {name: {k: changes[k] for k in keys if k in changes} for name, keys in sections.items()}
+    train = {"steps": 4, "batch_size": 4, "microbatch_size": 1, "sequence_length": LENGTH}
+    return RunConfig.from_dict(
+        {
+            "mesh": mesh,
+            "directory": str(text.parent / "runs"),
+            "data": {"path": str(text), "cache_directory": str(text.parent / "cache")},
+            "model": SIZES,
+            "train": train | given["train"],
+            "context": given["context"],
+            "pipeline": {"schedule": changes.get("schedule", "one_f_one_b")},
+            "store": {"name": changes.get("store", "replicated")},
+            "recompute": recompute,
+        }
+    )
+
+
+def _register(monkeypatch: pytest.MonkeyPatch) -> None:
+    def split(num_ranks: int, num_microbatches: int):
+        return random_schedule([s % num_ranks for s in range(3)], num_microbatches, seed=2, splits=True)
+
+    added = Registered("split", split, "A schedule of the tests.")
+    monkeypatch.setattr(schedules, "REGISTRY", (*schedules.REGISTRY, added))
+    monkeypatch.setitem(
+        stores.STORES,
+        "evicting",
+        lambda named, mesh, bucket_bytes, config: _Evicting(named, mesh, bucket_bytes=bucket_bytes),
+    )
+
+
+def run(text: Path, mesh: str, changes: dict, policies: list[dict]) -> list:
+    """In each rank: for each policy (losses, weights, names of layers that are computed again)."""
+    found = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _register(monkeypatch)
+        for recompute in policies:
+            config = _config(text, mesh, recompute, changes)
+            trainer = Trainer(config, Mesh.of(parse_mesh(config.mesh)), CPU)
+            losses = [trainer.train_step() for _ in range(2)]
+            named = [each for model in trainer.models for each in global_parameters(model)]
+            weights = {name: local_tensor(p).detach().float().clone() for name, p in named}
+            layers = [name for model in trainer.models for name in recomputed(model)]
+            found.append((losses, weights, layers))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [*LAYOUTS, *(pytest.param(*layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)],
+    ids=str,
+)
+def test_every_layout_trains_to_the_same_bits(ranks, text: Path, mesh: str, changes: dict) -> None:
+    policies = [{}, {"policy": "full"}, {"policy": "selective"}]
+    size = math.prod(int(part.split("=")[1]) for part in mesh.split(",") if part)
+    results = (
+        ranks(size, run, text, mesh, changes, policies) if size > 1 else [run(text, mesh, changes, policies)]
+    )
+    for plain, *others in results:
+        assert plain[2] == []
+        for losses, weights, layers in others:
+            assert layers
+            if changes.get("store") != "evicting":  # its weights are not numbers between steps
+                assert all(torch.equal(weights[name], plain[1][name]) for name in plain[1])
+            assert losses == plain[0]
+
+
+def held(text: Path, mesh: str, changes: dict) -> list[tuple[str, int, int]]:
+    """In each rank: of each policy (its name, the bytes that a layer keeps, the formula's)."""
+    found = []
+    for policy in ("none", "full", "selective"):
+        config = _config(text, mesh, {"policy": policy}, changes)
+        trainer = Trainer(config, Mesh.of(parse_mesh(config.mesh)), CPU)
+        tp = trainer.mesh.tp.size
+        cut = changes.get("sequence_parallel", False)
+        x = torch.ones(SEQUENCES, LENGTH // tp if cut else LENGTH, SIZES["d_model"], requires_grad=True)
+        tables = trainer.model.rope_tables(torch.arange(LENGTH))
+        with SavedBytes(trainer.model) as saved:
+            out = trainer.model.layers["1"](x, *tables)
+        given = Microbatch(SEQUENCES, LENGTH, 4, tp, cut, lse_copies=1 if native.missing() else 2)
+        expected = layer_bytes(
+            trainer.model.config,
+            given,
+            recomputed=policy != "none",
+            kept=COSTLY if policy == "selective" else (),
+        )
+        found.append((policy, saved.num_bytes - sum(x.nbytes for x in tables), expected))
+        out.sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_rank_of_tensor_parallelism_keeps_what_the_formula_says(ranks, text: Path, cut: bool) -> None:
+    for found in ranks(2, held, text, "tp=2", {"sequence_parallel": cut}):
+        for policy, measured, expected in found:
+            assert measured == expected, policy
+
+
+def test_a_configuration_that_cannot_be_is_refused(text: Path) -> None:
+    config = _config(text, "", {"policy": "full", "ops": ["attention"]}, {})
+    with pytest.raises(
+        ValueError, match='recompute.ops names what the policy "selective" keeps, and recompute.policy'
+    ):
+        check(config, 1)
+    for recompute, sentence in (
+        (
+            {"policy": "fully"},
+            "recompute.policy 'fully' is not one of none, full, selective; did you mean 'full'",
+        ),
+        (
+            {"policy": "selective", "ops": "attention, liner"},
+            "recompute, ops: unknown operator 'liner'.*'linear'",
+        ),
+        ({"every": 0}, r"recompute.every \(0\) must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            check_values(_config(text, "", recompute, {}))
