@@ -49,7 +49,10 @@ def _members_of_lists(module: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
         members = list(child) if isinstance(child, nn.ModuleList) else []
         # A class that stands in for another one, as of blocks that are recomputed, counts as that.
-        if len(members) > 1 and len({getattr(member, "computes_as", type(member)) for member in members}) == 1:
+        if (
+            len(members) > 1
+            and len({getattr(member, "computes_as", type(member)) for member in members}) == 1
+        ):
             first = {id(member): index for index, member in reversed(list(enumerate(members)))}
             yield from (f"{prefix}{name}.{index}" for index in sorted(first.values()))
         else:

@@ -81,7 +81,9 @@ class Disk:
     @property
     def way(self) -> str:
         """How bytes travel, in words."""
-        past = "past the page cache" if self.is_direct else "through the page cache, which its file system needs"
+        past = (
+            "past the page cache" if self.is_direct else "through the page cache, which its file system needs"
+        )
         return f"{self.directory} by {self.kind}, {past}"
 
     def room(self, num_bytes: int) -> Room:

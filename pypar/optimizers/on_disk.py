@@ -16,7 +16,9 @@ from pypar.ops.uncompiled import uncompiled
 
 CACHE_LINE_BYTES = 64
 NUM_BUFFERS = 3  # one is read, one is computed with, one is written
-BYTES_OF_STATES = 8  # a number of a parameter, as AdamW has them: by this parts are filled before states are there
+BYTES_OF_STATES = (
+    8  # a number of a parameter, as AdamW has them: by this parts are filled before states are there
+)
 _OF_GRAD_SCALER = ("grad_scale", "found_inf")
 
 Groups = list[dict[str, Any]]
@@ -190,6 +192,7 @@ class _Part:
         self.optimizer, self.params, self.group = optimizer, params, group
         self.room: Room | None = None
         self.places: dict[tuple[int, str], tuple[int, torch.Size, torch.dtype]] = {}
+        self.placed: dict[tuple[int, str], Tensor] = {}  # states in a buffer, while they are there
 
     def states(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
         """Every state but counters, which stay in memory."""
@@ -204,7 +207,7 @@ class _Part:
 
     def put_away(self, disk: Disk) -> None:
         """Give states, which are all in memory, new places on the disk."""
-        self.places, end = {}, 0
+        self.places, self.placed, end = {}, {}, 0
         for key, x in self.states():
             if x.device.type != "cpu":
                 raise ValueError(
@@ -221,20 +224,21 @@ class _Part:
 
     def place(self, memory: np.ndarray) -> None:
         """Let states be what lies in this memory."""
+        self.placed = {key: self._within(memory, key) for key, _ in self.states()}
         for key, x in self.states():
-            x.set_(self._within(memory, key))
+            x.set_(self.placed[key])  # type: ignore[call-overload]
 
     def collect(self, memory: np.ndarray) -> None:
         """Copy states there that are not there already."""
         for key, x in self.states():
-            target = self._within(memory, key)
-            if target.data_ptr() != x.data_ptr():
-                target.copy_(x)
+            if key not in self.placed or not x.is_set_to(self.placed[key]):
+                self._within(memory, key).copy_(x)
 
     def empty(self) -> None:
         """Let states take no memory."""
+        self.placed = {}
         for _, x in self.states():
-            x.set_(torch.empty(0, dtype=x.dtype))
+            x.set_(torch.empty(0, dtype=x.dtype))  # type: ignore[call-overload]
 
     def forget(self) -> None:
         self.room, self.places = None, {}
