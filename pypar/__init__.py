@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from pypar.optimizers.adamw import AdamW as AdamW
     from pypar.optimizers.muon import Muon as Muon
+    from pypar.optimizers.on_disk import OnDisk as OnDisk
     from pypar.parallel.apply import parallelize as parallelize
     from pypar.recomputation.apply import recompute as recompute
     from pypar.tensor_parallel.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -62,6 +63,7 @@ _HOME_OF_NAME = {
     "LayerNorm": "pypar.ops.layer_norm",
     "Mesh": "pypar.mesh",
     "Muon": "pypar.optimizers.muon",
+    "OnDisk": "pypar.optimizers.on_disk",
     "RMSNorm": "pypar.ops.rms_norm",
     "apply_fused": "pypar.hugging_face.fused",
     "attention": "pypar.ops.attention",

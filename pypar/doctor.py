@@ -21,6 +21,7 @@ from pypar.comm.allreduce.peers import ENGINES, MAX_RANKS
 from pypar.comm.allreduce.thresholds import choose as choose_thresholds
 from pypar.comm.backend import BACKENDS
 from pypar.comm.backend import register as register_backend
+from pypar.files.disk import background_kind
 from pypar.ops import native
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
 from pypar.ops.linear import library_choice, processor
@@ -41,12 +42,18 @@ def main() -> int:
         "",
         *linear_lines(),
         *recompute_lines(),
+        *disk_lines(),
         *all_reduce_lines(),
         "",
         *support_lines(),
     ]:
         print(line)
     return 0
+
+
+def disk_lines() -> Iterator[str]:
+    """How optimizer states would travel to a disk."""
+    yield f"files in the background (memory.offload): by {background_kind()}, in files without a name"
 
 
 def machine_lines() -> Iterator[str]:

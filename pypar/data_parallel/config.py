@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pypar.grid import SAMPLES
 from pypar.settings import Run, Section, setting
@@ -30,6 +31,20 @@ class MemoryConfig(Section):
         resumed=None,
     )
 
+    offload: str = setting(
+        "none",
+        choices=("none", "nvme"),
+        help="where optimizer states lie between updates: none: in memory; nvme: on the disk of offload_directory, by "
+        "io_uring or threads past the page cache",
+        resumed=None,
+    )
+    offload_directory: str = setting(
+        "", help="a folder of a local disk, the same on every node; nothing stays in it", resumed=None
+    )
+    offload_part_bytes: int = setting(
+        64 << 20, above=0, help="of optimizer states that are in memory at once, three times", resumed=None
+    )
+
     def check(self, run: Run) -> Sequence[str]:
         """What is cut over ranks of dp divides them, and what is said of parameters is for parameters that are cut."""
         num_samples = run.axes[SAMPLES]
@@ -47,4 +62,23 @@ class MemoryConfig(Section):
                     f"memory.{key} is for memory.zero of at least {least}, and it is {self.zero}; leave {key} out, or "
                     f"set memory.zero={least}"
                 )
+        self._check_offload()
         return ()
+
+    def _check_offload(self) -> None:
+        """The folder that states are to lie in can be used, and is named where it is to be."""
+        if self.offload == "none":
+            if self.offload_directory:
+                raise ValueError(
+                    f"memory.offload_directory ({self.offload_directory!r}) is for memory.offload='nvme', and it is "
+                    "'none'; leave the directory out, or set memory.offload=nvme"
+                )
+            return
+        if not self.offload_directory:
+            raise ValueError(
+                "memory.offload='nvme' needs memory.offload_directory, a folder of a local disk in which optimizer "
+                "states lie; name one"
+            )
+        from pypar.files.disk import check_folder
+
+        check_folder(Path(self.offload_directory))

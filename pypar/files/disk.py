@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,13 +70,19 @@ class Disk:
     owner  who this is for, as errors say it: "rank 3"
     kind   "io_uring" or "threads"; None: the former where the system has and allows it
 
-    ValueError: a folder that is not there, is no folder, may not be written to or lies in memory.
+    ValueError: a folder that is not there, is no folder or may not be written to. It warns of one that lies in memory.
     """
 
     def __init__(self, directory: Path, *, owner: str, kind: str | None = None) -> None:
         self.directory, self.owner = directory, owner
-        _check(directory)
-        self.is_direct = True
+        check_folder(directory)
+        self.is_direct, self.is_in_memory = True, _file_system(directory) == _IN_MEMORY
+        if self.is_in_memory:
+            warnings.warn(
+                f"{directory} lies in memory ({_IN_MEMORY}), where states take the room that they are to leave; name a "
+                "folder of a local disk",
+                stacklevel=3,
+            )
         self.kind, self.queue = _queue(kind)
 
     @property
@@ -84,7 +91,8 @@ class Disk:
         past = (
             "past the page cache" if self.is_direct else "through the page cache, which its file system needs"
         )
-        return f"{self.directory} by {self.kind}, {past}"
+        memory = f"; THIS FOLDER LIES IN MEMORY ({_IN_MEMORY}), where nothing is saved" if self.is_in_memory else ""
+        return f"{self.directory} by {self.kind}, {past}{memory}"
 
     def room(self, num_bytes: int) -> Room:
         """So many bytes and more, in whole blocks, all taken from the disk at once; they begin as zeros.
@@ -133,17 +141,13 @@ class Room:
         os.close(self.descriptor)
 
 
-def _check(directory: Path) -> None:
+def check_folder(directory: Path) -> None:
+    """ValueError for what is no folder of a disk that may be written to."""
     if not directory.is_dir():
         there = "is no folder" if directory.exists() else "is not there"
         raise ValueError(f"{directory}, where states are to be kept, {there}; name a folder of a local disk")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ValueError(f"{directory}, where states are to be kept, may not be written to by this user")
-    if _file_system(directory) == _IN_MEMORY:
-        raise ValueError(
-            f"{directory} lies in memory ({_IN_MEMORY}), where states take the room that they are to leave; name a "
-            "folder of a local disk"
-        )
 
 
 def _file_system(directory: Path) -> str:
@@ -198,3 +202,8 @@ def _queue(kind: str | None) -> tuple[str, Any]:
             if kind is not None:
                 raise
     return "threads", native.FileQueue("threads", NUM_THREADS)
+
+
+def background_kind() -> str:
+    """What this machine reads and writes files in the background by: "io_uring" or "threads"."""
+    return _queue(None)[0]

@@ -84,6 +84,11 @@ class OnDisk(torch.optim.Optimizer):
         """What states take on the disk; each update reads and writes as much."""
         return sum(part.room.num_bytes for part in self._parts if part.room is not None)
 
+    @property
+    def way(self) -> str:
+        """Where states are and how they travel, in words."""
+        return f"{self.disk_bytes:,} bytes in {self.disk.way}, {self.buffer_bytes:,} bytes of buffers"
+
     @uncompiled("it reads and writes files")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -119,6 +124,13 @@ class OnDisk(torch.optim.Optimizer):
         finally:
             for name in given:
                 del vars(part.optimizer)[name]
+
+    def start(self, states: Callable[[Tensor], dict[str, Any]]) -> None:
+        """Begin with these states of each parameter, of which only a part is in memory at once."""
+        for part in self._parts:
+            self.state.update({param: states(param) for param in part.params})
+            part.put_away(self.disk)
+            part.empty()
 
     def put_away(self) -> None:
         """Move states that are in memory, as an optimizer's first ones may be, to the disk."""

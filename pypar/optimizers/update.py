@@ -1,6 +1,7 @@
 """An optimizer over what a rank owns: the update, clipping, and the global gradient norm."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,14 +9,28 @@ from torch import Tensor
 from pypar.layout import Layout, answers_for
 from pypar.mesh import Mesh
 from pypar.optimizers.config import OptimizerConfig
+from pypar.optimizers.on_disk import OnDisk
 from pypar.optimizers.registry import rule_named
 from pypar.owned import Owned
 
+Groups: TypeAlias = list[dict[str, Any]]
+MakeOptimizer: TypeAlias = Callable[[Groups], torch.optim.Optimizer]
+
 
 class Optimizer:
-    """The optimizer that ``config`` names, over fp32 masters and their gradients. Matrices decay, vectors do not."""
+    """The optimizer that ``config`` names, over fp32 masters and their gradients. Matrices decay, vectors do not.
 
-    def __init__(self, owned: Iterable[Owned], config: OptimizerConfig) -> None:
+    on_disk   puts its states on a disk: takes what makes an optimizer of some groups, and the groups, and returns the
+              optimizer; None: they stay in memory
+    """
+
+    def __init__(
+        self,
+        owned: Iterable[Owned],
+        config: OptimizerConfig,
+        *,
+        on_disk: Callable[[MakeOptimizer, Groups], OnDisk] | None = None,
+    ) -> None:
         self.config, self.owned = config, list(owned)
         for each in self.owned:
             each.master.grad = each.gradient
@@ -27,13 +42,24 @@ class Optimizer:
         ]
         rule = rule_named(config.name)
         self.moments = rule.moments
-        self.update = rule.make([group for group in groups if group["params"]], config)
-        for each in self.owned:  # not at the first step, so that a checkpoint loads in place
-            zeros = torch.zeros_like(each.master, requires_grad=False)
-            self.update.state[each.master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=each.master.device),
-                **{moment: zeros.clone() for moment in self.moments},
-            }
+        groups = [group for group in groups if group["params"]]
+
+        def make(groups: Groups) -> torch.optim.Optimizer:
+            return rule.make(groups, config)
+
+        self.update = make(groups) if on_disk is None else on_disk(make, groups)
+        if isinstance(self.update, OnDisk):
+            self.update.start(self._first_states)
+        else:  # not at the first step, so that a checkpoint loads in place
+            for each in self.owned:
+                self.update.state[each.master] = self._first_states(each.master)
+
+    def _first_states(self, master: Tensor) -> dict[str, Tensor]:
+        zeros = torch.zeros_like(master, requires_grad=False)
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=master.device),
+            **{moment: zeros.clone() for moment in self.moments},
+        }
 
     def square_sum(self, mesh: Mesh) -> Tensor:
         """Sum of squares (fp64) of the gradients that this rank answers for: over all ranks, each element once."""
@@ -61,7 +87,12 @@ class Optimizer:
         self.update.step()
 
     def state(self) -> dict[str, tuple[Tensor, Layout]]:
-        """Name -> (tensor, layout) of all that a resumed run needs: master weights and their moments."""
+        """Name -> (tensor, layout) of all that a resumed run needs: master weights and their moments.
+
+        They are to be used before the next update.
+        """
+        if isinstance(self.update, OnDisk):
+            self.update.bring_back()
         tensors: dict[str, tuple[Tensor, Layout]] = {}
         for each in self.owned:
             tensors[f"model.{each.name}"] = (each.master.detach(), each.layout)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from pypar.mesh import Mesh
+from pypar.optimizers.on_disk import OnDisk
 from pypar.train import checkpoint
 from pypar.train.metrics import FLOP_CONVENTION, Metrics, matmul_rate
 
@@ -33,6 +34,8 @@ def fit(trainer: Trainer) -> Path:
         metrics.say(f"resumed from {resume_from} at step {trainer.step}, after {trainer.samples:,} samples")
         for line in changes:
             metrics.say(f"resumed with {line}")
+    if isinstance(trainer.optimizer.update, OnDisk):
+        metrics.say(f"optimizer states: {trainer.optimizer.update.way}")
     with contextlib.closing(metrics):
         _steps(trainer, metrics)
     saved = trainer.save()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from pypar.grid import DATA, SAMPLES, STAGES
 from pypar.layout import Cut, Layout, answers_for
 from pypar.mesh import Axis, Mesh, parse_mesh
 from pypar.optimizers.learning_rate import learning_rate
+from pypar.optimizers.on_disk import OnDisk
 from pypar.optimizers.update import Optimizer
 from pypar.parallel import ParallelPlan
 from pypar.pipeline_parallel import PipelineRuntime
@@ -88,7 +91,7 @@ class Trainer:
         for part in self.models:
             recompute_as(part, config.recompute)
         self.store = store_of(config.memory, self.models, mesh, bucket_bytes=config.train.bucket_bytes)
-        self.optimizer = Optimizer(self.store.owned(), config.optimizer)
+        self.optimizer = Optimizer(self.store.owned(), config.optimizer, on_disk=self._on_disk())
         self.runtime = PipelineRuntime(
             {stage: each for (_, stage), each in self.stages.items()},
             mesh.axis(STAGES),
@@ -96,6 +99,17 @@ class Trainer:
             device=self.device,
         )
         self.step = self.samples = 0  # updates made, and samples seen, since the start of the run
+
+    def _on_disk(self) -> Callable[..., OnDisk] | None:
+        memory = self.config.memory
+        if memory.offload == "none":
+            return None
+        return partial(
+            OnDisk,
+            directory=memory.offload_directory,
+            part_bytes=memory.offload_part_bytes,
+            owner=f"rank {self.mesh.rank}",
+        )
 
     def _own_stages(self) -> Stages:
         config = self.config

@@ -1,5 +1,7 @@
 """The engines as code that a user compiles; see cases.py."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from pypar.context_parallel.layouts import segments_of
 from pypar.context_parallel.masks import Mask
 from pypar.cost.machine import MachineCosts
 from pypar.mesh import Mesh
+from tests import ROOT
 from tests.compiled.cases import FEATURES, VOCABULARY, WIDTH, case, heads, numbers, of_x, tokens
 
 # ---- recomputation
@@ -230,3 +233,20 @@ def _gradient_buckets(axis):
         return torch.stack([buckets.gradient(p).square().sum() for p in model.parameters()]) + loss.detach()
 
     return run, lambda length: (numbers(2, length, WIDTH, seed=axis.rank).detach(),), None
+
+
+@case("pypar.OnDisk")
+def _on_disk(axis):
+    """Without momentum, so that an update does not depend on those before it."""
+    weight = nn.Parameter(torch.ones(2, WIDTH))
+    optimizer = pypar.OnDisk(functools.partial(pypar.AdamW, lr=0.1, betas=(0.0, 0.0)), [weight], ROOT)
+
+    def run(x):
+        y = x.sum(1).detach() * 2
+        with torch.no_grad():
+            weight.fill_(1.0)
+        weight.grad = y.sin()
+        optimizer.step()
+        return y + weight.detach() * 3
+
+    return run, lambda length: (numbers(2, length, WIDTH),), None
