@@ -91,7 +91,11 @@ class Disk:
         past = (
             "past the page cache" if self.is_direct else "through the page cache, which its file system needs"
         )
-        memory = f"; THIS FOLDER LIES IN MEMORY ({_IN_MEMORY}), where nothing is saved" if self.is_in_memory else ""
+        memory = (
+            f"; THIS FOLDER LIES IN MEMORY ({_IN_MEMORY}), where nothing is saved"
+            if self.is_in_memory
+            else ""
+        )
         return f"{self.directory} by {self.kind}, {past}{memory}"
 
     def room(self, num_bytes: int) -> Room:
