@@ -174,7 +174,7 @@ def moved(words: list[str]) -> list[tuple[str, str, str, int, int]]:
         leasts = least_bytes(case, expect_case(case, "cpu", torch.float32)[0])
         directions = zip(DIRECTIONS, launches_of(case, torch.float32), leasts, strict=True)
         for direction, launches, least in directions:
-            if all(word in (op, direction) for word in words):
+            if launches and all(word in (op, direction) for word in words):
                 total = sum(x.num_moved * x.element_bytes for x in count(launches))
                 rows.append((op, f"{case.shape}, {case.name}", direction, total, least))
     return rows

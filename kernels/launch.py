@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,20 +67,32 @@ def _run_here(launch: Launch) -> None:
 
 
 def _interpret(launch: Launch) -> None:
-    """With fp32 in place of bfloat16, with which Triton's interpreter computes as with integers."""
-    narrow = {
-        name: x for name, x in launch.arguments.items() if isinstance(x, Tensor) and x.dtype == torch.bfloat16
-    }
-    given = {name: _in_fp32(x) for name, x in narrow.items()}
-    wide = {name: _in_fp32(x) for name, x in narrow.items()}
-    launch.kernel[(launch.num_programs,)](**launch.arguments | wide, **launch.options)
-    for name, x in wide.items():
-        if not torch.equal(
-            x.view(torch.int32), given[name].view(torch.int32)
+    wide, given = in_fp32([launch])[0], in_fp32([launch])[0]
+    wide.kernel[(wide.num_programs,)](**wide.arguments, **wide.options)
+    for name, narrow in launch.arguments.items():
+        x = wide.arguments[name]
+        if x is not narrow and not torch.equal(
+            x.view(torch.int32), given.arguments[name].view(torch.int32)
         ):  # what was only read may overlap
-            narrow[name].copy_(x)
+            narrow.copy_(x)
 
 
-def _in_fp32(x: Tensor) -> Tensor:
-    """A copy with the strides that the kernel is told."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=torch.float32).copy_(x)
+def in_fp32(launches: list[Launch]) -> list[Launch]:
+    """Launches with copies in fp32 in place of bfloat16, with which Triton's interpreter computes as with integers.
+
+    A copy has the strides that the kernel is told.
+    """
+    copies: dict[tuple[int, ...], Tensor] = {}
+
+    def wide(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.bfloat16:
+            return value
+        key = (value.data_ptr(), *value.shape, *value.stride())
+        if key not in copies:
+            copies[key] = torch.empty_strided(value.shape, value.stride(), dtype=torch.float32).copy_(value)
+        return copies[key]
+
+    return [
+        replace(launch, arguments={name: wide(value) for name, value in launch.arguments.items()})
+        for launch in launches
+    ]

@@ -61,10 +61,10 @@ def _sum_rows_kernel(parts_ptr, out_ptr, P, D: tl.constexpr, BLOCK_P: tl.constex
 
 
 @triton.jit
-def load_rows(x_ptr, row, stride, column, inside):
-    """The elements `column` of rows `row`, stride apart, in fp32; 0 outside."""
+def load_rows(x_ptr, row, stride, column, inside, other: tl.constexpr = 0.0):
+    """The elements `column` of rows `row`, stride apart, in fp32; `other` outside."""
     at = x_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(at, mask=inside, other=other).to(tl.float32)
 
 
 @triton.jit

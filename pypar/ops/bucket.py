@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pypar.ops import native
 from pypar.ops.backend import Backend, choose, never_refuses
+from pypar.ops.backend.gpu import dtype_refusal, triton_refusal
 from pypar.ops.register import register
 from pypar.ops.rows import accumulate_dtype, native_refusal
 from pypar.ops.uncompiled import uncompiled
@@ -100,8 +101,19 @@ def _native_forward(src: Tensor, scale: float, out: Tensor) -> None:
     )  # fmt: skip
 
 
+def _triton_unsupported(src: Tensor, scale: float, out: Tensor) -> str | None:
+    return triton_refusal(src, out) or dtype_refusal(out.dtype)
+
+
+def _triton_forward(src: Tensor, scale: float, out: Tensor) -> None:
+    from pypar.kernels import bucket
+
+    bucket.forward(src, scale, out)
+
+
 BACKENDS = (
     Backend("native", _native_forward, None, _native_unsupported),
+    Backend("triton", _triton_forward, None, _triton_unsupported),
     Backend("reference", reference_forward, None, never_refuses),
 )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pypar.ops import native
 from pypar.ops.backend import Backend, choose, never_refuses
+from pypar.ops.backend.gpu import triton_refusal
 from pypar.ops.register import register, register_gradient
 from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
 
@@ -35,10 +36,7 @@ def reference_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tup
     would lose the digits of a small loss. Both are 0 and 1 for an ignored token.
     """
     counted = targets != ignore_index
-    if logits.device.type == "cpu":
-        wrong = counted & ((targets < 0) | (targets >= logits.shape[-1]))
-        if wrong.any():
-            raise out_of_range(int(targets[wrong].flatten()[0]), logits.shape[-1], ignore_index)
+    check_range(targets, logits.shape[-1], ignore_index)
     wide = torch.where(counted.unsqueeze(-1), logits.to(accumulate_dtype(logits)), -torch.inf)
     if not logits.numel():
         zero = wide.new_zeros(targets.shape)
@@ -73,6 +71,14 @@ def check_targets(targets: Tensor, name: str, logits: Tensor) -> None:
         )
     if targets.dtype != torch.int64:
         raise ValueError(f"targets is {targets.dtype} and must be int64; convert with targets.long()")
+
+
+def check_range(targets: Tensor, vocabulary_size: int, ignore_index: int) -> None:
+    """ValueError where a target on the CPU is no word; a GPU is not waited for."""
+    if targets.device.type == "cpu":
+        wrong = ((targets < 0) | (targets >= vocabulary_size)) & (targets != ignore_index)
+        if wrong.any():
+            raise out_of_range(int(targets[wrong][0]), vocabulary_size, ignore_index)
 
 
 def out_of_range(target: int, vocabulary_size: int, ignore_index: int) -> ValueError:
@@ -117,8 +123,36 @@ def _native_backward(
     return dlogits
 
 
+def _triton_unsupported(logits: Tensor, targets: Tensor) -> str | None:
+    return triton_refusal(logits, targets)
+
+
+def _triton_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    from pypar.kernels import cross_entropy
+
+    check_range(targets, logits.shape[-1], ignore_index)
+    loss, maximum, total = cross_entropy.forward(as_rows(logits), targets.reshape(-1), ignore_index)
+    return loss.view(targets.shape), maximum.view(targets.shape), total.view(targets.shape)
+
+
+def _triton_backward(
+    dloss: Tensor, logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
+) -> Tensor:
+    from pypar.kernels import cross_entropy
+
+    flat = (
+        dloss.float().reshape(-1),
+        as_rows(logits),
+        targets.reshape(-1),
+        maximum.reshape(-1),
+        total.reshape(-1),
+    )
+    return cross_entropy.backward(*flat, ignore_index).view(logits.shape)
+
+
 BACKENDS = (
     Backend("native", _native_forward, _native_backward, _native_unsupported),
+    Backend("triton", _triton_forward, _triton_backward, _triton_unsupported),
     Backend("reference", reference_forward, reference_backward, never_refuses),
 )
 

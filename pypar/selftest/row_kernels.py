@@ -28,7 +28,7 @@ def operators() -> list[str]:
 
 
 def launches_of(case: Case, dtype: torch.dtype) -> tuple[list[Launch], list[Launch]]:
-    """The launches of forward and of backward. None is run."""
+    """The launches of forward and of backward, of which a case without gradients has none. None is run."""
     found: list[Launch] = []
     with launches_go_to(found.append):
         inputs = draw_inputs(case, dtype)
@@ -36,5 +36,6 @@ def launches_of(case: Case, dtype: torch.dtype) -> tuple[list[Launch], list[Laun
         outs = out if isinstance(out, tuple) else (out,)
         forward = len(found)
         wanted = [inputs[name] for name in case.gradients]
-        torch.autograd.grad(outs, wanted, [torch.ones_like(x) for x in outs])
+        if wanted:
+            torch.autograd.grad(outs, wanted, [torch.ones_like(x) for x in outs])
     return found[:forward], found[forward:]

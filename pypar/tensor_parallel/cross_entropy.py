@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from pypar.comm import all_reduce_start
 from pypar.mesh import Axis
 from pypar.ops.backend import choose
-from pypar.ops.cross_entropy import BACKENDS, check_targets, cross_entropy, out_of_range
+from pypar.ops.cross_entropy import BACKENDS, check_range, check_targets, cross_entropy
 from pypar.ops.uncompiled import between_ranks, uncompiled
 
 
@@ -83,8 +83,8 @@ def _check_range(targets: Tensor, vocabulary_size: int, ignore_index: int) -> No
     """A target that no rank has would silently count as a logit of 0."""
     if targets.is_meta or not targets.numel():
         return
-    wrong = ((targets < 0) | (targets >= vocabulary_size)) & (targets != ignore_index)
-    if targets.device.type != "cpu":
-        torch._assert_async(~wrong.any())
-    elif wrong.any():
-        raise out_of_range(int(targets[wrong][0]), vocabulary_size, ignore_index)
+    if targets.device.type == "cpu":
+        check_range(targets, vocabulary_size, ignore_index)
+    else:
+        is_word = (targets >= 0) & (targets < vocabulary_size)
+        torch._assert_async((is_word | (targets == ignore_index)).all())

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from pypar.comm import Handle, all_gather_start, all_reduce_start
 from pypar.mesh import Axis
 from pypar.ops.backend import choose
+from pypar.ops.cross_entropy import check_range
 from pypar.ops.linear_cross_entropy import BACKENDS, compute
 from pypar.ops.linear_cross_entropy.chunks import Gradients, LossProblem, Needs, rows_of_a_chunk
 from pypar.ops.linear_cross_entropy.loss import (
@@ -26,7 +27,6 @@ from pypar.ops.linear_cross_entropy.loss import (
     TokenParts,
     TokenWeights,
     check,
-    check_range,
     coefficients_of_loss,
     coefficients_of_parts,
     parts_of,
@@ -68,8 +68,7 @@ def loss_of_parts(
     check(hidden, weight, target, bias, token_weights)
     arguments = {"hidden": hidden, "weight": weight, "target": target, "bias": bias}
     name = choose("linear_cross_entropy", BACKENDS, arguments, backend).name
-    if target.device.type == "cpu":
-        check_range(target.flatten(), sum(sizes), chosen.ignore_index)
+    check_range(target, sum(sizes), chosen.ignore_index)
     return compute(_Part(BY_NAME[name], axis, sizes), hidden, weight, target, bias, token_weights, chosen)
 
 

@@ -1,4 +1,5 @@
-"""Triton kernels of experts without a GPU: grouped_matmul's, and moe_permute's where nobody takes some choices."""
+"""Triton kernels without a GPU, of cases in which some bytes are moved more often than once, or never: products of
+experts, choices that nobody takes, tokens that do not count."""
 
 import os
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ CASES = [
     ("grouped_matmul", 0),
     ("moe_permute", 0),
     ("moe_permute", 1),
+    ("cross_entropy", 0),
+    pytest.param("cross_entropy", 1, marks=pytest.mark.slow),
     *(pytest.param("grouped_matmul", i, marks=pytest.mark.slow) for i in (1, 2)),
 ]
 

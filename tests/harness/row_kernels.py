@@ -35,7 +35,7 @@ def check_kernel_case(op: str, number: int, dtype: torch.dtype) -> None:
 def moved_by_small_case(op: str, number: int) -> list[list[Moved]]:
     """What forward and backward move, in fp32; only where Triton interprets kernels."""
     directions = launches_of(cases_module(op).small_cases()[number], torch.float32)
-    return [count(launches) for launches in directions]
+    return [count(launches) for launches in directions if launches]
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pypar.kernels.launch import Launch
+from pypar.kernels.launch import Launch, in_fp32
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ def count(launches: list[Launch]) -> list[Moved]:
     """Runs launches in Triton's interpreter; one entry for each tensor among their arguments."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    tensors: dict[int, tuple[str, Tensor]] = {}
-    for launch in launches:
-        for name, x in launch.arguments.items():
+    tensors: dict[int, tuple[str, Tensor, int]] = {}
+    run = in_fp32(launches)
+    for launch, copied in zip(launches, run, strict=True):
+        for name, x in copied.arguments.items():
             if isinstance(x, Tensor) and x.numel():
-                tensors.setdefault(x.data_ptr(), (name, x))
+                tensors.setdefault(x.data_ptr(), (name, x, launch.arguments[name].element_size()))
     addresses: dict[str, list[np.ndarray]] = {"loads": [], "stores": []}
     originals = builder.create_masked_load, builder.create_masked_store
 
@@ -45,13 +46,13 @@ def count(launches: list[Launch]) -> list[Moved]:
 
     builder.create_masked_load, builder.create_masked_store = load, store
     try:
-        for launch in launches:
+        for launch in run:
             launch.run()
     finally:
         del builder.create_masked_load, builder.create_masked_store
     touched = {kind: np.concatenate([*found, np.zeros(0, np.uint64)]) for kind, found in addresses.items()}
-    all_elements = {name: _addresses(x) for name, x in tensors.values()}
-    return [_moved(name, x, all_elements, touched) for name, x in tensors.values()]
+    all_elements = {name: _addresses(x) for name, x, _ in tensors.values()}
+    return [_moved(name, x, size, all_elements, touched) for name, x, size in tensors.values()]
 
 
 def _addresses(x: Tensor) -> np.ndarray:
@@ -61,7 +62,9 @@ def _addresses(x: Tensor) -> np.ndarray:
     return (x.data_ptr() + np.asarray(offsets) * x.element_size()).astype(np.uint64).ravel()
 
 
-def _moved(name: str, x: Tensor, elements: dict[str, np.ndarray], touched: dict[str, np.ndarray]) -> Moved:
+def _moved(
+    name: str, x: Tensor, element_bytes: int, elements: dict[str, np.ndarray], touched: dict[str, np.ndarray]
+) -> Moved:
     """What lies between its elements counts too, unless it belongs to another tensor."""
     own = elements[name]
     others = np.concatenate([found for key, found in elements.items() if key != name] + [own[:0]])
@@ -75,7 +78,7 @@ def _moved(name: str, x: Tensor, elements: dict[str, np.ndarray], touched: dict[
     return Moved(
         name,
         x.numel(),
-        x.element_size(),
+        element_bytes,
         int(loads.max()),
         int(stores.max()),
         int(loads.sum() + stores.sum()),

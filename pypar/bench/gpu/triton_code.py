@@ -38,7 +38,8 @@ def source_of(launch: Any) -> ASTSource:
         else:
             whole = "i32" if abs(value) < 2**31 else "i64"
             signature[parameter.name] = "fp32" if isinstance(value, float) else whole
-        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        aligned = isinstance(number, int) and number % 16 == 0
         if aligned and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -8,7 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from pypar.ops.cross_entropy import check_targets, out_of_range
+from pypar.ops.cross_entropy import check_targets
 from pypar.ops.linear_cross_entropy.passes import CoefficientsOf
 from pypar.ops.linear_cross_entropy.rows import Coefficients
 
@@ -166,10 +166,3 @@ def check(
             f"token_weights {tuple(token_weights.shape)} {token_weights.dtype} must have the shape of target "
             f"{tuple(target.shape)}, in floating point: one factor a token"
         )
-
-
-def check_range(target: Tensor, vocabulary_size: int, ignore_index: int) -> None:
-    """ValueError where a target on CPU is no word."""
-    wrong = ((target < 0) | (target >= vocabulary_size)) & (target != ignore_index)
-    if wrong.any():
-        raise out_of_range(int(target[wrong][0]), vocabulary_size, ignore_index)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from pypar.ops.backend import never_refuses
+from pypar.ops.cross_entropy import check_range
 from pypar.ops.linear_cross_entropy import rows
 from pypar.ops.linear_cross_entropy.chunks import LossProblem, Needs, rows_of_a_chunk
 from pypar.ops.linear_cross_entropy.loss import (
     TokenParts,
     TokenWeights,
-    check_range,
     coefficients_of_loss,
     coefficients_of_parts,
     parts_of,

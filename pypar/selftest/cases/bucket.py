@@ -20,6 +20,20 @@ def cases(large: bool) -> list[Case]:
     ]
 
 
+def small_cases() -> list[Case]:
+    """Sizes for interpreters of GPU kernels."""
+    return [
+        case(2500, torch.bfloat16, quick=True),
+        case(63, torch.float32, scale=-0.25),
+        case(1, torch.float16),
+    ]
+
+
+def compiled_cases() -> list[Case]:
+    """Gradients on their way, whose machine code is looked at."""
+    return [case(4096, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
 def case(count: int, dtype: torch.dtype, scale: float = _SCALE, quick: bool = False) -> Case:
     """`count` elements, scaled and converted to dtype."""
 

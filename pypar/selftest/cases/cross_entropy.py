@@ -17,6 +17,21 @@ def cases(large: bool) -> list[Case]:
     return [case((rows, words), quick=True), case((63, 5003), ignored=True, strided=True), case((1023, 111))]
 
 
+def small_cases() -> list[Case]:
+    """Sizes for interpreters of GPU kernels; every token counts, so that every byte moves."""
+    return [case((3, 1023), quick=True), case((2, 5, 24)), case((2, 4801), strided=True), case((7, 1))]
+
+
+def kernel_cases() -> list[Case]:
+    """The same with tokens that are not read."""
+    return [case((7, 603), ignored=True, quick=True), case((6, 63), ignored=True, strided=True)]
+
+
+def compiled_cases() -> list[Case]:
+    """Vocabularies of models, whose machine code is looked at; as few rows as will do."""
+    return [case((2, 128256)), case((2, 50257)), case((2, 1000)), case((2, 96))]
+
+
 def case(shape: tuple[int, ...], ignored: bool = False, strided: bool = False, quick: bool = False) -> Case:
     """logits of this shape; ignored: every fifth target; strided: the rows of logits are parts of longer ones."""
 
