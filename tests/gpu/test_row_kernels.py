@@ -57,13 +57,18 @@ def test_interpreted(interpreter, op, number, dtype):
 
 @pytest.mark.parametrize(("op", "number"), row_kernels.small_cases())
 def test_each_byte_is_moved_once(interpreter, op, number):
-    """Of the tensors as large as the largest: read or written once, whichever kernel of a direction does it."""
+    """Of the tensors as large as the largest: read or written once, whichever kernel of a direction does it.
+
+    adamw reads and writes once what it updates.
+    """
+    most = 2 if op == "adamw" else 1
     for moved in interpreter.call(row_kernels.moved_by_small_case, op, number):
         largest = max(tensor.num_elements for tensor in moved)
         for tensor in moved:
             if tensor.num_elements == largest:
-                assert tensor.most_loads + tensor.most_stores == 1, tensor
-                assert tensor.num_moved == tensor.num_elements, tensor
+                times = tensor.most_loads + tensor.most_stores
+                assert max(tensor.most_loads, tensor.most_stores) == 1 and times <= most, tensor
+                assert tensor.num_moved == times * tensor.num_elements, tensor
 
 
 def compile_cases() -> list[Any]:

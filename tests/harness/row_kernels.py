@@ -5,16 +5,21 @@ Whatever runs a kernel, the operator is called as a user calls it, with its grad
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pypar.bench.gpu.moved import Moved, count
-from pypar.kernels.launch import Launch
+from pypar.kernels.launch import Launch, Table
 from pypar.selftest.judge import check_case
 from pypar.selftest.row_kernels import cases_module, launches_of, operators
+
+_BETWEEN = 0xA5  # a byte that belongs to no tensor
 
 
 def small_cases() -> list[Any]:
@@ -46,8 +51,45 @@ def runner_of_ptx(capability: int) -> Callable[[Launch], None]:
     from pypar.bench.gpu.triton_code import source_of
 
     def run(launch: Launch) -> None:
-        kernel = TritonKernel(source_of(launch), capability, **launch.options)
-        arguments = {name: launch.arguments[name] for name in kernel.arg_names}
-        kernel.launch(launch.num_programs, arguments, race="raise", uninit="raise")
+        with tables_beside_their_tensors(launch) as mapped:
+            kernel = TritonKernel(source_of(mapped), capability, **launch.options)
+            arguments = {name: mapped.arguments[name] for name in kernel.arg_names}
+            kernel.launch(launch.num_programs, arguments, race="raise", uninit="raise")
 
     return run
+
+
+@contextlib.contextmanager
+def tables_beside_their_tensors(launch: Launch) -> Iterator[Launch]:
+    """The launch with each table and copies of its tensors in one tensor, as what runs PTX knows arguments alone.
+
+    At the end the tensors have what was written; AssertionError where something was written between them.
+    """
+    tables = {name: x for name, x in launch.arguments.items() if isinstance(x, Table)}
+    placed = {name: _in_one_piece(table) for name, table in tables.items()}
+    yield replace(launch, arguments=launch.arguments | {name: whole for name, (whole, _) in placed.items()})
+    for name, (whole, copies) in placed.items():
+        for x, copy in zip(tables[name].tensors, copies, strict=True):
+            x.copy_(copy)
+            copy.view(torch.uint8).fill_(_BETWEEN)
+        rest = whole.view(torch.uint8)[tables[name].written().nbytes :]
+        assert bool((rest == _BETWEEN).all()), f"{launch.kernel.__name__} wrote beside its tensors"
+
+
+def _in_one_piece(table: Table) -> tuple[Tensor, list[Tensor]]:
+    """(one tensor that begins with the table, and within it copies of the tensors, which lie as far from 16 bytes)."""
+    shape = table.written().shape
+    ends = [8 * shape.numel()]
+    begins = []
+    for x in table.tensors:
+        begins.append(-(-ends[-1] // 16) * 16 + 64 + x.data_ptr() % 16)
+        ends.append(begins[-1] + x.nbytes)
+    whole = torch.full((-(-ends[-1] // 8) + 8,), _BETWEEN, dtype=torch.uint8).repeat_interleave(8)
+    copies = [
+        whole[begin : begin + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        for begin, x in zip(begins, table.tensors, strict=True)
+    ]
+    left = iter(copies)
+    lists = tuple([next(left) for _ in column] for column in table.lists)
+    replace(table, lists=lists).into(whole[: ends[0]].view(torch.int64).view(shape))
+    return whole.view(torch.int64), copies

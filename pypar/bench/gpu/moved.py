@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pypar.kernels.launch import Launch, in_fp32
+from pypar.kernels.launch import Launch, in_fp32, tensors_of
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ def count(launches: list[Launch]) -> list[Moved]:
     tensors: dict[int, tuple[str, Tensor, int]] = {}
     run = in_fp32(launches)
     for launch, copied in zip(launches, run, strict=True):
-        for name, x in copied.arguments.items():
-            if isinstance(x, Tensor) and x.numel():
-                tensors.setdefault(x.data_ptr(), (name, x, launch.arguments[name].element_size()))
+        given = tensors_of(launch)
+        for name, x in tensors_of(copied).items():
+            if x.numel():
+                tensors.setdefault(x.data_ptr(), (name, x, given[name].element_size()))
     addresses: dict[str, list[np.ndarray]] = {"loads": [], "stores": []}
     originals = builder.create_masked_load, builder.create_masked_store
 

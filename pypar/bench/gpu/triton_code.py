@@ -11,6 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pypar.kernels.launch import with_tables
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NEWEST = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -20,6 +22,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 
@@ -27,6 +30,7 @@ def source_of(launch: Any) -> ASTSource:
     """What the JIT would compile for these arguments: types, constants, and which numbers are 16's
     multiples."""
     signature, constants, attributes = {}, {}, {}
+    launch = with_tables(launch)
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize

@@ -37,6 +37,16 @@ def cases(large: bool) -> list[Case]:
     return [case(count, PLAIN, quick=True), case(count, MASTER), case(1023, SAME)]
 
 
+def small_cases() -> list[Case]:
+    """Sizes and forms for interpreters of GPU kernels."""
+    return [case(1040, PLAIN, quick=True), case(1023, MASTER), case(63, SAME)]
+
+
+def compiled_cases() -> list[Case]:
+    """Parameters whose machine code is looked at."""
+    return [case(4096, MASTER), case(4096, PLAIN), case(1023, SAME)]
+
+
 def case(count: int, form: Form = PLAIN, quick: bool = False) -> Case:
     """One update of `count` parameters. The result is their new values, and the new moments, in one tensor."""
 

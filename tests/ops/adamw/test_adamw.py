@@ -240,3 +240,13 @@ def test_bad_input_is_named(change, sentence):
 def test_numbers_out_of_bounds_are_named(numbers):
     with pytest.raises(ValueError, match="must"):
         Update(**numbers)
+
+
+def test_kernels_take_both_moments_of_one_dtype():
+    state = cases.state(63, cases.PLAIN, torch.float32)
+    state["exp_avgs"] = [x.bfloat16() for x in state["exp_avgs"]]
+    with pytest.raises(
+        ValueError, match="refuses: exp_avgs are torch.bfloat16 and exp_avg_sqs torch.float32"
+    ):
+        updates(state, "native")
+    updates(state, None)
