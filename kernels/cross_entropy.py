@@ -8,31 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, run_launches
-from .rows import load_rows, row_tile, store_rows
+from .rows import RowTile, load_rows, row_tile, store_rows
 
 _LARGEST_BLOCK = 4096  # logits of a row that a program holds at a time
 
 
 def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, maximum, total) [R], fp32, of logits [R, V] with adjacent elements and targets [R]."""
-    R, V = targets.numel(), logits.shape[1]
-    loss, maximum, total = (logits.new_empty(R, dtype=torch.float32) for _ in range(3))
-    tile = row_tile(min(V, _LARGEST_BLOCK))
-    arguments: dict[str, Any] = {
-        "logits_ptr": logits,
-        "targets_ptr": targets,
-        "loss_ptr": loss,
-        "maximum_ptr": maximum,
-        "total_ptr": total,
-        "R": R,
-        "V": V,
-        "stride": logits.stride(0),
-        "ignore_index": ignore_index,
-        "BLOCK_ROWS": tile.BLOCK_ROWS,
-        "BLOCK_V": tile.BLOCK_D,
-    }
-    programs = triton.cdiv(R, tile.BLOCK_ROWS)
-    run_launches([Launch(_forward_kernel, programs, arguments, tile.num_warps, 1)], logits)
+    loss, maximum, total = (logits.new_empty(targets.numel(), dtype=torch.float32) for _ in range(3))
+    tensors = {"loss_ptr": loss, "maximum_ptr": maximum, "total_ptr": total}
+    run_launches([_launch(_forward_kernel, logits, targets, ignore_index, tensors, 1)], logits)
     return loss, maximum, total
 
 
@@ -42,24 +27,25 @@ def backward(
     """dlogits [R, V] of dloss [R], fp32, and what forward took and gave."""
     R, V = targets.numel(), logits.shape[1]
     dlogits = logits.new_empty(R, V)
-    tile = row_tile(min(V, _LARGEST_BLOCK))
-    arguments: dict[str, Any] = {
-        "dloss_ptr": dloss,
-        "logits_ptr": logits,
-        "targets_ptr": targets,
-        "maximum_ptr": maximum,
-        "total_ptr": total,
-        "dlogits_ptr": dlogits,
-        "R": R,
-        "V": V,
-        "stride": logits.stride(0),
-        "ignore_index": ignore_index,
-        "BLOCK_ROWS": tile.BLOCK_ROWS,
-        "BLOCK_V": tile.BLOCK_D,
-    }
-    programs = triton.cdiv(R, tile.BLOCK_ROWS) * triton.cdiv(V, tile.BLOCK_D)
-    run_launches([Launch(_backward_kernel, programs, arguments, tile.num_warps, 1)], logits)
+    tensors = {"dloss_ptr": dloss, "maximum_ptr": maximum, "total_ptr": total, "dlogits_ptr": dlogits}
+    blocks = triton.cdiv(V, _tile(logits).BLOCK_D)
+    run_launches([_launch(_backward_kernel, logits, targets, ignore_index, tensors, blocks)], logits)
     return dlogits
+
+
+def _tile(logits: Tensor) -> RowTile:
+    return row_tile(min(logits.shape[1], _LARGEST_BLOCK))
+
+
+def _launch(
+    kernel: Any, logits: Tensor, targets: Tensor, ignore_index: int, tensors: dict[str, Tensor], blocks: int
+) -> Launch:
+    """A launch of so many programs for each tile of rows."""
+    tile, R = _tile(logits), targets.numel()
+    arguments: dict[str, Any] = {"logits_ptr": logits, "targets_ptr": targets, **tensors, "R": R}
+    arguments |= {"V": logits.shape[1], "stride": logits.stride(0), "ignore_index": ignore_index}
+    arguments |= {"BLOCK_ROWS": tile.BLOCK_ROWS, "BLOCK_V": tile.BLOCK_D}
+    return Launch(kernel, triton.cdiv(R, tile.BLOCK_ROWS) * blocks, arguments, tile.num_warps, 1)
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
