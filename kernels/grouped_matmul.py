@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .launch import Launch, run_launches
 
-_WARPS, _STAGES = 4, 3
+_STAGES = 3
 _OUTER_ROWS = 32  # of a group that are added at a time
 
 
@@ -28,6 +28,12 @@ def _tile(x: Tensor, groups: int) -> _Tile:
     """As few rows as the groups have on average: the products of the others would be thrown away."""
     rows = triton.next_power_of_2(triton.cdiv(max(len(x), 1), groups))
     return _Tile(min(max(rows, 16), 64), 128, 64) if x.itemsize < 4 else _Tile(min(max(rows, 16), 64), 64, 32)
+
+
+def _num_warps(x: Tensor, *sizes: int) -> int:
+    """4, or 8 where what 128 threads hold does not fit their registers: fp32, or rows whose elements have an address
+    each, as 16 do not divide their number."""
+    return 8 if x.itemsize == 4 or any(size % 16 for size in sizes) else 4
 
 
 def rows_product(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
@@ -57,7 +63,8 @@ def rows_product(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
         "BLOCK_K": tile.K,
     }
     programs = (triton.cdiv(R, tile.M) + E + 1) * triton.cdiv(size, tile.N) if R else 0
-    run_launches([Launch(_rows_product_kernel, programs, arguments, _WARPS, _STAGES)], x)
+    num_warps = _num_warps(x, depth, size)
+    run_launches([Launch(_rows_product_kernel, programs, arguments, num_warps, _STAGES)], x)
     return out
 
 
@@ -88,7 +95,8 @@ def outer_product(x: Tensor, y: Tensor, out: Tensor, counts: Tensor) -> Tensor:
         "BLOCK_R": _OUTER_ROWS,
     }
     programs = E * triton.cdiv(depth, tile.M) * triton.cdiv(size, tile.N)
-    run_launches([Launch(_outer_product_kernel, programs, arguments, _WARPS, _STAGES)], x)
+    num_warps = _num_warps(x, depth, size)
+    run_launches([Launch(_outer_product_kernel, programs, arguments, num_warps, _STAGES)], x)
     return out
 
 

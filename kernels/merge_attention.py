@@ -46,7 +46,9 @@ def _launch(kernel: Any, outs: Tensor, tensors: dict[str, Any]) -> Launch:
     rows = T * N * (batch[0] if batch else 1)
     sizes = {"rows": rows, "T": T, "N": N, "P": P, "H": H}
     blocks = {"BLOCK_ROWS": tile.BLOCK_ROWS, "BLOCK_H": tile.BLOCK_D}
-    return Launch(kernel, triton.cdiv(rows, tile.BLOCK_ROWS), tensors | sizes | blocks, tile.num_warps, 1)
+    # Twice row_tile's: backward holds two tiles, which do not always fit the registers of fewer threads.
+    num_warps = min(2 * tile.num_warps, 32)
+    return Launch(kernel, triton.cdiv(rows, tile.BLOCK_ROWS), tensors | sizes | blocks, num_warps, 1)
 
 
 @triton.jit
