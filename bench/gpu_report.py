@@ -3,9 +3,10 @@
     python bench/gpu_report.py [--arch sm_80 ...] [--kernel head 128 bf16]
 
 First the kernels of CUDA C++, of which all cells are told. Needs pypar._cuda (nvcc at installation) and Triton's wheel,
-for its cuobjdump. Then Triton's kernels of operators on rows, compiled here for the first of their compiled_cases, and
-the bytes that they move for the first of their small_cases, counted in Triton's interpreter, beside the least: inputs
-and outputs, each once, and gradients in backward.
+for its cuobjdump. Then Triton's kernels of operators but attention, compiled here for the first of their
+compiled_cases, and the bytes that they move for the first of their small_cases (else kernel_cases), counted in Triton's
+interpreter, beside the least: inputs and outputs, each once, and gradients in backward. linear_cross_entropy's kernels
+stand between products; their least is what they touch, each once each way.
 
 registers, spills   of a thread; spills are counted in the machine code (STL and LDL instructions) and as stack bytes
 shared              bytes of a block, dynamic and static
@@ -126,7 +127,7 @@ def triton_tables(archs: list[str], words: list[str]) -> Iterator[str]:
 
     launches = {
         (op, case.shape, direction, launch.kernel.__name__): launch
-        for op in operators()
+        for op in operators("compiled_cases")
         for case in cases_module(op).compiled_cases()[:1]
         for direction, several in zip(DIRECTIONS, launches_of(case, torch.bfloat16), strict=True)
         for launch in several
@@ -167,15 +168,19 @@ def moved(words: list[str]) -> list[tuple[str, str, str, int, int]]:
     from pypar.selftest.rows import least_bytes
 
     rows = []
-    for op in operators():
+    for op in operators("compiled_cases"):
         if not any(all(word in (op, direction) for word in words) for direction in DIRECTIONS):
             continue
-        case = cases_module(op).small_cases()[0]
+        module = cases_module(op)
+        case = getattr(module, "small_cases" if hasattr(module, "small_cases") else "kernel_cases")()[0]
         leasts = least_bytes(case, expect_case(case, "cpu", torch.float32)[0])
         directions = zip(DIRECTIONS, launches_of(case, torch.float32), leasts, strict=True)
         for direction, launches, least in directions:
             if launches and all(word in (op, direction) for word in words):
-                total = sum(x.num_moved * x.element_bytes for x in count(launches))
+                found = [x for launch in launches for x in count([launch])]
+                total = sum(x.num_moved * x.element_bytes for x in found)
+                if op == "linear_cross_entropy":
+                    least = sum(x.num_touched * x.element_bytes for x in found)
                 rows.append((op, f"{case.shape}, {case.name}", direction, total, least))
     return rows
 

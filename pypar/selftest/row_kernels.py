@@ -1,7 +1,8 @@
-"""Operators on rows whose Triton kernels can be looked at without a GPU, by the cases that their files give for that:
+"""Operators whose Triton kernels can be looked at without a GPU, by the cases that their files give for that:
 
 small_cases()       a few numbers and every option: for an interpreter
-compiled_cases()    rows as models have them: for a compiler
+kernel_cases()      the same where some bytes are moved more often than once, or never
+compiled_cases()    sizes as models have them: for a compiler
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ def cases_module(op: str) -> ModuleType:
     return importlib.import_module(f"pypar.selftest.cases.{op}")
 
 
-def operators() -> list[str]:
-    """Those with a Triton backend; attention, whose kernels are no row's, has tests of its own."""
+def operators(cases: str = "small_cases") -> list[str]:
+    """Those with a Triton backend and these cases; attention has tests of its own."""
     names = [m.__name__.rsplit(".", 1)[1] for m in op_modules() if "triton" in {b.name for b in m.BACKENDS}]
-    return [name for name in names if hasattr(cases_module(name), "small_cases")]
+    return [name for name in names if hasattr(cases_module(name), cases)]
 
 
 def launches_of(case: Case, dtype: torch.dtype) -> tuple[list[Launch], list[Launch]]:

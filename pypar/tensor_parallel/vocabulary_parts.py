@@ -20,6 +20,7 @@ from pypar.mesh import Axis
 from pypar.ops.backend import choose
 from pypar.ops.cross_entropy import check_range
 from pypar.ops.linear_cross_entropy import BACKENDS, compute
+from pypar.ops.linear_cross_entropy.backends import BY_NAME
 from pypar.ops.linear_cross_entropy.chunks import Gradients, LossProblem, Needs, rows_of_a_chunk
 from pypar.ops.linear_cross_entropy.loss import (
     LossKeywords,
@@ -32,7 +33,7 @@ from pypar.ops.linear_cross_entropy.loss import (
     parts_of,
     token_loss,
 )
-from pypar.ops.linear_cross_entropy.operator import BY_NAME, given_away
+from pypar.ops.linear_cross_entropy.operator import given_away
 from pypar.ops.linear_cross_entropy.passes import (
     CoefficientsOf,
     differentiate_all,
@@ -144,7 +145,8 @@ class _Call:
         first = sum(sizes[: self.part.axis.rank])
         targets = torch.where(counted, self.target.reshape(-1) - first, -1)
         all_counted = counted.device.type == "cpu" and bool(counted.all())
-        chunk_rows = rows_of_a_chunk(rows.shape[0], rows.shape[1], max(sizes))
+        T, H = rows.shape
+        chunk_rows = rows_of_a_chunk(T, H, max(sizes), self.part.backend.chunk_rows)
         return LossProblem(
             rows,
             weight,

@@ -1,7 +1,6 @@
 """adamw's Triton kernel without a GPU: the bits of the definition, from Triton's interpreter and from its PTX."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,17 +21,6 @@ from tests.harness import row_kernels
 PTXRUN = os.environ.get("PYPAR_PTXRUN")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EDGE = (1 << 32) - 300  # where the upper half of the elements' numbers changes
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Any]:
-    from tests.harness.triton_interpreter import Interpreter
-
-    worker = Interpreter()
-    try:
-        yield worker
-    finally:
-        worker.close()
 
 
 def tensors(state: dict[str, list]) -> dict[str, torch.Tensor]:

@@ -2,8 +2,6 @@
 experts, choices that nobody takes, tokens that do not count."""
 
 import os
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +13,7 @@ if TRITON_MISSING is not None:
 
 from pypar.bench.gpu.triton_code import SHARED_BYTES, compile_launch, machine_code
 from pypar.kernels.launch import launches_go_to
-from pypar.selftest.cases import grouped_matmul
-from pypar.selftest.row_kernels import launches_of
+from pypar.selftest.row_kernels import cases_module, launches_of
 from tests.harness import row_kernels
 
 PTXRUN = os.environ.get("PYPAR_PTXRUN")
@@ -26,19 +23,12 @@ CASES = [
     ("moe_permute", 1),
     ("cross_entropy", 0),
     pytest.param("cross_entropy", 1, marks=pytest.mark.slow),
+    ("linear_cross_entropy", 0),
+    ("linear_cross_entropy", 1),
+    *(pytest.param("linear_cross_entropy", i, marks=pytest.mark.slow) for i in (2, 3, 4)),
     *(pytest.param("grouped_matmul", i, marks=pytest.mark.slow) for i in (1, 2)),
 ]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Any]:
-    from tests.harness.triton_interpreter import Interpreter
-
-    worker = Interpreter()
-    try:
-        yield worker
-    finally:
-        worker.close()
+COMPILED = [("grouped_matmul", 0), ("grouped_matmul", 1), *(("linear_cross_entropy", i) for i in range(3))]
 
 
 @pytest.mark.parametrize(
@@ -49,17 +39,24 @@ def test_interpreted(interpreter, op, number, dtype):
     interpreter.call(row_kernels.check_kernel_case, op, number, dtype)
 
 
-@pytest.mark.parametrize("capability", [80, *(pytest.param(c, marks=pytest.mark.slow) for c in (90, 100))])
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_compiled_products_spill_nothing(number, capability, tmp_path):
-    case = grouped_matmul.compiled_cases()[number]
+@pytest.mark.parametrize(
+    ("op", "number", "capability"),
+    [
+        pytest.param(op, number, capability, marks=pytest.mark.slow if number or capability != 80 else ())
+        for op, number in COMPILED
+        for capability in (80, 90, 100)
+    ],
+)
+def test_compiled_code_spills_nothing(op, number, capability, tmp_path):
+    case = cases_module(op).compiled_cases()[number]
     for dtype in (torch.float32, torch.bfloat16):
         for launch in sum(launches_of(case, dtype), []):
             code = machine_code(compile_launch(launch, capability), tmp_path)
             fine = code.spills == 0 and code.stack_bytes == 0
             fine &= code.shared_bytes <= SHARED_BYTES[capability]
             assert fine, f"{launch.kernel.__name__} for {case.shape} {dtype} on {capability}: {code}"
-            assert code.tensor_core or dtype == torch.float32, launch.kernel.__name__
+            multiplies_16_bits = op == "grouped_matmul" and dtype != torch.float32
+            assert code.tensor_core or not multiplies_16_bits, launch.kernel.__name__
 
 
 @pytest.mark.skipif(not PTXRUN, reason="PYPAR_PTXRUN does not name the folder that holds ptxrun")

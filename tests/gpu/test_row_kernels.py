@@ -5,7 +5,6 @@ A new operator needs no line here: its backend "triton" and its small_cases and 
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,17 +26,6 @@ PTXRUN = os.environ.get("PYPAR_PTXRUN")
 needs_ptxrun = pytest.mark.skipif(
     not PTXRUN, reason="PYPAR_PTXRUN does not name the folder that holds ptxrun"
 )
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Any]:
-    from tests.harness.triton_interpreter import Interpreter
-
-    worker = Interpreter()
-    try:
-        yield worker
-    finally:
-        worker.close()
 
 
 def quick_first(values: list[Any]) -> list[Any]:

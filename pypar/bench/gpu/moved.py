@@ -21,6 +21,7 @@ class Moved:
     most_loads: int
     most_stores: int
     num_moved: int  # loads and stores of all its elements
+    num_touched: int  # elements that were loaded, and those that were stored
 
 
 def count(launches: list[Launch]) -> list[Moved]:
@@ -37,12 +38,16 @@ def count(launches: list[Launch]) -> list[Moved]:
     addresses: dict[str, list[np.ndarray]] = {"loads": [], "stores": []}
     originals = builder.create_masked_load, builder.create_masked_store
 
+    def note(kind: str, pointers: Any, mask: Any) -> None:
+        is_taken = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)  # which may be numbers
+        addresses[kind].append(pointers.data[is_taken])
+
     def load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        addresses["loads"].append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
+        note("loads", pointers, mask)
         return originals[0](pointers, mask, *rest)
 
     def store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        addresses["stores"].append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
+        note("stores", pointers, mask)
         return originals[1](pointers, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = load, store
@@ -83,4 +88,5 @@ def _moved(
         int(loads.max()),
         int(stores.max()),
         int(loads.sum() + stores.sum()),
+        int((loads > 0).sum() + (stores > 0).sum()),
     )

@@ -3,6 +3,11 @@
 For a chunk, `measure` multiplies it by the weight, block by block of the vocabulary, and finds what the rows'
 softmax needs; `differentiate` turns each block of logits into its gradient, in place, and multiplies that into the
 gradients of hidden and weight. Products are fp32 (fp64 for fp64), and so are the sums over blocks and chunks.
+
+On a CPU the operands of products are converted to fp32, block by block of the weight. A GPU has a rate for operands of
+16 bits that is many times that of fp32, and gives their products in fp32: there operands stay in the inputs' dtype, a
+block is the whole vocabulary, and the logits' gradient, made in fp32 from logits in fp32, is rounded once to be an
+operand of the other two products, as it is in PyTorch.
 """
 
 from __future__ import annotations
@@ -13,14 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pypar.ops.linear_cross_entropy.products import multiply_into
-from pypar.ops.linear_cross_entropy.rows import Coefficients, LossBackend
+from pypar.ops.linear_cross_entropy.rows import Block, Coefficients, LossBackend
 from pypar.ops.rows import accumulate_dtype
 
 Needs = tuple[bool, bool, bool]  # whether gradients of hidden, weight and bias are asked for
-
-# Below 64 tokens a product is short of work; from 512 to 1024 its rate grew no more (Zen 3, H 1024, V 8192).
-_LEAST_ROWS, _MOST_ROWS = 64, 512
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,14 @@ class LossProblem:
         return self.counted.nonzero().squeeze(-1) if on_cpu and self.counted is not None else None
 
 
-def rows_of_a_chunk(num_tokens: int, width: int, vocabulary_size: int) -> int:
-    """So many that the logits of a chunk have about as many numbers as hidden; a power of two (Liger's rule)."""
+def rows_of_a_chunk(num_tokens: int, width: int, vocabulary_size: int, bounds: tuple[int, int]) -> int:
+    """So many that the logits of a chunk have about as many numbers as hidden; a power of two (Liger's rule).
+
+    bounds: the least and the most.
+    """
+    least, most = bounds
     wanted = -(-num_tokens // -(-vocabulary_size // max(1, width))) if vocabulary_size else 1
-    return min(max(1 << max(0, wanted - 1).bit_length(), _LEAST_ROWS), _MOST_ROWS)
+    return min(max(1 << max(0, wanted - 1).bit_length(), least), most)
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Chunk:
     """Some tokens, and what has been found of them."""
 
     rows: Tensor | slice  # which of the tokens
-    hidden: Tensor  # [n, H], in the dtype of computing
+    hidden: Tensor  # [n, H], in the dtype of operands
     targets: Tensor
     state: Tensor  # [4, n]
     logits: Tensor | None = None  # the memory where those of each block [n, Vb] stand, one after the other
@@ -86,7 +91,7 @@ class ChunkedLoss:
     def __init__(self, problem: LossProblem) -> None:
         self.problem, self.kept = problem, problem.kept
         hidden, weight = problem.hidden, problem.weight
-        self.dtype = accumulate_dtype(hidden)
+        self.dtype, self.operand_dtype = accumulate_dtype(hidden), problem.backend.operand_dtype(hidden)
         if problem.counted is not None and self.kept is None:  # what they hold, NaN even, must not be seen
             hidden = hidden.masked_fill(~problem.counted.unsqueeze(-1), 0)
         self.hidden = hidden
@@ -111,8 +116,8 @@ class ChunkedLoss:
             rows: slice | Tensor = slice(begin, min(begin + self.problem.chunk_rows, self.num_tokens))
             if self.kept is not None:
                 rows = self.kept[rows]
-            hidden = self.hidden[rows].to(self.dtype)
-            state = hidden.new_zeros(4, hidden.shape[0])
+            hidden = self.hidden[rows].to(self.operand_dtype)
+            state = hidden.new_zeros(4, hidden.shape[0], dtype=self.dtype)
             yield Chunk(rows, hidden, self.problem.targets[rows], state)
 
     def measure(self, chunk: Chunk, *, keep_logits: bool) -> None:
@@ -120,15 +125,8 @@ class ChunkedLoss:
         problem, memory = self.problem, self._memory(chunk, whole=keep_logits)
         for number, block in enumerate(self.blocks):
             logits = self._logits_of(chunk, number, memory, whole=keep_logits)
-            multiply_into(logits, chunk.hidden, self._wide(block))
-            problem.backend.statistics(
-                logits,
-                self.biases[number],
-                chunk.targets - self.starts[number],
-                chunk.state,
-                problem.softcap,
-                problem.needs_sum,
-            )
+            problem.backend.multiply_into(logits, chunk.hidden, self._operand(block))
+            problem.backend.statistics(self._block(chunk, number, logits), chunk.state, problem.needs_sum)
         if keep_logits:
             chunk.logits = memory
         else:
@@ -139,26 +137,29 @@ class ChunkedLoss:
     ) -> None:
         """Adds the chunk's part to the gradients of weight and bias; writes hidden's [n, H]."""
         problem, is_raw = self.problem, chunk.logits is None
+        multiply_into = problem.backend.multiply_into
         is_first = not (sums.weight or sums.bias)
         memory = self._memory(chunk, whole=False) if chunk.logits is None else chunk.logits
         for number, block in enumerate(self.blocks):
-            wide = self._wide(block) if is_raw or dhidden is not None else block
+            operand = self._operand(block) if is_raw or dhidden is not None else block
             logits = self._logits_of(chunk, number, memory, whole=not is_raw)
             if is_raw:
-                multiply_into(logits, chunk.hidden, wide)
-            targets = chunk.targets - self.starts[number]
-            problem.backend.gradient(logits, self.biases[number], targets, of, problem.softcap, is_raw)
+                multiply_into(logits, chunk.hidden, operand)
+            dlogits = problem.backend.gradient(
+                self._block(chunk, number, logits), of, is_raw, self.operand_dtype
+            )
             if dhidden is not None:
-                multiply_into(dhidden, logits, wide.t(), add=number > 0)
+                multiply_into(dhidden, dlogits, operand.t(), add=number > 0)
             if needs[1]:
                 if is_first:
                     sums.weight.append(self._new_sum(sums, number))
-                multiply_into(sums.weight[number], logits.t(), chunk.hidden.t(), add=not is_first)
+                multiply_into(sums.weight[number], dlogits.t(), chunk.hidden.t(), add=not is_first)
             if needs[2]:
+                dbias = dlogits.sum(0, dtype=self.dtype)
                 if is_first:
-                    sums.bias.append(logits.sum(0))
+                    sums.bias.append(dbias)
                 else:
-                    sums.bias[number] += logits.sum(0)
+                    sums.bias[number] += dbias
         self._free.append(memory)
 
     def gradients(self, sums: Sums, needs: Needs) -> Gradients:
@@ -195,12 +196,12 @@ class ChunkedLoss:
             sums.whole_weight = weight.new_empty(weight.shape)
         return sums.whole_weight[begin:end]
 
-    def _wide(self, block: Tensor) -> Tensor:
-        """A block of the weight in the dtype of computing, until the next is asked for."""
-        if block.dtype == self.dtype:
+    def _operand(self, block: Tensor) -> Tensor:
+        """A block of the weight in the dtype of operands, until the next is asked for."""
+        if block.dtype == self.operand_dtype:
             return block
         if self._wide_weight is None:
-            self._wide_weight = block.new_empty(self.blocks[0].shape, dtype=self.dtype)
+            self._wide_weight = block.new_empty(self.blocks[0].shape, dtype=self.operand_dtype)
         return self._wide_weight[: block.shape[0]].copy_(block)
 
     def _memory(self, chunk: Chunk, *, whole: bool) -> Tensor:
@@ -208,9 +209,13 @@ class ChunkedLoss:
         size = chunk.hidden.shape[0] * (self.starts[-1] if whole else self.blocks[0].shape[0])
         if self._free:
             return self._free.pop()  # that of the first chunk, which no other exceeds
-        return chunk.hidden.new_empty(size)
+        return chunk.hidden.new_empty(size, dtype=self.dtype)
 
     def _logits_of(self, chunk: Chunk, number: int, memory: Tensor, *, whole: bool) -> Tensor:
         rows, size = chunk.hidden.shape[0], self.blocks[number].shape[0]
         begin = rows * self.starts[number] if whole else 0
         return memory[begin : begin + rows * size].view(rows, size)
+
+    def _block(self, chunk: Chunk, number: int, logits: Tensor) -> Block:
+        targets = chunk.targets - self.starts[number]
+        return Block(logits, self.biases[number], targets, self.problem.softcap)

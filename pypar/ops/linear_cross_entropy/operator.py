@@ -1,4 +1,4 @@
-"""linear_cross_entropy as operators of torch: backends, schemas, fakes and gradients.
+"""linear_cross_entropy as operators of torch: schemas, fakes and gradients.
 
 `parts` gives the numbers of each token of which any loss is made, and its gradient multiplies the logits again (four
 products in all). `with_gradients` gives a sum over tokens, and finds the gradients while the logits are there (three):
@@ -8,152 +8,25 @@ that is right where one number multiplies all of them in the end.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pypar.ops.backend import never_refuses
-from pypar.ops.cross_entropy import check_range
-from pypar.ops.linear_cross_entropy import rows
-from pypar.ops.linear_cross_entropy.chunks import LossProblem, Needs, rows_of_a_chunk
-from pypar.ops.linear_cross_entropy.loss import (
-    TokenParts,
-    TokenWeights,
-    coefficients_of_loss,
-    coefficients_of_parts,
-    parts_of,
-    token_loss,
-)
-from pypar.ops.linear_cross_entropy.passes import differentiate_all, measure_all, measure_and_differentiate
-from pypar.ops.linear_cross_entropy.rows import LossBackend
+from pypar.ops.linear_cross_entropy import backends
+from pypar.ops.linear_cross_entropy.chunks import Needs
 from pypar.ops.register import define, register_gradient
-from pypar.ops.rows import accumulate_dtype, as_rows, native_refusal
-
-# A block of the weight in fp32: with the logits of a chunk it stays in a cache of the third level.
-_BLOCK_BYTES = 16 << 20
-
-
-class LossInputs(NamedTuple):
-    """What is differentiated, and by whose targets; see `linear_cross_entropy`."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    target: Tensor
-    ignore_index: int
-    softcap: float
-    needs_mean: bool  # the mean logit is wanted, of which label smoothing is made
-
-    def problem(self, backend: LossBackend) -> LossProblem:
-        """The problem of one who has the whole vocabulary. ValueError on CPU: a target out of range."""
-        hidden, target, vocabulary_size = as_rows(self.hidden), self.target.reshape(-1), self.weight.shape[0]
-        counted: Tensor | None = target != self.ignore_index
-        if target.device.type == "cpu":
-            check_range(target, vocabulary_size, self.ignore_index)
-            counted = None if bool(torch.all(counted)) else counted  # type: ignore[arg-type]
-        chunk_rows = rows_of_a_chunk(hidden.shape[0], hidden.shape[1], vocabulary_size)
-        return LossProblem(
-            hidden,
-            self.weight,
-            self.bias,
-            target,
-            counted,
-            self.softcap,
-            backend,
-            chunk_rows,
-            self.needs_mean,
-        )
-
-    def parts(self, state: Tensor) -> tuple[Tensor, ...]:
-        """TokenParts of statistics [4, T], in the shape of target."""
-        counted = self.target.reshape(-1) != self.ignore_index
-        parts = parts_of(state, counted, self.weight.shape[0], self.needs_mean)
-        return tuple(x.view(self.target.shape) for x in parts)
-
-
-def _parts(backend: LossBackend, *inputs: Any) -> tuple[Tensor, ...]:
-    given = LossInputs(*inputs)
-    return given.parts(measure_all(given.problem(backend), None))
-
-
-def _parts_backward(
-    backend: LossBackend,
-    dtotal: Tensor,
-    dtarget_logit: Tensor,
-    dmean_logit: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    total: Tensor,
-    maximum: Tensor,
-    *options_and_needs: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *options, needs = options_and_needs
-    given = LossInputs(hidden, weight, bias, target, *options)
-    problem = given.problem(backend)
-    counted = problem.targets != given.ignore_index
-    dparts = [torch.where(counted, x.reshape(-1), 0.0) for x in (dtotal, dtarget_logit, dmean_logit)]
-    coefficients = coefficients_of_parts(
-        dparts[0], dparts[1], dparts[2] if given.needs_mean else None, weight.shape[0]
-    )
-    state = torch.stack((maximum.reshape(-1), total.reshape(-1)))
-    return _shaped(differentiate_all(problem, None, coefficients, state, needs), hidden, needs)
-
-
-def _with_gradients(
-    backend: LossBackend,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    token_weights: Tensor,
-    divisor: Tensor,
-    *options_and_needs: Any,
-) -> tuple[Tensor, ...]:
-    """(sum of token_weights x the loss of each token / divisor, TokenParts, gradients of that quotient)."""
-    ignore_index, softcap, label_smoothing, z_loss, needs = options_and_needs
-    given = LossInputs(hidden, weight, bias, target, ignore_index, softcap, label_smoothing != 0)
-    flat = TokenWeights(token_weights.reshape(-1), divisor)
-    coefficients = coefficients_of_loss(flat, label_smoothing, z_loss, weight.shape[0])
-    state, gradients = measure_and_differentiate(given.problem(backend), None, coefficients, needs)
-    parts = given.parts(state)
-    loss = TokenWeights(token_weights, divisor).total(token_loss(TokenParts(*parts), label_smoothing, z_loss))
-    return loss, *parts, *_shaped(gradients, hidden, needs)
-
-
-def _shaped(gradients: Any, hidden: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden = gradients.hidden.view(hidden.shape) if needs[0] else gradients.hidden
-    return dhidden, gradients.weight, gradients.bias
+from pypar.ops.rows import accumulate_dtype
 
 
 def _scaled(dloss: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
     return tuple((x * dloss).to(x.dtype) for x in gradients)
 
 
-def _native_unsupported(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
-) -> str | None:
-    return native_refusal(hidden, weight, target, *(() if bias is None else (bias,)))
-
-
-def _backend(name: str, refuses: Any, statistics: Any, gradient: Any, block_bytes: int | None) -> LossBackend:
-    """forward and backward are the operators' functions, with the backend itself as their first argument."""
-    return LossBackend(name, _parts, _parts_backward, refuses, statistics, gradient, block_bytes)
-
-
-BACKENDS = (
-    _backend("native", _native_unsupported, rows.native_statistics, rows.native_gradient, _BLOCK_BYTES),
-    _backend("reference", never_refuses, rows.plain_statistics, rows.plain_gradient, None),
-)
-BY_NAME = {backend.name: backend for backend in BACKENDS}
-
-
 def _by_name(function: Any) -> Any:
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        return function(BY_NAME[arguments[-1]], *arguments[:-1])
+        return function(backends.BY_NAME[arguments[-1]], *arguments[:-1])
 
     return run
 
@@ -197,21 +70,21 @@ _THREE = "Tensor, Tensor, Tensor"
 parts = define(
     "linear_cross_entropy_forward",
     f"({_INPUTS}, int ignore_index, float softcap, bool needs_mean, str backend) -> ({_THREE}, Tensor)",
-    _by_name(_parts),
+    _by_name(backends.parts),
     _fake_parts,
 )
 parts_backward = define(
     "linear_cross_entropy_backward",
     f"(Tensor dtotal, Tensor dtarget_logit, Tensor dmean_logit, {_INPUTS}, Tensor total, Tensor maximum, "
     f"int ignore_index, float softcap, bool needs_mean, {_NEEDS}) -> ({_THREE})",
-    _by_name(_parts_backward),
+    _by_name(backends.parts_backward),
     _fake_parts_backward,
 )
 with_gradients = define(
     "linear_cross_entropy_with_gradients",
     f"({_INPUTS}, Tensor token_weights, Tensor divisor, int ignore_index, float softcap, "
     f"float label_smoothing, float z_loss, {_NEEDS}) -> ({_THREE}, {_THREE}, Tensor, Tensor)",
-    _by_name(_with_gradients),
+    _by_name(backends.with_gradients),
     _fake_with_gradients,
 )
 scaled = define(

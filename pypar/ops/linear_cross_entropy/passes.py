@@ -64,7 +64,7 @@ def _run(
         into = place = None
         if sums.hidden is not None:
             place = sums.hidden[num_done : num_done + len(chunk.targets)]
-            into = place if place.dtype == loss.dtype else torch.empty_like(chunk.hidden)
+            into = place if place.dtype == loss.dtype else torch.empty_like(place, dtype=loss.dtype)
             num_done += len(chunk.targets)
         loss.differentiate(chunk, coefficients(chunk.state, chunk.rows), sums, needs, into)
         if place is not None and into is not None:

@@ -33,6 +33,26 @@ def cases(large: bool) -> list[Case]:
     ]
 
 
+def kernel_cases() -> list[Case]:
+    """Sizes and options for interpreters of GPU kernels; the first has rows of two blocks."""
+    return [
+        case((3,), 4, 4200, "smoothing and z-loss", bias=True, quick=True),
+        case((5, 2), 8, 67, "softcap", bias=True, weighted=True, ignored=True),
+        case((9,), 16, 131, "mean", ignored=True),
+        case((7,), 8, 63, "each token"),
+        case((6,), 8, 33, "sum", bias=True),
+    ]
+
+
+def compiled_cases() -> list[Case]:
+    """Vocabularies of models, whose machine code is looked at; as few tokens and as narrow as will do."""
+    return [
+        case((2,), 16, 128256),
+        case((2,), 16, 50257, "smoothing and z-loss", bias=True),
+        case((2,), 16, 1000, "softcap"),
+    ]
+
+
 def case(
     shape: tuple[int, ...],
     width: int,

@@ -7,7 +7,6 @@ single options of what the quick ones ask of all options together (LONG)."""
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,17 +21,6 @@ from tests.gpu.attention.problems import check_added, check_carry, draw
 from tests.ops.attention.judge import compare
 
 needs_triton = pytest.mark.skipif(TRITON_MISSING is not None, reason=f"{TRITON_MISSING}")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator:
-    from tests.harness.triton_interpreter import Interpreter
-
-    worker = Interpreter()
-    try:
-        yield worker
-    finally:
-        worker.close()
 
 
 LARGE_STEP = Positions(q_start=40, k_start=1, step=3, batch_start=2**20, head_start=5)

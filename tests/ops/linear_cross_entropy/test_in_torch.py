@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import pypar
 from pypar.ops import linear_cross_entropy
 from pypar.ops.linear_cross_entropy import BACKENDS
-from pypar.ops.linear_cross_entropy.rows import Coefficients
+from pypar.ops.linear_cross_entropy.rows import Block, Coefficients
 from tests.harness.native_kernels import assert_same_for_any_threads
 from tests.ops.linear_cross_entropy.inputs import make, numbers
 
-NAMES = [backend.name for backend in BACKENDS]
+NAMES = ["native", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = torch.ops.pypar
 
@@ -116,9 +116,9 @@ def test_same_bits_of_rows_for_any_number_of_threads():
 
     def rows(logits):
         statistics, gradient, state = logits.detach().clone(), logits.detach().clone(), torch.zeros(4, 64)
-        BACKENDS[0].statistics(statistics, None, target, state, 3.0, True)
+        BACKENDS[0].statistics(Block(statistics, None, target, 3.0), state, True)
         coefficients = Coefficients(state[0], ones / state[1], -ones, None)
-        BACKENDS[0].gradient(gradient, None, target, coefficients, 3.0, True)
+        BACKENDS[0].gradient(Block(gradient, None, target, 3.0), coefficients, True, torch.float32)
         return torch.cat((state.T, gradient), 1) + logits.sum() * 0
 
     assert_same_for_any_threads(rows, {"logits": logits.requires_grad_()})
