@@ -12,72 +12,43 @@ from .rows import load_rows, row_tile, store_rows
 _LARGEST_BLOCK = 1024  # columns of a program; longer rows are cut
 
 
-def gated_forward(
-    gate: Tensor, up: Tensor, activation: str, alpha: float, limit: float, interleaved: bool
-) -> Tensor:
-    """activation(gate) * up of rows [R, F] whose elements are adjacent; if interleaved, gate [R, 2F] holds both."""
-    out = gate.new_empty(gate.shape[0], gate.shape[1] // (2 if interleaved else 1))
-    arguments = {"gate_ptr": gate, "up_ptr": up, "out_ptr": out}
-    strides = {"stride_gate": gate.stride(0), "stride_up": up.stride(0)}
-    _run(_gated_forward_kernel, out, arguments, strides, activation, alpha, limit, interleaved)
+def gated_forward(gate: Tensor, up: Tensor, how: Any) -> Tensor:
+    """activation(gate) * up of rows [R, F] whose elements are adjacent, by a Gate of pypar.ops.gated (read here, not
+    imported); if interleaved, gate [R, 2F] holds both."""
+    out = gate.new_empty(gate.shape[0], gate.shape[1] // (2 if how.interleaved else 1))
+    _run(_gated_forward_kernel, out, {"gate": gate, "up": up}, {"out_ptr": out}, how)
     return out
 
 
 def gated_backward(
-    dout: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    dgate: Tensor,
-    dup: Tensor,
-    activation: str,
-    alpha: float,
-    limit: float,
-    interleaved: bool,
+    dout: Tensor, operands: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], how: Any
 ) -> None:
-    """Writes the gradients of gate and up, which lie like these, into dgate and dup."""
-    arguments = {"dout_ptr": dout, "gate_ptr": gate, "up_ptr": up, "dgate_ptr": dgate, "dup_ptr": dup}
-    strides = {f"stride_{name.removesuffix('_ptr')}": x.stride(0) for name, x in arguments.items()}
-    _run(_gated_backward_kernel, dout, arguments, strides, activation, alpha, limit, interleaved)
+    """Writes the gradients of gate and up, which lie like these, into `gradients`."""
+    (gate, up), (dgate, dup) = operands, gradients
+    tensors = {"dout": dout, "gate": gate, "up": up, "dgate": dgate, "dup": dup}
+    _run(_gated_backward_kernel, dout, tensors, {}, how)
 
 
-def _run(
-    kernel: Any,
-    like: Tensor,
-    tensors: dict[str, Tensor],
-    strides: dict[str, int],
-    activation: str,
-    alpha: float,
-    limit: float,
-    interleaved: bool,
-) -> None:
+def _run(kernel: Any, like: Tensor, strided: dict[str, Tensor], dense: dict[str, Tensor], how: Any) -> None:
     """One program for each tile of `like` [R, F]."""
     R, F = like.shape
     tile = row_tile(min(F, _LARGEST_BLOCK))
-    arguments: dict[str, Any] = {**tensors, "R": R, **strides, "alpha": alpha, "limit": limit, "F": F}
+    arguments: dict[str, Any] = {f"{name}_ptr": x for name, x in strided.items()}
+    arguments |= {f"stride_{name}": x.stride(0) for name, x in strided.items()}
+    arguments |= {**dense, "R": R, "alpha": how.alpha, "limit": how.limit, "F": F}
     arguments |= {"BLOCK_ROWS": tile.BLOCK_ROWS, "BLOCK_F": tile.BLOCK_D}
-    arguments |= {"ACTIVATION": activation, "INTERLEAVED": interleaved}
+    arguments |= {"ACTIVATION": how.activation, "INTERLEAVED": how.interleaved}
     programs = triton.cdiv(R, tile.BLOCK_ROWS) * triton.cdiv(F, tile.BLOCK_D)
     run_launches([Launch(kernel, programs, arguments, tile.num_warps, 1)], like)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _gated_forward_kernel(
-    gate_ptr,
-    up_ptr,
-    out_ptr,
-    R,
-    stride_gate,
-    stride_up,
-    alpha,
-    limit,
-    F: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    row, column = _place(F, BLOCK_ROWS, BLOCK_F)
-    inside = (row < R)[:, None] & (column < F)[None, :]
+    gate_ptr, up_ptr, out_ptr, R, stride_gate, stride_up, alpha, limit,
+    F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    row, column, inside = _place(R, F, BLOCK_ROWS, BLOCK_F)
     gate, up = _load_operands(gate_ptr, up_ptr, row, stride_gate, stride_up, R, F, BLOCK_F, INTERLEAVED)
     if ACTIVATION == "clamped_silu":
         up = _within(up, limit) + 1.0
@@ -87,27 +58,12 @@ def _gated_forward_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def _gated_backward_kernel(
-    dout_ptr,
-    gate_ptr,
-    up_ptr,
-    dgate_ptr,
-    dup_ptr,
-    R,
-    stride_dout,
-    stride_gate,
-    stride_up,
-    stride_dgate,
-    stride_dup,
-    alpha,
-    limit,
-    F: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    row, column = _place(F, BLOCK_ROWS, BLOCK_F)
-    inside = (row < R)[:, None] & (column < F)[None, :]
+    dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, R, stride_dout, stride_gate, stride_up, stride_dgate, stride_dup,
+    alpha, limit,
+    F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    row, column, inside = _place(R, F, BLOCK_ROWS, BLOCK_F)
     gate, up = _load_operands(gate_ptr, up_ptr, row, stride_gate, stride_up, R, F, BLOCK_F, INTERLEAVED)
     dout = load_rows(dout_ptr, row, stride_dout, column, inside)
     value, slope = _activated(gate, alpha, limit, ACTIVATION)
@@ -126,11 +82,12 @@ def _gated_backward_kernel(
 
 
 @triton.jit
-def _place(F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
-    """This program's rows, and columns of out."""
+def _place(R, F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
+    """This program's rows, columns of out, and which of them exist."""
     blocks = tl.cdiv(F, BLOCK_F)
     row = tl.program_id(0) // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    return row, tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    column = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    return row, column, (row < R)[:, None] & (column < F)[None, :]
 
 
 @triton.jit
@@ -150,8 +107,7 @@ def _load_operands(
         both = load_rows(gate_ptr, row, stride_gate, column, inside)
         gate, up = tl.split(tl.reshape(both, (row.shape[0], BLOCK_F, 2)))
     else:
-        column = tl.program_id(0) % tl.cdiv(F, BLOCK_F) * BLOCK_F + tl.arange(0, BLOCK_F)
-        inside = (row < R)[:, None] & (column < F)[None, :]
+        _, column, inside = _place(R, F, row.shape[0], BLOCK_F)
         gate = load_rows(gate_ptr, row, stride_gate, column, inside)
         up = load_rows(up_ptr, row, stride_up, column, inside)
     return gate, up

@@ -12,22 +12,14 @@ LARGEST_HEAD = 2048  # features
 _PAIRS = 1024  # of a program: 8 for each of 128 threads, loads of 16 bytes of bfloat16
 
 
-def turn(
-    q: Tensor,
-    k: Tensor | None,
-    q_out: Tensor,
-    k_out: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    interleaved: bool,
-    direction: float,
-) -> None:
+def turn(given: Any, q_out: Tensor, k_out: Tensor | None, direction: float) -> None:
     """q_out = q turned by direction (1 or -1) times the angles, k_out = k turned; each may be its own input.
 
-    q [B, T, N, H], k [B, T, G, H], the features of a head adjacent; cos, sin: contiguous, [rows, R/2] or [B, T, R/2];
-    positions: int64 [B, T], rows of cos and sin, any strides.
+    given: RopeInputs of pypar.ops.rope (read here, not imported). q [B, T, N, H], k [B, T, G, H], the features of a
+    head adjacent; cos, sin: contiguous, [rows, R/2] or [B, T, R/2], fp32; positions: int64 [B, T], rows of cos and sin,
+    any strides.
     """
+    q, k, cos, sin, positions, interleaved = given
     B, T, _, H = q.shape
     pairs = cos.shape[-1]
     rest = triton.next_power_of_2(H - 2 * pairs) if 2 * pairs < H and q_out is not q else 0

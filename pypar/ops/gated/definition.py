@@ -1,7 +1,7 @@
 """The definition of gated activations: activation(gate) * up, where a Gate says which, and where gate and up are.
 
-forward(gate, up, *how) gives out; backward(dout, gate, up, *how) gives (dgate, dup). Where up is None, `gate` holds
-both, `dgate` has the gradients of both in the same places, and `dup` is empty. `how` is a Gate's fields.
+forward(given) gives out; backward(dout, given) gives (dgate, dup). Where up is None, `gate` holds both, `dgate` has the
+gradients of both in the same places, and `dup` is empty.
 """
 
 from __future__ import annotations
@@ -30,6 +30,26 @@ class Gate:
     @property
     def fields(self) -> tuple[str, float, float, bool]:
         return astuple(self)
+
+
+@dataclass(frozen=True)
+class GatedInputs:
+    """What forward takes; see `swiglu`. The operator pypar::gated_forward takes gate, up and the fields of `how`."""
+
+    gate: Tensor
+    up: Tensor | None
+    how: Gate
+
+    @property
+    def out_shape(self) -> torch.Size:
+        if self.up is not None:
+            return self.gate.shape
+        return torch.Size((*self.gate.shape[:-1], self.gate.shape[-1] // 2))
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """gate and up in the dtype of computing."""
+        gate, up = operands(self.gate, self.up, self.how.interleaved)
+        return gate.to(accumulate_dtype(gate)), up.to(accumulate_dtype(gate))
 
 
 def check(gate: Tensor, up: Tensor | None, how: Gate) -> None:
@@ -62,8 +82,9 @@ def operands(gate: Tensor, up: Tensor | None, interleaved: bool) -> tuple[Tensor
     return gate[..., :F], gate[..., F:]
 
 
-def activated(gate: Tensor, activation: str, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
+def activated(gate: Tensor, how: Gate) -> tuple[Tensor, Tensor]:
     """(activation(gate), its derivative)."""
+    activation, alpha, limit, _ = how.fields
     if activation == "gelu":
         below = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
         density = torch.exp(-0.5 * gate.square()) / math.sqrt(2 * math.pi)
@@ -83,35 +104,25 @@ def activated(gate: Tensor, activation: str, alpha: float, limit: float) -> tupl
     return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
 
 
-def reference_forward(
-    gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float, interleaved: bool
-) -> Tensor:
+def reference_forward(given: GatedInputs) -> Tensor:
     """activation(gate) * up; the clamped one is multiplied with 1 + up, where up is within [-limit, limit]."""
-    wide = accumulate_dtype(gate)
-    g, u = (x.to(wide) for x in operands(gate, up, interleaved))
-    if activation == "clamped_silu":
-        u = u.clamp(-limit, limit) + 1
-    return (activated(g, activation, alpha, limit)[0] * u).to(gate.dtype).contiguous()
+    g, u = given.wide()
+    if given.how.activation == "clamped_silu":
+        u = u.clamp(-given.how.limit, given.how.limit) + 1
+    return (activated(g, given.how)[0] * u).to(given.gate.dtype).contiguous()
 
 
-def reference_backward(
-    dout: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+def reference_backward(dout: Tensor, given: GatedInputs) -> tuple[Tensor, Tensor]:
     """dgate = dout * up * activation'(gate) and dup = dout * activation(gate)."""
-    wide = accumulate_dtype(gate)
-    g, u = (x.to(wide) for x in operands(gate, up, interleaved))
-    value, slope = activated(g, activation, alpha, limit)
-    factor = u.clamp(-limit, limit) + 1 if activation == "clamped_silu" else u
-    dgate, dup = dout.to(wide) * factor * slope, dout.to(wide) * value
-    if activation == "clamped_silu":
-        dup = torch.where(u.abs() <= limit, dup, 0)
-    if up is not None:
+    gate, how = given.gate, given.how
+    g, u = given.wide()
+    value, slope = activated(g, how)
+    is_clamped = how.activation == "clamped_silu"
+    factor = u.clamp(-how.limit, how.limit) + 1 if is_clamped else u
+    dgate, dup = dout.to(g.dtype) * factor * slope, dout.to(g.dtype) * value
+    if is_clamped:
+        dup = torch.where(u.abs() <= how.limit, dup, 0)
+    if given.up is not None:
         return dgate.to(gate.dtype).contiguous(), dup.to(gate.dtype).contiguous()
-    both = torch.stack((dgate, dup), -1).flatten(-2) if interleaved else torch.cat((dgate, dup), -1)
+    both = torch.stack((dgate, dup), -1).flatten(-2) if how.interleaved else torch.cat((dgate, dup), -1)
     return both.to(gate.dtype).contiguous(), gate.new_empty(0)

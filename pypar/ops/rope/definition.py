@@ -1,10 +1,12 @@
 """The definition of rope: pairs of a head's features turn by the angle of their position.
 
-forward(q, k, cos, sin, positions, interleaved) gives (q, k), turned; k is empty where there was none. backward takes
-the gradients of both in the place of q and k and turns them back: a rotation's transpose.
+forward gives (q, k), turned; k is empty where there was none. backward takes the gradients of both in the place of q
+and k and turns them back: a rotation's transpose.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,17 @@ from torch import Tensor
 from pypar.ops.rows import accumulate_dtype
 
 Turned = tuple[Tensor, Tensor]
+
+
+class RopeInputs(NamedTuple):
+    """What forward takes, and the operator pypar::rope_forward in this order; see `rope`."""
+
+    q: Tensor
+    k: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
+    interleaved: bool
 
 
 def check(
@@ -93,34 +106,28 @@ def check_rows(positions: Tensor, rows: int) -> None:
             )
 
 
-def reference_forward(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
-) -> Turned:
+def reference_forward(given: RopeInputs) -> Turned:
     """(a, b) -> (a cos - b sin, b cos + a sin) for each pair; features beyond the tables' pairs stay as they are."""
+    q, k, cos, sin, positions, interleaved = given
     if positions is not None:
         check_rows(positions, len(cos))
         cos, sin = cos[positions], sin[positions]
     cos, sin = cos.to(accumulate_dtype(q)).unsqueeze(-2), sin.to(accumulate_dtype(q)).unsqueeze(-2)
-    return _turned(q, cos, sin, interleaved), q.new_empty(0) if k is None else _turned(
-        k, cos, sin, interleaved
-    )
+    k_out = q.new_empty(0) if k is None else _turned(k, cos, sin, interleaved)
+    return _turned(q, cos, sin, interleaved), k_out
 
 
-def reference_backward(
-    dq: Tensor, dk: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
-) -> Turned:
+def reference_backward(given: RopeInputs) -> Turned:
     """The same by the opposite angle."""
-    return reference_forward(dq, dk, cos, -sin, positions, interleaved)
+    return reference_forward(given._replace(sin=-given.sin))
 
 
-def reference_in_place(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
-) -> None:
+def reference_in_place(given: RopeInputs) -> None:
     """What forward gives, written over q and k."""
-    q_out, k_out = reference_forward(q, k, cos, sin, positions, interleaved)
-    q.copy_(q_out)
-    if k is not None:
-        k.copy_(k_out)
+    q_out, k_out = reference_forward(given)
+    given.q.copy_(q_out)
+    if given.k is not None:
+        given.k.copy_(k_out)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
