@@ -26,10 +26,11 @@ class Table:
         return [x for column in self.lists for x in column]
 
     def into(self, place: Tensor) -> Tensor:
-        """Writes the table into `place`, int64 where the tensors are, and returns it."""
+        """Writes the table into `place`, int64 where the tensors are, and returns it. Nobody waits for a GPU."""
         begin, none = place.data_ptr(), [0] * place.shape[1]
         offsets = [[x.data_ptr() - begin for x in column] or none for column in self.lists]
-        return place.copy_(torch.tensor([*offsets, *self.numbers]))
+        rows = torch.tensor([*offsets, *self.numbers])
+        return place.copy_(rows.pin_memory() if place.is_cuda else rows, non_blocking=True)
 
     def written(self) -> Tensor:
         """The table in memory of its own."""

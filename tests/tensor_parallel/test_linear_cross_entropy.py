@@ -1,6 +1,8 @@
 """linear_cross_entropy with the vocabulary cut over ranks: losses and gradients of one device."""
 
 import math
+import os
+import sys
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch.distributed as dist
 
 import pypar
 from pypar.mesh import Axis, Mesh
+from pypar.ops.backend.gpu import TRITON_MISSING
 from tests.harness.samples import draw, relative
 
+PTXRUN = os.environ.get("PYPAR_PTXRUN", "")
 WORLDS = [1, 2, 4]
 WORDS, WIDTH, TOKENS = 203, 16, 150  # three chunks; words that divide nothing
 OPTIONS = {
@@ -31,7 +35,7 @@ def problem(dtype=torch.float32):
     return hidden.to(dtype), weight.to(dtype), bias, target
 
 
-def step(hidden, weight, bias, target, name, group=None, twice=False):
+def step(hidden, weight, bias, target, name, group=None, twice=False, backend=None):
     options = dict(OPTIONS[name])
     if "label_smoothing" in options:
         bias = bias.nan_to_num(neginf=-3.0)
@@ -42,6 +46,7 @@ def step(hidden, weight, bias, target, name, group=None, twice=False):
         target,
         bias=leaves[2],
         group=group,
+        backend=backend,
         return_lse=True,
         return_logprob=True,
         **options,
@@ -78,6 +83,36 @@ def test_equals_one_device(ranks, world_size, name, backend):
     for number in (4, 5):
         whole = torch.cat([result[number] for result in results])
         assert relative(whole, expected[number]) < 1e-5
+
+
+def by_triton(name, dtype):
+    """This rank's part by Triton's kernels, whose PTX runs in an interpreter; few tokens."""
+    sys.path.insert(0, PTXRUN)
+    from pypar.kernels.launch import launches_go_to
+    from tests.harness.row_kernels import runner_of_ptx
+
+    hidden, weight, bias, target = problem(dtype)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    part = [x.tensor_split(size)[rank] for x in (weight, bias)]
+    with launches_go_to(runner_of_ptx(80)):
+        return step(hidden[:, :5], *part, target[:, :5], name, dist.group.WORLD, backend="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PTXRUN, reason="PYPAR_PTXRUN does not name the folder that holds ptxrun")
+@pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))
+@pytest.mark.parametrize(("name", "dtype"), [("sum", torch.bfloat16), ("none", torch.float32)], ids=str)
+def test_parts_by_triton(ranks, name, dtype):
+    hidden, weight, bias, target = problem(dtype)
+    expected = step(hidden[:, :5], weight, bias, target[:, :5], name, backend="reference")
+    results = ranks(2, by_triton, name, dtype)
+    limit = 1e-5 if dtype == torch.float32 else 0.01
+    for result in results:
+        torch.testing.assert_close(result[:3], expected[:3], rtol=1e-5, atol=1e-5)
+        assert relative(result[3].float(), expected[3].float()) < limit
+    for number in (4, 5):
+        whole = torch.cat([result[number] for result in results])
+        assert relative(whole.float(), expected[number].float()) < limit
 
 
 @pytest.mark.parametrize("name", ["mean", "none"])

@@ -91,7 +91,7 @@ def _triton_forward(problem: AdamwProblem) -> None:
         once = [
             None if x is None else x.to(device, torch.float32) for x in (problem.scale, problem.found_inf)
         ]
-        codes = tables().to(device) if problem.in_blocks else None
+        codes = tables(device) if problem.in_blocks else None
         kernels.update(lists, places, numbers, codes, *once, _rounds_stochastically(problem))
 
 

@@ -61,9 +61,10 @@ def lines(signed: bool) -> Tensor:
 
 
 @functools.cache
-def tables() -> Tensor:
-    """fp32 [540]: values, then lines, of signed and unsigned codes, as csrc/adamw.cpp reads them."""
-    return torch.cat([values(True), values(False), lines(True).flatten(), lines(False).flatten()])
+def tables(device: torch.device | None = None) -> Tensor:
+    """fp32 [540]: values, then lines, of signed and unsigned codes, as kernels read them."""
+    found = torch.cat([values(True), values(False), lines(True).flatten(), lines(False).flatten()])
+    return found.to(device)
 
 
 def to_blocks(x: Tensor, *, signed: bool) -> Blocks:
