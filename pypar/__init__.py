@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         scaled_dot_product_attention as scaled_dot_product_attention,
     )
     from pypar.optimizers.adamw import AdamW as AdamW
+    from pypar.optimizers.grad_scaler import GradScaler as GradScaler
     from pypar.optimizers.muon import Muon as Muon
     from pypar.optimizers.on_disk import OnDisk as OnDisk
     from pypar.parallel.apply import parallelize as parallelize
@@ -59,6 +60,7 @@ __version__ = "0.1.0"
 _HOME_OF_NAME = {
     "AdamW": "pypar.optimizers.adamw",
     "DataParallel": "pypar.data_parallel",
+    "GradScaler": "pypar.optimizers.grad_scaler",
     "GradientBuckets": "pypar.data_parallel",
     "LayerNorm": "pypar.ops.layer_norm",
     "Mesh": "pypar.mesh",

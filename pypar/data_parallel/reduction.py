@@ -69,13 +69,26 @@ class FlatReduction:
             return self._sum_in_place(flat, part, axis, dist.ReduceOp.SUM)
         if isinstance(axis.group, CpuProcessGroup):
             return self._sum_in_place(flat, part, axis, dist.ReduceOp.AVG)
+        # A sum in fp16 may overflow where the mean does not, and a mean's terms may underflow: half of the division
+        # comes before.
+        before = _root(axis.size) if flat.dtype == torch.float16 else 1
+        if before > 1:
+            flat.div_(before)
         started = self._sum_in_place(flat, part, axis, dist.ReduceOp.SUM)
-        return _Then(started, lambda: flat[part].div_(axis.size))
+        return _Then(started, lambda: flat[part].div_(axis.size / before))
 
     def _sum_in_place(self, flat: Tensor, part: slice, axis: Axis, op: dist.ReduceOp.RedOpType) -> Handle:
         if self.scatter:
             return reduce_scatter_start(flat, axis, op=op, out=flat[part])
         return all_reduce_start(flat, axis, op)
+
+
+def _root(size: int) -> int:
+    """The least power of two that is not below the square root of size."""
+    power = 1
+    while power * power < size:
+        power *= 2
+    return power
 
 
 def make_reduction(

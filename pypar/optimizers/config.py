@@ -1,4 +1,4 @@
-"""What a run's configuration says about its optimizer: the section ``optimizer``."""
+"""What a run's configuration says about its optimizer: the sections ``optimizer`` and ``loss_scale``."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,3 +27,19 @@ class OptimizerConfig(Section):
     eps: float = setting(1e-8, above=0, help="what is added to the root of the second moment")
     weight_decay: float = setting(0.1, at_least=0, help="of matrices; vectors do not decay")
     clip_norm: float = setting(1.0, at_least=0, help="largest norm of all gradients together; 0: no clipping")
+
+
+@dataclass(frozen=True)
+class LossScaleConfig(Section):
+    """The dynamic loss scale of `train.precision = "fp16"`; other precisions have none."""
+
+    resumed = "from this step on; the scale is the checkpoint's"
+
+    initial: float = setting(65536.0, above=0, help="what the loss is multiplied by at first")
+    growth_interval: int = setting(
+        2000, at_least=1, help="updates without an overflow after which the scale doubles"
+    )
+    hysteresis: int = setting(
+        2, at_least=1, help="the scale halves at the last of so many overflows, and at each one after it"
+    )
+    least: float = setting(1.0, above=0, help="the run ends with an error where the scale would fall below")

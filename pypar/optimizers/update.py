@@ -70,20 +70,33 @@ class Optimizer:
                 total += norm.square().to(total.device)
         return total
 
+    def num_not_finite(self, mesh: Mesh) -> int:
+        """How many of the gradients that this rank holds and others answer for are not finite; square_sum has its own.
+
+        A gradient that several ranks hold alike may still be infinite on one of them alone.
+        """
+        rest = [each for each in self.owned if not answers_for(each.layout, mesh.grid, mesh.rank)]
+        norms = [torch.linalg.vector_norm(each.gradient, dtype=torch.float64) for each in rest]
+        return int((~torch.isfinite(torch.stack(norms))).sum()) if norms else 0
+
     @torch.no_grad()
-    def step(self, lr: float, gradient_norm: float) -> None:
-        """Clip to ``clip_norm`` (0 = never) and update the masters; the store publishes them."""
+    def step(self, lr: float, gradient_norm: float, loss_scale: float = 1.0) -> None:
+        """Clip to ``clip_norm`` (0 = never) and update the masters; the store publishes them.
+
+        The gradients are loss_scale times what gradient_norm is the norm of.
+        """
         for group in self.update.param_groups:
             group["lr"] = lr
         is_clipped = self.config.clip_norm and gradient_norm > self.config.clip_norm
-        if is_clipped and getattr(self.update, "_step_supports_amp_scaling", False):
+        divisor = loss_scale * gradient_norm / self.config.clip_norm if is_clipped else loss_scale
+        if divisor != 1 and getattr(self.update, "_step_supports_amp_scaling", False):
             # Such an optimizer divides by grad_scale in the pass that reads the gradients anyway.
-            self.update.__dict__["grad_scale"] = torch.tensor(gradient_norm / self.config.clip_norm)
+            self.update.__dict__["grad_scale"] = torch.tensor(divisor)
             self.update.step()
             del self.update.__dict__["grad_scale"]
             return
-        if is_clipped:
-            torch._foreach_mul_([each.gradient for each in self.owned], self.config.clip_norm / gradient_norm)
+        if divisor != 1:
+            torch._foreach_mul_([each.gradient for each in self.owned], 1 / divisor)
         self.update.step()
 
     def state(self) -> dict[str, tuple[Tensor, Layout]]:

@@ -17,7 +17,7 @@ from pypar.context_parallel.config import ContextConfig
 from pypar.data_parallel.config import MemoryConfig
 from pypar.models.decoder_section import DecoderSection
 from pypar.models.family import ModelSection
-from pypar.optimizers.config import OptimizerConfig
+from pypar.optimizers.config import LossScaleConfig, OptimizerConfig
 from pypar.pipeline_parallel.config import PipelineConfig
 from pypar.recomputation.config import RecomputeConfig
 from pypar.settings import Section, keys_of, of_kind, section_of, setting
@@ -52,6 +52,7 @@ class RunConfig:
     data: DataConfig = section_of(DataConfig)
     optimizer: OptimizerConfig = section_of(OptimizerConfig)
     train: TrainConfig = section_of(TrainConfig)
+    loss_scale: LossScaleConfig = section_of(LossScaleConfig)
     pipeline: PipelineConfig = section_of(PipelineConfig)
     memory: MemoryConfig = section_of(MemoryConfig)
     context: ContextConfig = section_of(ContextConfig)

@@ -73,12 +73,16 @@ def _steps(trainer: Trainer, metrics: Metrics) -> None:
             "wait_share": sum(axis.traffic.wait_seconds for axis in trainer.axes) / seconds,
             "bytes_sent": {axis.name: axis.traffic.bytes_sent for axis in trainer.axes if axis.size > 1},
         }
+        is_update = not line.get(
+            "skipped"
+        )  # else the step before it has had its evaluation and its checkpoint
         last = trainer.step == train.steps
         if last:
             line["val_loss"] = trainer.evaluate(train.final_evaluate_batches)
-        elif train.evaluate_every and trainer.step % train.evaluate_every == 0:
+        elif is_update and train.evaluate_every and trainer.step % train.evaluate_every == 0:
             line["val_loss"] = trainer.evaluate()
-        metrics.write(line, show=trainer.step % train.log_every == 0 or trainer.step == 1 or last)
-        if train.checkpoint_every and trainer.step % train.checkpoint_every == 0 and not last:
+        is_shown = not is_update or trainer.step % train.log_every == 0 or trainer.step == 1 or last
+        metrics.write(line, show=is_shown)
+        if is_update and train.checkpoint_every and trainer.step % train.checkpoint_every == 0 and not last:
             trainer.save()
             checkpoint.keep_newest(directory, train.keep_checkpoints)

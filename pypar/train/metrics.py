@@ -1,6 +1,7 @@
 """What a run says of itself: a progress bar, one JSON object a step, and a picture of the loss curve."""
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -44,7 +45,10 @@ class Metrics:
         self.validation = ""  # the latest, kept in sight
         if self.path is None:
             return
-        kept = [line for line in self.read(self.path) if line["step"] <= first_step]
+        # A skipped update has the step of the one before it, after which the checkpoint was written.
+        kept = [
+            line for line in self.read(self.path) if line["step"] + bool(line.get("skipped")) <= first_step
+        ]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", buffering=1)
         self.bar = tqdm(
@@ -75,16 +79,18 @@ class Metrics:
         """Record a step; ``show``: also as a line of text where there is no terminal for a bar."""
         if self.path is None or self.bar is None:
             return
-        self.file.write(json.dumps(dict(line)) + "\n")
+        self.file.write(json.dumps({name: _as_json(value) for name, value in line.items()}) + "\n")
         text = (
             f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s, MFU {line['mfu']:.0%}, "
             f"waiting {line['wait_share']:.0%}"
         )
+        if line.get("skipped"):
+            text += f", update skipped: gradients overflowed with a loss scale of {line['loss_scale']:g}"
         if "val_loss" in line:
             self.validation = f", validation {line['val_loss']:.4f} at {line['step']}"
         text += self.validation
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(1)
+        self.bar.update(0 if line.get("skipped") else 1)
         if self.bar.disable and show:
             self.say(f"step {line['step']}/{self.num_steps}: {text}")
 
@@ -99,6 +105,11 @@ class Metrics:
             self.file.close()
 
 
+def _as_json(value: object) -> object:
+    """JSON has no infinity: null, as of the gradient norm where an update was skipped."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def draw_loss_curve(metrics: list[dict], levels: Mapping[str, float], path: Path) -> None:
     """PNG of training and validation loss (nats a token) against steps; ``levels``: horizontal lines to compare."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -107,8 +118,9 @@ def draw_loss_curve(metrics: list[dict], levels: Mapping[str, float], path: Path
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    trained = [m for m in metrics if not m.get("skipped")]
     axes.plot(
-        [m["step"] for m in metrics], [m["loss"] for m in metrics], lw=0.8, color="tab:blue", label="training"
+        [m["step"] for m in trained], [m["loss"] for m in trained], lw=0.8, color="tab:blue", label="training"
     )
     validated = [m for m in metrics if "val_loss" in m]
     axes.plot(

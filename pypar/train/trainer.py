@@ -18,6 +18,7 @@ from pypar.grid import DATA, SAMPLES, STAGES
 from pypar.layout import Cut, Layout, answers_for
 from pypar.mesh import Axis, Mesh, parse_mesh
 from pypar.optimizers.learning_rate import learning_rate
+from pypar.optimizers.loss_scale import LossScale
 from pypar.optimizers.on_disk import OnDisk
 from pypar.optimizers.update import Optimizer
 from pypar.parallel import ParallelPlan
@@ -32,7 +33,7 @@ from pypar.train.data.windows import Batch, TokenData, open_data
 from pypar.train.job import join_job
 from pypar.train.launch import joined_world_size
 from pypar.train.loop import fit
-from pypar.train.precision import PRECISIONS
+from pypar.train.precision import PRECISIONS, SCALED
 from pypar.train.resume import identity, resumption
 from pypar.train.stage import Loss, Plan, Stages, own_stages, stages_of
 
@@ -92,6 +93,7 @@ class Trainer:
             recompute_as(part, config.recompute)
         self.store = store_of(config.memory, self.models, mesh, bucket_bytes=config.train.bucket_bytes)
         self.optimizer = Optimizer(self.store.owned(), config.optimizer, on_disk=self._on_disk())
+        self.loss_scale = LossScale(config.loss_scale) if config.train.precision in SCALED else None
         self.runtime = PipelineRuntime(
             {stage: each for (_, stage), each in self.stages.items()},
             mesh.axis(STAGES),
@@ -157,8 +159,8 @@ class Trainer:
         axes = [mesh.data, *(mesh.axis(name) for name in mesh.sizes), mesh.world, *self.store.axes]
         return list(dict.fromkeys(axes))
 
-    def _microbatches(self, batch: Batch) -> list[Microbatch]:
-        return split_batch(
+    def _microbatches(self, batch: Batch, loss_scale: float = 1.0) -> list[Microbatch]:
+        parts = split_batch(
             batch.tokens,
             batch.targets,
             self.mesh,
@@ -167,6 +169,7 @@ class Trainer:
             device=self.device,
             documents=batch.documents,
         )
+        return [replace(part, loss_scale=part.loss_scale * loss_scale) for part in parts]
 
     def sum_over_world(self, *values: torch.Tensor | float) -> list[float]:
         """The sum of each value over all ranks, in fp64; every rank calls it."""
@@ -181,24 +184,37 @@ class Trainer:
         return sum(map(float, losses)) if answers_for(parts, self.mesh.grid, self.mesh.rank) else 0.0
 
     def train_step(self) -> dict[str, float]:
-        """One update; returns the loss (nats a token) before it and the gradient norm before clipping."""
+        """One update; returns the loss (nats a token) before it and the gradient norm before clipping.
+
+        In fp16 also the loss scale, and whether the update was skipped on all ranks, since a gradient on one of them
+        was not finite: then only ``samples`` and the scale have changed.
+        """
         self.store.zero()
         batch = self.data.train_batch(self.samples, self.config.train.batch_size)
-        losses = self.runtime.step(self._microbatches(batch), on_last_backward=self.store)
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        losses = self.runtime.step(self._microbatches(batch, scale), on_last_backward=self.store)
         self.store.reduce()
-        loss, square_sum = self.sum_over_world(self._own_loss(losses), self.optimizer.square_sum(self.mesh))
-        norm = math.sqrt(square_sum)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        told: list[Tensor | float] = [self._own_loss(losses), self.optimizer.square_sum(self.mesh)]
+        told += [] if self.loss_scale is None else [self.optimizer.num_not_finite(self.mesh)]
+        loss, square_sum, *num_not_finite = self.sum_over_world(*told)
+        loss, norm = loss / scale, math.sqrt(square_sum) / scale
+        is_finite = math.isfinite(loss) and math.isfinite(norm) and not any(num_not_finite)
+        if not is_finite and self.loss_scale is None:
             raise RuntimeError(
                 f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were not "
                 "changed. Lower optimizer.lr, or look at this step's data; the last checkpoint is good"
             )
         lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
-        self.optimizer.step(lr, norm)
-        self.store.publish()
-        self.step += 1
+        if is_finite:
+            self.optimizer.step(lr, norm, scale)
+            self.store.publish()
+            self.step += 1
         self.samples += self.config.train.batch_size
-        return {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
+        line = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflowed=not is_finite)
+            line |= {"loss_scale": scale, "skipped": not is_finite}
+        return line
 
     @torch.no_grad()
     def evaluate(self, num_batches: int | None = None) -> float:
@@ -228,6 +244,8 @@ class Trainer:
     def save(self, directory: Path | None = None) -> Path:
         """Write a checkpoint into ``directory``, by default the run's own; every rank calls it."""
         extra = {"config": self.config.to_dict(), "samples": self.samples, "data": identity(self.data)}
+        if self.loss_scale is not None:
+            extra["loss_scale"] = self.loss_scale.state()
         directory = directory or self.config.checkpoint_directory
         return checkpoint.save(directory, self.step, self._state(), self.mesh, extra)
 
@@ -236,7 +254,10 @@ class Trainer:
 
         ValueError where the checkpoint cannot be read, or is of another model or other data.
         """
-        going_on = resumption(path, checkpoint.read_manifest(path), self.config, self.data)
+        manifest = checkpoint.read_manifest(path)
+        going_on = resumption(path, manifest, self.config, self.data)
+        if self.loss_scale is not None:
+            self.loss_scale.load(manifest["extra"].get("loss_scale"))
         self.step = checkpoint.load(path, self._state(), self.mesh)["step"]
         self.samples = going_on.samples
         self.optimizer.loaded(self.step)

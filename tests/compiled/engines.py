@@ -17,24 +17,6 @@ from pypar.mesh import Mesh
 from tests import ROOT
 from tests.compiled.cases import FEATURES, VOCABULARY, WIDTH, case, heads, numbers, of_x, tokens
 
-# ---- recomputation
-
-
-@case("pypar.recomputation.recompute", "pypar.recomputation.SavedBytes")
-def _recompute(axis):
-    layers = seeded(
-        lambda: nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
-    )
-    model = pypar.recompute(nn.ModuleDict({"layers": layers}))
-
-    def run(x):
-        for layer in model["layers"]:
-            x = layer(x)
-        return x
-
-    return of_x(run, model)
-
-
 # ---- tensor_parallel
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 import pypar
+import tests.compiled.memory  # noqa: F401 - registers its cases
 from pypar import comm, ring_attention
 from pypar.comm.collectives import _all_gather
 from pypar.mesh import Axis

@@ -198,3 +198,21 @@ def run_gloo(average, scatter):
 @pytest.mark.parametrize("scatter", [False, True])
 def test_over_gloo(ranks, average, scatter):
     assert ranks(2, run_gloo, average, scatter) == [True, True]
+
+
+def run_half(backend, world_size):
+    axis = Axis.of(dist.new_group(backend=backend), "dp")
+    parameter = nn.Parameter(torch.zeros(5, dtype=torch.float16))
+    buckets = GradientBuckets([parameter], axis, average=True)
+    factor = torch.tensor([60000.0, 40000.0, 0.0, 1.0, -60000.0], dtype=torch.float16)
+    (parameter * factor).sum().backward()
+    buckets.finish()
+    return parameter.grad.tolist()
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("gloo", 2), ("gloo", 3), ("pypar", 2)])
+def test_a_mean_in_fp16_does_not_overflow_where_its_sum_would(ranks, backend, world_size):
+    for found in ranks(world_size, run_half, backend, world_size):
+        assert found[1] == pytest.approx(40000, rel=2e-3) and found[3] == 1.0
+        if world_size == 2:
+            assert found[0] == pytest.approx(60000, rel=2e-3) and found[4] == pytest.approx(-60000, rel=2e-3)
