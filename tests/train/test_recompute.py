@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pypar.blocks import global_parameters
 from pypar.data_parallel import stores
-from pypar.layout import local_tensor
 from pypar.mesh import Mesh, parse_mesh
 from pypar.models.activations import Microbatch, layer_bytes
 from pypar.ops import native
@@ -31,7 +29,8 @@ LAYOUTS = (  # mesh, changes of a run
     ("tp=2", {"sequence_parallel": True}),
     ("cp=2", {}),
     ("pp=2", {"schedule": "split"}),
-    ("", {"store": "evicting"}),
+    ("", {"evicts": True}),  # parameters are there around blocks only
+    ("dp=2", {"zero": 3}),
 )
 MORE_LAYOUTS = (
     ("dp=2", {}),
@@ -41,6 +40,7 @@ MORE_LAYOUTS = (
     ("pp=2", {}),
     ("cp=2,tp=2", {"sequence_parallel": True, "precision": "bf16"}),
     ("dp=2,pp=2", {"schedule": "split", "packed_documents": True}),
+    ("dp=2,tp=2", {"zero": 3, "sequence_parallel": True}),
 )
 
 
@@ -67,36 +67,36 @@ def _config(text: Path, mesh: str, recompute: dict, changes: dict) -> RunConfig:
             "train": train | given["train"],
             "context": given["context"],
             "pipeline": {"schedule": changes.get("schedule", "one_f_one_b")},
-            "store": {"name": changes.get("store", "replicated")},
+            "memory": {"zero": changes.get("zero", 0)},
             "recompute": recompute,
         }
     )
 
 
-def _register(monkeypatch: pytest.MonkeyPatch) -> None:
+def _register(monkeypatch: pytest.MonkeyPatch, evicts: bool) -> None:
     def split(num_ranks: int, num_microbatches: int):
         return random_schedule([s % num_ranks for s in range(3)], num_microbatches, seed=2, splits=True)
 
     added = Registered("split", split, "A schedule of the tests.")
     monkeypatch.setattr(schedules, "REGISTRY", (*schedules.REGISTRY, added))
-    monkeypatch.setitem(
-        stores.STORES,
-        "evicting",
-        lambda named, mesh, bucket_bytes, config: _Evicting(named, mesh, bucket_bytes=bucket_bytes),
-    )
+    if evicts:
+        monkeypatch.setitem(
+            stores.STORES,
+            "replicated",
+            lambda models, mesh, bucket_bytes, config: _Evicting(models, mesh, bucket_bytes=bucket_bytes),
+        )
 
 
 def run(text: Path, mesh: str, changes: dict, policies: list[dict]) -> list:
     """In each rank: for each policy (losses, weights, names of layers that are computed again)."""
     found = []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        _register(monkeypatch)
+        _register(monkeypatch, changes.get("evicts", False))
         for recompute in policies:
             config = _config(text, mesh, recompute, changes)
             trainer = Trainer(config, Mesh.of(parse_mesh(config.mesh)), CPU)
             losses = [trainer.train_step() for _ in range(2)]
-            named = [each for model in trainer.models for each in global_parameters(model)]
-            weights = {name: local_tensor(p).detach().float().clone() for name, p in named}
+            weights = {owned.name: owned.master.detach().clone() for owned in trainer.store.owned()}
             layers = [name for model in trainer.models for name in recomputed(model)]
             found.append((losses, weights, layers))
     return found
@@ -117,8 +117,7 @@ def test_every_layout_trains_to_the_same_bits(ranks, text: Path, mesh: str, chan
         assert plain[2] == []
         for losses, weights, layers in others:
             assert layers
-            if changes.get("store") != "evicting":  # its weights are not numbers between steps
-                assert all(torch.equal(weights[name], plain[1][name]) for name in plain[1])
+            assert all(torch.equal(weights[name], plain[1][name]) for name in plain[1])
             assert losses == plain[0]
 
 
