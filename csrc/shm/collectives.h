@@ -7,36 +7,13 @@
 #include <mutex>
 #include <vector>
 
+#include "shm/describe.h"
 #include "shm/memory.h"
+#include "shm/pieces.h"
 #include "shm/reduce.h"
 #include "shm/segment.h"
 
 namespace pypar::shm {
-
-enum Kind : int32_t {
-  kAllReduce,
-  kReduce,
-  kBroadcast,
-  kAllGather,
-  kReduceScatter,
-  kAllToAll,
-  kGather,
-  kScatter,
-  kBarrier,
-  kNumKinds
-};
-constexpr const char* kKindNames[kNumKinds] = {"all_reduce", "reduce",         "broadcast",
-                                               "all_gather", "reduce_scatter", "all_to_all",
-                                               "gather",     "scatter",        "barrier"};
-constexpr const char* kTypeNames[kNumShmTypes] = {
-    "float32", "bfloat16", "float16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool", "bytes"};
-constexpr const char* kOpNames[kNumShmOps] = {"SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR"};
-
-// One rank's part of a tensor that is spread over the ranks.
-struct Part {
-  char* data;
-  int64_t bytes;
-};
 
 class Collectives {
  public:
@@ -110,6 +87,37 @@ class Collectives {
     gather_steps(source, outs);
   }
 
+  // outs[r] receives rank r's source. Where all sources lie at one place of shared memory, everyone reads
+  // them there; a source may be written again when this has returned.
+  void gather_pieces(const Pieces& source, const std::vector<Pieces>& outs, int type, const Place& place) {
+    begin({kAllGather, 0, type, -1, source.bytes(), place.offset, place.memory ? place.memory->number() : 0});
+    leave(enter());
+    int64_t most = 0;
+    for (int r = 0; r < size_; ++r) {
+      check_room(r, outs[r].bytes());
+      most = std::max(most, outs[r].bytes());
+    }
+    outs[rank_].take(source);
+    if (any_in_place() && all_in_place()) {
+      for (int r = 0; r < size_; ++r) {
+        if (r != rank_) outs[r].write(0, outs[r].bytes(), place.memory->part(r) + place.offset);
+      }
+      const uint32_t step = enter();
+      leave(step);
+      for (int r = 0; r < size_; ++r) await_step(r, step);
+      num_in_place_.fetch_add(1, std::memory_order_relaxed);
+      return;
+    }
+    for_chunks(most, segment_.sizes().buffer_bytes, [&](int64_t at, int64_t size) {
+      const uint32_t step = enter();
+      source.read(at, std::min(size, source.bytes() - at), mine(step));
+      leave(step);
+      for (int r = 0; r < size_; ++r) {
+        if (r != rank_) outs[r].write(at, std::min(size, outs[r].bytes() - at), theirs(r, step));
+      }
+    });
+  }
+
   // The root's outs[r] receives rank r's source; the others' outs are empty.
   void gather(const Part& source, const std::vector<Part>& outs, int type, int root) {
     begin({kGather, 0, type, root, source.bytes});
@@ -152,6 +160,33 @@ class Collectives {
       leave(step);
       const int64_t count = std::min(size, ins[rank_].bytes - at);
       if (count > 0) combine(step, rank_ * piece, ins[rank_].data + at, out + at, nullptr, count, type, op);
+    });
+  }
+
+  // The same over pieces, each of whole elements; out has those of ins[this rank], and may be them.
+  void reduce_pieces(const std::vector<Pieces>& ins, const Pieces& out, int type, int op) {
+    int64_t total = 0, most = 0;
+    for (const Pieces& in : ins) {
+      total += in.bytes();
+      most = std::max(most, in.bytes());
+    }
+    begin({kReduceScatter, op, type, -1, total});
+    const int64_t piece = piece_bytes();
+    for_chunks(most, piece, [&](int64_t at, int64_t size) {
+      const uint32_t step = enter();
+      char* const buffer = mine(step) + rank_ * piece;  // nobody else reads it
+      for (int r = 0; r < size_; ++r) {
+        if (r != rank_) ins[r].read(at, std::min(size, ins[r].bytes() - at), mine(step) + r * piece);
+      }
+      leave(step);
+      const int64_t count = std::min(size, ins[rank_].bytes() - at);
+      if (count <= 0) return;
+      const char* own = ins[rank_].at(at, count);
+      if (own == nullptr) ins[rank_].read(at, count, buffer);
+      char* const to = out.at(at, count);
+      combine(step, rank_ * piece, own != nullptr ? own : buffer, to != nullptr ? to : buffer, nullptr, count,
+              type, op);
+      if (to == nullptr) out.write(at, count, buffer);
     });
   }
 
@@ -298,16 +333,6 @@ class Collectives {
          "; all ranks must make the same calls in the same order");
   }
 
-  static std::string describe(const Description& d) {
-    std::string text = d.kind >= 0 && d.kind < kNumKinds ? kKindNames[d.kind] : "an unknown collective";
-    text += "(" + std::to_string(d.bytes) + " bytes";
-    if (d.dtype >= 0 && d.dtype < kShmBytes) text += std::string(", ") + kTypeNames[d.dtype];
-    const bool reduces = d.kind == kAllReduce || d.kind == kReduce || d.kind == kReduceScatter;
-    if (reduces && d.op >= 0 && d.op < kNumShmOps) text += std::string(", ") + kOpNames[d.op];
-    if (d.root >= 0) text += ", root " + std::to_string(d.root);
-    return text + ")";
-  }
-
   template <class Body>
   void for_chunks(int64_t bytes, int64_t chunk, const Body& body) {
     for (int64_t at = 0; at < bytes || is_first_; at += chunk) body(at, std::min(chunk, bytes - at));
@@ -324,8 +349,8 @@ class Collectives {
       std::memmove(to.data, from.data, static_cast<size_t>(from.bytes));
   }
 
-  // out = the reduction, in rank order, of this rank's `own` and what the others wrote at `offset` of their
-  // buffers.
+  // out = the reduction, neighbours first, of this rank's `own` and what the others wrote at `offset` of
+  // their buffers.
   void combine(uint32_t step, int64_t offset, const char* own, char* out, char* copy, int64_t bytes, int type,
                int op) {
     inputs_.resize(static_cast<size_t>(size_));
@@ -430,12 +455,15 @@ class Collectives {
     int64_t most = 0;
     for (int r = 0; r < size_; ++r) {
       most = std::max(most, described_[r].bytes);
-      if (!outs.empty() && described_[r].bytes != outs[r].bytes) {
-        fail("rank " + std::to_string(r) + " brings " + std::to_string(described_[r].bytes) +
-             " bytes, and room for " + std::to_string(outs[r].bytes) + " was given");
-      }
+      if (!outs.empty()) check_room(r, outs[r].bytes);
     }
     return most;
+  }
+
+  void check_room(int rank, int64_t bytes) {
+    if (described_[rank].bytes == bytes) return;
+    fail("rank " + std::to_string(rank) + " brings " + std::to_string(described_[rank].bytes) +
+         " bytes, and room for " + std::to_string(bytes) + " was given");
   }
 
   Segment& segment_;

@@ -277,6 +277,12 @@ std::vector<Part> parts_of(const std::vector<std::pair<uintptr_t, int64_t>>& add
 
 using Address = std::pair<uintptr_t, int64_t>;
 
+std::vector<Pieces> all_pieces(const std::vector<std::vector<Address>>& addresses) {
+  std::vector<Pieces> pieces;
+  for (const auto& each : addresses) pieces.emplace_back(parts_of(each));
+  return pieces;
+}
+
 void check_rank(const Group& group, int rank, const char* what) {
   if (rank < 0 || rank >= group.segment().num_ranks()) {
     throw py::value_error(std::string(what) + " (" + std::to_string(rank) +
@@ -291,6 +297,18 @@ void check_parts(const Group& group, const std::vector<Address>& parts) {
   }
   for (const Address& part : parts) {
     if (part.second < 0) throw py::value_error("a size in bytes must not be negative");
+  }
+}
+
+void check_pieces(const Group& group, const std::vector<std::vector<Address>>& pieces) {
+  if (static_cast<int>(pieces.size()) != group.segment().num_ranks()) {
+    throw py::value_error("pieces of every rank are needed, of " + std::to_string(pieces.size()) +
+                          " they were given");
+  }
+  for (const auto& each : pieces) {
+    for (const Address& piece : each) {
+      if (piece.second < 0) throw py::value_error("a size in bytes must not be negative");
+    }
   }
 }
 
@@ -355,6 +373,14 @@ PYPAR_BIND(shm) {
                   },
                   background);
             });
+  group.def("gather_pieces", [](Group& g, const std::vector<Address>& source,
+                                const std::vector<std::vector<Address>>& outs, int type, bool background) {
+    check_pieces(g, outs);
+    const Place place = source.size() == 1 ? g.find(memory_at(source[0].first), source[0].second) : Place{};
+    return g.submit([&g, source = Pieces(parts_of(source)), outs = all_pieces(outs), type,
+                     place] { g.collectives().gather_pieces(source, outs, type, place); },
+                    background);
+  });
   group.def("gather", [](Group& g, const Address& source, const std::vector<Address>& outs, int type,
                          int root, bool background) {
     check_rank(g, root, "dst");
@@ -386,6 +412,14 @@ PYPAR_BIND(shm) {
                                op] { g.collectives().reduce_scatter(ins, memory_at(out), type, op); },
                               background);
             });
+  group.def("reduce_pieces", [](Group& g, const std::vector<std::vector<Address>>& ins,
+                                const std::vector<Address>& out, int type, int op, bool background) {
+    check_reduction(0, type, op);
+    check_pieces(g, ins);
+    return g.submit([&g, ins = all_pieces(ins), out = Pieces(parts_of(out)), type,
+                     op] { g.collectives().reduce_pieces(ins, out, type, op); },
+                    background);
+  });
   group.def("all_to_all", [](Group& g, const std::vector<Address>& ins, const std::vector<Address>& outs,
                              int type, bool background) {
     check_parts(g, ins);

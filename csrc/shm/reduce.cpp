@@ -1,4 +1,4 @@
-// The sum (or product, least, greatest, ...) of what several ranks hold, in rank order.
+// The sum (or product, least, greatest, ...) of what several ranks hold, neighbours first.
 #include "shm/reduce.h"
 
 #ifndef PYPAR_BINDING
@@ -16,6 +16,30 @@ PYPAR_INLINE Float combine(Float a, Float b) {
   return a + b;
 }
 
+// 2^12 ranks on one host.
+constexpr int kDepth = 12;
+
+// Reduces num values, the i-th of which is get(i), as a binary counter carries: what waits in `stack` are
+// results of 2^k neighbours, the larger ones first.
+template <int kOp, class Get>
+PYPAR_INLINE Float combine_neighbours(int num, const Get& get) {
+  Float sum = get(0);
+  if (num < 4) {
+    for (int r = 1; r < num; ++r) sum = combine<kOp>(sum, get(r));
+    return sum;
+  }
+  Float stack[kDepth];
+  int depth = 0;
+  for (int r = 0; r < num; ++r) {
+    sum = get(r);
+    for (int bits = r; bits & 1; bits >>= 1) sum = combine<kOp>(stack[--depth], sum);
+    stack[depth++] = sum;
+  }
+  sum = stack[--depth];
+  while (depth > 0) sum = combine<kOp>(stack[--depth], sum);
+  return sum;
+}
+
 // Floating-point elements, in fp32.
 template <class Element, int kOp>
 void reduce_vectors(const ShmReduce& a) {
@@ -25,15 +49,15 @@ void reduce_vectors(const ShmReduce& a) {
   const auto input = [&](int r) { return static_cast<const Element*>(a.inputs[r]); };
   int64_t i = 0;
   for (; i + kWidth <= a.count; i += kWidth) {
-    Float sum = load(input(0) + i);
-    for (int r = 1; r < a.num_inputs; ++r) sum = combine<kOp>(sum, load(input(r) + i));
+    Float sum = combine_neighbours<kOp>(
+        a.num_inputs, [&](int r) __attribute__((always_inline)) { return load(input(r) + i); });
     if (kOp == kShmAverage) sum *= scale;
     store(out + i, sum);
     if (copy != nullptr) store(copy + i, sum);
   }
   if (const int64_t rest = a.count - i; rest > 0) {
-    Float sum = load_partial(input(0) + i, rest);
-    for (int r = 1; r < a.num_inputs; ++r) sum = combine<kOp>(sum, load_partial(input(r) + i, rest));
+    Float sum = combine_neighbours<kOp>(
+        a.num_inputs, [&](int r) __attribute__((always_inline)) { return load_partial(input(r) + i, rest); });
     if (kOp == kShmAverage) sum *= scale;
     store_partial(out + i, sum, rest);
     if (copy != nullptr) store_partial(copy + i, sum, rest);
@@ -62,15 +86,23 @@ PYPAR_INLINE T combine_bits(T a, T b) {
 // Everything else, a block at a time, so that the inner loops are vectors.
 template <class T, class Combine>
 void reduce_blocks(const ShmReduce& a, const Combine& combine_two, double scale) {
-  constexpr int64_t kBlock = 1024;
-  T block[kBlock];
+  constexpr int64_t kBlock = 256;
+  T stack[kDepth][kBlock];
   for (int64_t first = 0; first < a.count; first += kBlock) {
     const int64_t count = smaller(kBlock, a.count - first);
-    std::memcpy(block, static_cast<const T*>(a.inputs[0]) + first, static_cast<size_t>(count) * sizeof(T));
-    for (int r = 1; r < a.num_inputs; ++r) {
+    int depth = 0;
+    const auto join = [&] {
+      --depth;
+      T* const sum = stack[depth - 1];
+      for (int64_t i = 0; i < count; ++i) sum[i] = combine_two(sum[i], stack[depth][i]);
+    };
+    for (int r = 0; r < a.num_inputs; ++r) {
       const T* input = static_cast<const T*>(a.inputs[r]) + first;
-      for (int64_t i = 0; i < count; ++i) block[i] = combine_two(block[i], input[i]);
+      std::memcpy(stack[depth++], input, static_cast<size_t>(count) * sizeof(T));
+      for (int bits = r; bits & 1; bits >>= 1) join();
     }
+    while (depth > 1) join();
+    T* const block = stack[0];
     if (scale != 1.0) {
       for (int64_t i = 0; i < count; ++i) block[i] = static_cast<T>(block[i] * scale);
     }

@@ -33,8 +33,10 @@ enum ShmOp : int {
 
 constexpr int kShmTypeBytes[kNumShmTypes] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 1, 1};
 
-// out[i] = op(... op(inputs[0][i], inputs[1][i]) ..., inputs[num_inputs - 1][i]), always in this order, in
-// fp32 for bf16 and fp16. `out` may be one of the inputs. `copy`, unless null, receives the same.
+// out[i] = inputs[0][i] op inputs[1][i] op ..., always in one order, in fp32 for bf16 and fp16: neighbours
+// first, then neighbours of their results, ((0 1) (2 3)) ((4 5) 6). So groups of 2, 4, 8, ... neighbours may
+// be reduced first, and their results then, with the same bits. `out` may be one of the inputs. `copy`,
+// unless null, receives the same.
 struct ShmReduce {
   const void* const* inputs;
   int num_inputs;

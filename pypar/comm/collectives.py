@@ -135,7 +135,7 @@ def reduce_scatter_start(
 
     op is SUM or AVG. x is not written, but for out, which is contiguous and may be this rank's part of x. Where a
     dimension before dim is larger than 1, one copy is made, from dim-major to rank-major order. On the CPU the
-    parts are added in rank order (host by host), in fp32 where x has 16 bits.
+    parts are added neighbours first, then neighbours of their sums (host by host), in fp32 where x has 16 bits.
     """
     dim = _checked_dim(x, dim, "reduce_scatter")
     if axis.size == 1:
@@ -160,11 +160,11 @@ def reduce_scatter_start(
 
 
 def _sum_in_order(parts: Tensor, divisor: int) -> Tensor:
-    """The sum of parts [R, ...] over R > 1 ranks / divisor, first to last, in fp32 where they have 16 bits."""
-    wide = parts.dtype in (torch.bfloat16, torch.float16)
-    total = parts[0].float() + parts[1] if wide else parts[0] + parts[1]
-    for part in parts[2:]:
-        total += part
+    """The sum of parts [R, ...] over R > 1 ranks / divisor, neighbours first, in fp32 where they have 16 bits."""
+    sums = list(parts.float() if parts.dtype in (torch.bfloat16, torch.float16) else parts)
+    while len(sums) > 1:
+        sums = [sums[i] + sums[i + 1] if i + 1 < len(sums) else sums[i] for i in range(0, len(sums), 2)]
+    total = sums[0]
     return (total if divisor == 1 else total / divisor).to(parts.dtype)
 
 
