@@ -7,8 +7,9 @@ needs no ranks; a Mesh adds the process groups.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -99,6 +100,24 @@ class Mesh:
         """The mesh that a text like "dp=4,tp=4(row=2,column=2)" describes: Mesh.of(parse_mesh(text))."""
         sizes: Any = shape.sizes
         return cls(**sizes, split=shape.split, fold=shape.fold, device_type=device_type)
+
+    def refined(self, axis: str, parts: Mapping[str, int]) -> Mesh:
+        """This mesh with one more refinement of an axis, as `split` makes it: another mesh over the same groups.
+
+        Every rank of the mesh calls it. ValueError for an axis that is refined already.
+        """
+        if axis in self.grid.split:
+            raise ValueError(
+                f"axis {axis!r} of mesh {self.shape} is refined already, and is to be refined into "
+                f"{' x '.join(parts)} for this; make the mesh without its split"
+            )
+        made = copy.copy(self)
+        sizes: Any = self.shape.sizes
+        made.shape = mesh_shape(sizes, {**self.shape.split, axis: dict(parts)}, self.shape.fold)
+        made.grid, made._axes = made.shape.grid, dict(self._axes)
+        for name in parts:
+            setattr(made, name, made._make((name,), name))
+        return made
 
     def _take_groups(self, device_type: str) -> None:
         """The groups of the four axes and of all ranks, which torch makes."""

@@ -29,6 +29,7 @@ class Replicated:
     ) -> None:
         named = list(named_parameters)
         self._parameters = {name: p for name, p in named if p.requires_grad}
+        self.mesh = mesh
         self._frozen = {name: p for name, p in named if not p.requires_grad}
         self._gradients = Gradients(
             self._parameters.values(),

@@ -19,12 +19,17 @@ from torch import Tensor
 
 from pypar.blocks import Block
 from pypar.layout import Layout
-from pypar.mesh import Axis
+from pypar.mesh import Axis, Mesh
 from pypar.owned import Owned
 
 
 class Store(Protocol):
     """What a store does; `Replicated` is one of which every rank holds all."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that has all axes which the layouts of `owned` name."""
+        ...
 
     @property
     def axes(self) -> list[Axis]:

@@ -92,6 +92,7 @@ class Trainer:
         for part in self.models:
             recompute_as(part, config.recompute)
         self.store = store_of(config.memory, self.models, mesh, bucket_bytes=config.train.bucket_bytes)
+        self.mesh = self.store.mesh  # of which layouts of what is owned may name more axes
         self.optimizer = Optimizer(self.store.owned(), config.optimizer, on_disk=self._on_disk())
         self.loss_scale = LossScale(config.loss_scale) if config.train.precision in SCALED else None
         self.runtime = PipelineRuntime(

@@ -42,6 +42,12 @@ def check_options(  # noqa: PLR0913 - one argument an option
             f"reshard ({reshard!r}) must be True (free a block after its forward), False (keep it until its backward "
             "is over), or a number of ranks, at least 1, over which it stays cut in between"
         )
+    shard = shard_size or num_samples
+    if type(reshard) is int and shard % reshard:
+        raise ValueError(
+            f"reshard ({reshard}) must divide the ranks of dp over which parameters are cut ({shard}); use True to cut "
+            "a block again over all of them"
+        )
     if reshard is not True and stage != 3:
         raise ValueError(
             f"reshard={reshard!r} is about parameters that are cut over ranks, and with stage={stage} they are whole; "

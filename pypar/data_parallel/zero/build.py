@@ -12,10 +12,14 @@ from pypar.blocks import Block, global_parameters
 from pypar.data_parallel.zero.arguments import check_alike
 from pypar.data_parallel.zero.members import Group, Member, Unit, make_member
 from pypar.data_parallel.zero.units import blocks_for, split_by_block
-from pypar.grid import TIED
+from pypar.grid import SAMPLES, TIED
 from pypar.layout import layout_of
-from pypar.mesh import Axis, Mesh
+from pypar.mesh import Mesh
 from pypar.sharded.partial import leave_to_layout
+
+# Refinements of the axis of samples: rows are cut over BETWEEN x WITHIN, and over WITHIN alone between a block's
+# forward and its backward.
+REPLICATE, BETWEEN, WITHIN = "replicate", "between", "within"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Made:
     roots: list[Block]
     blocks: list[list[Block]]
     names: list[str]
+    mesh: Mesh
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,17 @@ class Build:
     """What decides how a parameter is kept."""
 
     stage: int
+    shard_size: int
+    reshard: bool | int
     dtype: torch.dtype | None
     bucket_bytes: int
+
+    def refinement(self, num_samples: int) -> dict[str, int]:
+        """The axis of samples as a product, outermost first; {} where all of it is one."""
+        shard = self.shard_size or num_samples
+        within = 1 if self.reshard is False else shard if self.reshard is True else self.reshard
+        parts = {REPLICATE: num_samples // shard, BETWEEN: shard // within, WITHIN: within}
+        return parts if self.stage and (shard < num_samples or 1 < within < shard) else {}
 
 
 def make_units(
@@ -54,6 +68,10 @@ def make_units(
     for axes in sorted(set(summed.values()), key=lambda axes: (len(axes), axes)):
         alike = [(named[p], p) for p in named if summed[p] == axes]
         check_alike(alike, mesh.axis(*_without_tied(axes)), str(build))
+    if parts := build.refinement(mesh.axis(SAMPLES).size):
+        mesh = mesh.refined(SAMPLES, parts)
+    spreads = {axes: _spread(axes, mesh, build) for axes in summed.values()}
+    mesh.declare(*(product for spread in spreads.values() for product in spread))
     units: list[Unit] = []
     for model, own_blocks, root in zip(models, found, roots, strict=True):
         own, of_root, sharing = split_by_block(model, own_blocks)
@@ -63,7 +81,11 @@ def make_units(
             unit = Unit(block, _groups(own[block], named, mesh, build))
             unit.root = first if block in sharing else None
             units.append(unit)
-    return Made(units, roots, found, list(named.values()))
+    if build.stage == 3:
+        for unit in units:
+            for group in unit.groups:
+                group.lay_out()
+    return Made(units, roots, found, list(named.values()), mesh)
 
 
 def _without_tied(axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -71,24 +93,37 @@ def _without_tied(axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in axes if name != TIED)
 
 
+def _spread(axes: tuple[str, ...], mesh: Mesh, build: Build) -> tuple[tuple[str, ...], ...]:
+    """Of a parameter whose gradient is summed over these axes, those over which rows are cut, over which the cut rows'
+    gradients are summed as well, and over which rows stay cut between forward and backward.
+    """
+    if build.stage == 0:
+        return (), axes, ()
+    tied = tuple(name for name in axes if name == TIED)
+    cut = _without_tied(axes)
+    if SAMPLES not in axes or SAMPLES not in mesh.grid.split:
+        within = cut if build.reshard is not False else ()
+        return cut, tied, within
+    others = tuple(name for name in cut if name != SAMPLES)
+    outer = mesh.grid.in_order((*tied, REPLICATE))
+    return mesh.grid.in_order((BETWEEN, WITHIN, *others)), outer, mesh.grid.in_order((WITHIN, *others))
+
+
 def _groups(
     parameters: Sequence[nn.Parameter], named: dict[nn.Parameter, str], mesh: Mesh, build: Build
 ) -> list[Group]:
     """The groups of a unit; one closes once it has its bytes."""
-    nobody = Axis.single("nobody")
+    nobody = mesh.axis()
     closed: list[Group] = []
     is_open: dict[object, Group] = {}
     for parameter in parameters:
-        axes = mesh.grid.in_order(layout_of(parameter).sum_over)
-        cut_over, is_trained = mesh.axis(*_without_tied(axes)), parameter.requires_grad
-        tied = mesh.axis(TIED) if TIED in axes else nobody
-        if build.stage == 0 or (build.stage < 3 and not is_trained):
-            axis, outer = nobody, mesh.axis(*axes) if is_trained else nobody
-        else:
-            axis, outer = cut_over, tied
+        axes, is_trained = mesh.grid.in_order(layout_of(parameter).sum_over), parameter.requires_grad
+        axis, outer, inner = (mesh.axis(*product) for product in _spread(axes, mesh, build))
+        if build.stage < 3 and not is_trained:
+            axis, outer = nobody, nobody
         member = make_member(named[parameter], parameter, axis, build.dtype, cuts_parameters=build.stage == 3)
         key = (axis.ranks, outer.ranks, member.whole.dtype, member.whole.device, is_trained, _kept(member))
-        group = is_open.setdefault(key, Group([], axis, outer, is_trained))
+        group = is_open.setdefault(key, Group([], axis, outer, inner, is_trained))
         group.members.append(member)
         if sum(m.whole.nbytes for m in group.members) >= build.bucket_bytes:
             closed.append(is_open.pop(key))

@@ -33,7 +33,10 @@ class Gathering:
                 member.bring()
             self._account.add("gathered", sum(member.whole.nbytes for member in unit.members))
             for group in unit.groups:
-                handle = gather_pieces_start(group.shares(), group.parts(), group.axis)
+                if unit.has_second:
+                    handle = gather_pieces_start(group.seconds, group.inner_parts(), group.inner)
+                else:
+                    handle = gather_pieces_start(group.shares(), group.parts(), group.axis, group.flat)
                 self._started[unit].append((group, handle))
 
     def wait(self, unit: Unit) -> None:
@@ -44,18 +47,48 @@ class Gathering:
                 handle.wait()
         unit.is_whole = True
 
-    def free(self, unit: Unit) -> None:
-        """Give the memory of a unit's parameters back, unless something holds it."""
+    def free(self, unit: Unit, *, keeps_second: bool = False) -> None:
+        """Give the memory of a unit's parameters back, unless something holds it.
+
+        keeps_second: this rank keeps its rows over the inner axis, from which the next gather comes.
+        """
+        if unit.has_second and not keeps_second and not unit.holds:
+            self._drop_seconds(unit)
         if not unit.holds and unit.is_whole:
+            if keeps_second and not unit.has_second:
+                self._keep_seconds(unit)
             unit.is_whole = False
             for member in unit.members:
                 member.free()
             self._account.add("gathered", -sum(member.whole.nbytes for member in unit.members))
 
+    def _keep_seconds(self, unit: Unit) -> None:
+        for group in unit.groups:
+            group.seconds = [x.clone() for x in group.inner_parts()[group.inner.rank]]
+            self._account.add("gathered", sum(x.nbytes for x in group.seconds))
+        unit.has_second = True
+
+    def _drop_seconds(self, unit: Unit) -> None:
+        for group in unit.groups:
+            self._account.add("gathered", -sum(x.nbytes for x in group.seconds))
+            group.seconds = []
+        unit.has_second = False
+
     def settle(self) -> None:
         """Wait for what is on its way."""
         for unit in list(self._started):
             self.wait(unit)
+
+    def refresh(self) -> None:
+        """Shares have new values: what is held is gathered anew, all else is freed."""
+        for unit in self._units:
+            holds, unit.holds = unit.holds, 0
+            self.free(unit)
+            unit.holds = holds
+        self.free_all()
+        for unit in self._units:
+            if unit.holds:
+                self.wait(unit)
 
     def free_all(self) -> None:
         """Let go of everything, also of what is on its way."""
@@ -70,9 +103,12 @@ class Kept:
     def start(self, unit: Unit) -> None:
         pass
 
-    wait = free = start
+    wait = start
+
+    def free(self, unit: Unit, *, keeps_second: bool = False) -> None:
+        pass
 
     def settle(self) -> None:
         pass
 
-    free_all = settle
+    free_all = refresh = settle

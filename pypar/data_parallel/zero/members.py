@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pypar.blocks import Block
+from pypar.comm import shared_empty
 from pypar.data_parallel.zero.cut import cut_further, piece, rows_of
 from pypar.data_parallel.zero.freed import show_freed, show_here
 from pypar.layout import Layout, layout_of, local_tensor
@@ -77,7 +78,37 @@ class Group:
     members: list[Member]
     axis: Axis  # over which rows are cut
     outer: Axis  # over which the cut rows' gradients are summed as well
+    inner: Axis  # over which rows stay cut between forward and backward
     is_trained: bool
+    flat: Tensor | None = None  # the shares one after the other, where the axis's ranks may read them
+    gradients: Tensor | None = (
+        None  # of this rank's rows one after the other, where they have memory of their own
+    )
+    seconds: list[Tensor] = field(
+        default_factory=list
+    )  # rows over the inner axis, between forward and backward
+
+    def lay_out(self) -> None:
+        """Let the shares lie in memory that the axis's ranks share. Every rank of the axis calls it."""
+        largest = max(
+            sum(piece(m.whole, m.rows[rank]).numel() for m in self.members) for rank in range(self.axis.size)
+        )
+        first = self.members[0].share
+        self.flat = shared_empty(largest, first.dtype, self.axis, first.device)
+        begin = 0
+        for member in self.members:
+            end = begin + member.share.numel()
+            place = self.flat[begin:end].view(member.share.shape)
+            place.copy_(member.share)
+            if member.master is not None and member.master.dtype == place.dtype:
+                member.master.data = place
+            member.share, begin = place, end
+        self.flat = self.flat[:begin]
+
+    def inner_parts(self) -> list[list[Tensor]]:
+        """For each rank of the inner axis its rows of the wholes."""
+        cut = [(m.whole, rows_of(m.whole, self.inner.size)) for m in self.members]
+        return [[piece(whole, rows[rank]) for whole, rows in cut] for rank in range(self.inner.size)]
 
     def parts(self) -> list[list[Tensor]]:
         """For each rank its rows of the wholes."""
@@ -94,6 +125,7 @@ class Unit:
     block: Block
     groups: list[Group]
     is_whole: bool = True
+    has_second: bool = False  # it is cut over the inner axes now
     is_reduced: bool = False  # in this step
     visits: int = 0  # forwards whose backward has not come yet
     holds: int = 0  # reasons to stay whole

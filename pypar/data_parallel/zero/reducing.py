@@ -52,8 +52,9 @@ class Reducing:
         self.is_final = False
         self.is_broken = False  # a backward has failed after others had added to the gradients
         self._num_before = 0
-        for member, _ in self._of.values():
-            _make_gradient(member, keeps_whole)
+        for unit in self._units:
+            for group in unit.trained:
+                _make_gradients(group, keeps_whole)
         hook = Hook(self._reached)
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._of]
 
@@ -178,7 +179,8 @@ class Reducing:
         handles = []
         for unit in reversed(self._units):
             for group in unit.trained:
-                handles += [all_reduce_start(x, group.outer) for x in _gradients(group) if x.numel()]
+                lying = [group.gradients] if group.gradients is not None else _gradients(group)
+                handles += [all_reduce_start(x, group.outer) for x in lying if x.numel()]
         for handle in handles:
             handle.wait()
         if self._factor != 1.0:
@@ -217,15 +219,20 @@ class Reducing:
                 member.master.grad = member.gradient
 
 
-def _make_gradient(member: Member, keeps_whole: bool) -> None:
-    assert member.master is not None
-    dtype = member.master.dtype
-    if keeps_whole:
-        member.accumulated = torch.zeros_like(member.whole, dtype=dtype)
-        member.gradient = member.own(member.accumulated)
-    else:
-        member.gradient = torch.zeros_like(member.master.data)
-    member.master.grad = member.gradient
+def _make_gradients(group: Group, keeps_whole: bool) -> None:
+    kept = [member.master.data for member in group.members if member.master is not None]
+    if not keeps_whole:
+        group.gradients = kept[0].new_zeros(sum(x.numel() for x in kept))
+    begin = 0
+    for member, master in zip(group.members, kept, strict=True):
+        if group.gradients is None:
+            member.accumulated = torch.zeros_like(member.whole, dtype=master.dtype)
+            member.gradient = member.own(member.accumulated)
+        else:
+            member.gradient = group.gradients[begin : begin + master.numel()].view(master.shape)
+            begin += master.numel()
+        assert member.master is not None
+        member.master.grad = member.gradient
 
 
 def _whole_gradient(member: Member) -> Tensor:

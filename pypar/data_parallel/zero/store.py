@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pypar.blocks import Block
-from pypar.comm import Handle
 from pypar.data_parallel.pieces import gather_pieces_start
 from pypar.data_parallel.stores.around_blocks import around_blocks
 from pypar.data_parallel.zero import states
@@ -19,7 +18,8 @@ from pypar.data_parallel.zero.build import Build, make_units
 from pypar.data_parallel.zero.cast import cast_inputs
 from pypar.data_parallel.zero.clip import clip
 from pypar.data_parallel.zero.gathering import Gathering, Kept
-from pypar.data_parallel.zero.members import Group, Unit
+from pypar.data_parallel.zero.members import Unit
+from pypar.data_parallel.zero.order import Order
 from pypar.data_parallel.zero.reducing import Reducing
 from pypar.grid import SAMPLES
 from pypar.layout import Layout
@@ -61,11 +61,13 @@ class Zero:
         )
         for model in models:
             check_model(model)
-        self.mesh, self.stage, self.reshard = mesh, stage, reshard
+        shard = shard_size or mesh.axis(SAMPLES).size
+        self.stage = stage
+        self.reshard = reshard if type(reshard) is bool or 1 < reshard < shard else reshard > 1
         self._reduces_each = accumulate == "reduce"
         self._ends_with_backward = ends_with_backward
-        made = make_units(models, mesh, Build(stage, dtype, bucket_bytes), blocks)
-        self._models, self._units, self._roots = list(models), made.units, made.roots
+        made = make_units(models, mesh, Build(stage, shard_size, self.reshard, dtype, bucket_bytes), blocks)
+        self.mesh, self._models, self._units, self._roots = made.mesh, list(models), made.units, made.roots
         self._of_block = {unit.block: unit for unit in self._units}
         self._account = Account()
         self._gathering: Gathering | Kept = Gathering(self._units, self._account) if stage == 3 else Kept()
@@ -82,6 +84,7 @@ class Zero:
         order = {name: index for index, name in enumerate(made.names)}
         self._owned.sort(key=lambda owned: order[owned.name])
         self._accumulating = False
+        self._orders = {backward: Order() for backward in (False, True)}
         for model, root, own in zip(models, self._roots, made.blocks, strict=True):
             around_blocks(model, self, own, root.name)
             if dtype is not None:
@@ -176,7 +179,7 @@ class Zero:
     def axes(self) -> list[Axis]:
         """The axes over which it communicates."""
         groups = [group for unit in self._units for group in unit.groups]
-        axes = dict.fromkeys(axis for group in groups for axis in (group.axis, group.outer))
+        axes = dict.fromkeys(axis for group in groups for axis in (group.axis, group.outer, group.inner))
         return [axis for axis in axes if axis.size > 1]
 
     def owned(self) -> list[Owned]:
@@ -207,22 +210,16 @@ class Zero:
     @torch.no_grad()
     def publish(self) -> None:
         """Let parameters be what the masters are, rounded to the parameters' dtypes."""
-        held = [unit for unit in self._units if unit.holds]
         for unit in self._units:
             for group in unit.trained:
                 for member in group.members:
                     if member.master is not None and member.master.dtype != member.share.dtype:
                         member.share.copy_(member.master)
         if self.stage == 3:
-            for unit in held:
-                unit.holds, holds = 0, unit.holds
-                self._gathering.free(unit)
-                self._gathering.wait(unit)
-                unit.holds = holds
-            self._gathering.free_all()
+            self._gathering.refresh()
             return
-        started = [_gather_trained(group) for unit in self._units for group in unit.trained]
-        for handle in started:
+        groups = [group for unit in self._units for group in unit.trained]
+        for handle in [gather_pieces_start(group.shares(), group.parts(), group.axis) for group in groups]:
             handle.wait()
 
     def zero(self) -> None:
@@ -232,37 +229,46 @@ class Zero:
     # ---- around blocks
 
     def enter(self, block: Block, *, backward: bool = False) -> None:
-        """Gather a block's parameters."""
-        if backward and block in self._roots:
-            self._reducing.begin()
-        unit = self._of_block.get(block)
-        if unit is not None:
-            if unit.root is not None:
-                self._gathering.wait(unit.root)
-            self._gathering.wait(unit)
+        """Gather a block's parameters, and start to gather those of the next one."""
+        unit, order = self._of_block.get(block), self._orders[backward]
+        if block in self._roots:
+            order.begin()
+            if backward:
+                self._reducing.begin()
+        if unit is None:
+            return
+        if unit.root is not None:
+            self._gathering.wait(unit.root)
+        self._gathering.wait(unit)
+        following = None if block in self._roots else order.after(unit)
+        if following is not None:
+            self._gathering.start(following)
 
     def leave(self, block: Block, *, backward: bool = False, returns: bool = False) -> None:
         """Free a block's parameters, or keep them for its backward; after that, start to reduce its gradients."""
         is_root, unit = block in self._roots, self._of_block.get(block)
         if is_root:
-            self._leave_root(backward, returns)
+            self._leave_root(block, backward, returns)
         elif unit is not None and not backward:
             unit.visits += returns
-            if not (returns and self.reshard is False):
+            if not returns or self.reshard is True:
                 self._gathering.free(unit)
+            elif self.reshard is not False:
+                self._gathering.free(unit, keeps_second=True)
         elif unit is not None:
             unit.visits = max(0, unit.visits - 1)
             if not unit.visits:
                 self._start_reduction(unit)
-            if not unit.visits or self.reshard is not False:
+            if not unit.visits or self.reshard is True:
                 self._gathering.free(unit)
+            elif self.reshard is not False:
+                self._gathering.free(unit, keeps_second=True)
 
-    def _leave_root(self, backward: bool, returns: bool) -> None:
+    def _leave_root(self, root: Block, backward: bool, returns: bool) -> None:
+        self._orders[backward].end()
+        self._free_idle(self._of_block[root] if returns else None)
         if not backward:
-            if not returns:
-                self._free_idle()
             return
-        self._free_idle()
         if self._accumulating:
             if self._reduces_each:
                 for unit in reversed(self._units):
@@ -273,12 +279,12 @@ class Zero:
         elif self._ends_with_backward:
             self.reduce()
 
-    def _free_idle(self) -> None:
+    def _free_idle(self, kept: Unit | None = None) -> None:
         """Free what no backward comes back to soon."""
         self._gathering.settle()
         for unit in self._units:
-            if not (unit.visits and self.reshard is False):
-                self._gathering.free(unit)
+            if unit is not kept and not (unit.visits and self.reshard is False):
+                self._gathering.free(unit, keeps_second=unit.visits > 0 and self.reshard is not True)
 
     def _start_reduction(self, unit: Unit) -> None:
         if unit.trained and (self._reduces_each or not self._accumulating):
@@ -290,8 +296,3 @@ class Zero:
         self._reducing.abandon()
         for unit in self._units:
             unit.visits, unit.is_reduced = 0, False
-
-
-def _gather_trained(group: Group) -> Handle:
-    """Every rank's rows of parameters that are whole."""
-    return gather_pieces_start(group.shares(), group.parts(), group.axis)
