@@ -30,7 +30,6 @@ class MemoryConfig(Section):
         "over; a number: cut over so many ranks",
         resumed=None,
     )
-
     offload: str = setting(
         "none",
         choices=("none", "nvme"),
@@ -62,6 +61,12 @@ class MemoryConfig(Section):
                     f"memory.{key} is for memory.zero of at least {least}, and it is {self.zero}; leave {key} out, or "
                     f"set memory.zero={least}"
                 )
+        shard = self.shard_size or num_samples
+        if type(self.reshard) is int and shard % self.reshard:
+            raise ValueError(
+                f"memory.reshard ({self.reshard}) must divide the ranks of {SAMPLES} over which parameters are cut "
+                f"({shard}); use true to cut a block again over all of them"
+            )
         self._check_offload()
         return ()
 

@@ -70,6 +70,7 @@ def test_losses_and_checkpoints_are_those_of_zero_0(ranks, place, mesh, changes)
             "must be true or false, or a whole number, not 'yes'",
         ),
         ({"memory__zero": 2, "memory__reshard": "false"}, "memory.reshard is for memory.zero of at least 3"),
+        ({"memory__zero": 3, "memory__reshard": 3}, "memory.reshard (3) must divide the ranks of dp"),
         ({"memory__zero": 2, "memory__shard_size": 3}, "memory.shard_size (3) must divide dp (2)"),
     ],
 )
