@@ -21,7 +21,7 @@ from pypar.parallel import ParallelPlan, materialize, parallelize
 from pypar.parallel.roles import ROLES, axes_of
 from pypar.parallel.rules import own_plan
 from pypar.pipeline_parallel import Schedule
-from pypar.pipeline_parallel.action import Place
+from pypar.pipeline_parallel.action import WEIGHT_GRADIENT, Place
 from pypar.pipeline_parallel.place import place_stages
 from pypar.tensor_parallel import vocab_parallel_cross_entropy
 from pypar.tensor_parallel.config import AXES as CUT_AXES
@@ -52,6 +52,17 @@ class TrainingStage(nn.Module):
         if not self.is_last:
             return out
         return (out if self.loss is None else self.loss(out, microbatch.targets)) * microbatch.loss_scale
+
+
+def check_whole_backwards(schedule: Schedule, config: RunConfig) -> None:
+    """ValueError for parameters that come and go around a block's backward where that is computed in two parts."""
+    is_split = any(action.kind == WEIGHT_GRADIENT for actions in schedule.lists for action in actions)
+    if is_split and config.memory.zero == 3:
+        raise ValueError(
+            f"pipeline.schedule {config.pipeline.schedule!r} computes weights' gradients apart from a block's "
+            "backward, and memory.zero=3 has its parameters only then; use memory.zero=2, or a schedule of whole "
+            "backwards"
+        )
 
 
 Stages: TypeAlias = Mapping[Place, TrainingStage]

@@ -35,7 +35,7 @@ from pypar.train.launch import joined_world_size
 from pypar.train.loop import fit
 from pypar.train.precision import PRECISIONS, SCALED
 from pypar.train.resume import identity, resumption
-from pypar.train.stage import Loss, Plan, Stages, own_stages, stages_of
+from pypar.train.stage import Loss, Plan, Stages, check_whole_backwards, own_stages, stages_of
 
 SAMPLED_TOKENS = 1 << 16  # of each part, compared between ranks
 
@@ -87,6 +87,7 @@ class Trainer:
         self.dtype = PRECISIONS[config.train.precision]
         num_microbatches = config.train.num_microbatches(mesh.axis(SAMPLES).size)
         self.schedule = schedule_of(config.pipeline, mesh, num_microbatches)
+        check_whole_backwards(self.schedule, config)
         self.stages = self._own_stages() if model is None else self._stages_of(model, plan, loss)
         self.models = [stage.model for stage in self.stages.values()]
         for part in self.models:

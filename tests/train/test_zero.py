@@ -8,8 +8,10 @@ import torch
 from pypar.mesh import Mesh, parse_mesh
 from pypar.train.config import load_config
 from pypar.train.preflight import check
+from pypar.train.stage import check_whole_backwards
 from pypar.train.trainer import Trainer
 from tests.harness.small_run import assignments, small_run
+from tests.pipeline_parallel.stage import random_schedule
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,13 @@ def test_losses_and_checkpoints_are_those_of_zero_0(ranks, place, mesh, changes)
     assert ranks(size, _losses, place, mesh, cut, "plain") == [same(each) for each in later]
     stage = {"memory__zero": 1 + (size == 2)}
     assert ranks(size, _losses, place, mesh, plain | stage, "cut") == [same(each) for each in later]
+
+
+def test_backwards_in_two_parts_are_refused_where_parameters_come_and_go(place):
+    schedule = random_schedule([0, 1], 2, seed=0, splits=True)
+    check_whole_backwards(schedule, _config(place, memory__zero=2))
+    with pytest.raises(ValueError, match="memory.zero=3 has its parameters only then; use memory.zero=2"):
+        check_whole_backwards(schedule, _config(place, memory__zero=3))
 
 
 @pytest.mark.parametrize(
