@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pypar.comm import Handle, all_reduce_start
+from pypar.comm import Handle, all_reduce_start, shared_empty
 from pypar.data_parallel.arrivals import Hook
 from pypar.data_parallel.pieces import reduce_pieces_start
 from pypar.data_parallel.reduction import explained
 from pypar.data_parallel.zero.account import Account
 from pypar.data_parallel.zero.members import Group, Member, Unit
+from pypar.grid import TIED
 from pypar.layout import local_tensor
+from pypar.mesh import Axis
 
 # Reductions whose whole gradients are held while the next ones are computed.
 _MOST_IN_FLIGHT = 1
@@ -167,7 +169,7 @@ class Reducing:
     @torch.no_grad()
     def finish(self) -> None:
         """Reduce what is left, wait for all; every gradient is now final."""
-        if not self.num_arrived and all(p.grad is None for p in self._of):
+        if self._of and not self.num_arrived and all(p.grad is None for p in self._of):
             raise RuntimeError(
                 "gradients were to be reduced, but no backward reached the parameters since the last step; call "
                 "loss.backward() first"
@@ -221,8 +223,12 @@ class Reducing:
 
 def _make_gradients(group: Group, keeps_whole: bool) -> None:
     kept = [member.master.data for member in group.members if member.master is not None]
-    if not keeps_whole:
-        group.gradients = kept[0].new_zeros(sum(x.numel() for x in kept))
+    is_whole = keeps_whole and group.axis.size == 1
+    if is_whole or not keeps_whole:
+        # Two stages of a pipeline make what they share in other orders, and would wait for each other.
+        together = Axis.single("none") if TIED in group.outer.names else group.outer
+        numel = sum(x.numel() for x in kept)
+        group.gradients = shared_empty(numel, kept[0].dtype, together, kept[0].device).zero_()
     begin = 0
     for member, master in zip(group.members, kept, strict=True):
         if group.gradients is None:
@@ -231,6 +237,7 @@ def _make_gradients(group: Group, keeps_whole: bool) -> None:
         else:
             member.gradient = group.gradients[begin : begin + master.numel()].view(master.shape)
             begin += master.numel()
+            member.accumulated = member.gradient if is_whole else None
         assert member.master is not None
         member.master.grad = member.gradient
 
