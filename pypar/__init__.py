@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from pypar.optimizers.on_disk import OnDisk as OnDisk
     from pypar.parallel.apply import parallelize as parallelize
     from pypar.recomputation.apply import recompute as recompute
+    from pypar.recomputation.tiles import tiled as tiled
     from pypar.tensor_parallel.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
 __version__ = "0.1.0"
@@ -87,6 +88,7 @@ _HOME_OF_NAME = {
     "scaled_dot_product_attention": "pypar.ops.scaled_dot_product_attention",
     "shard_context": "pypar.hugging_face.shard_context",
     "swiglu": "pypar.ops.gated",
+    "tiled": "pypar.recomputation.tiles",
     "zero": "pypar.data_parallel.zero",
 }
 _ROOMS = (

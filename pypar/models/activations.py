@@ -18,6 +18,7 @@ class Microbatch:
     dtype_bytes            of an element of the activations
     head_ranks             ranks that share the heads and the feed-forward part
     sequence_parallel      whether the activations between layers are cut over them
+    is_tiled               whether the feed-forward part runs in tiles
     lse_copies             2 where attention keeps what rounding took off its log-sum-exp (fp32 on a CPU), else 1
     """
 
@@ -26,6 +27,7 @@ class Microbatch:
     dtype_bytes: int
     head_ranks: int = 1
     sequence_parallel: bool = False
+    is_tiled: bool = False
     lse_copies: int = 1
 
 
@@ -42,6 +44,8 @@ def layer_bytes(
     rows = given.sequences * given.positions
     cut_rows = rows // given.head_ranks if given.sequence_parallel else rows
     N, G, F = (n // given.head_ranks for n in (config.num_heads, config.num_kv_heads, config.d_ff))
+    if given.is_tiled:
+        F = 0  # it is there while a tile is computed
     heads, kv_heads = N * config.head_size, G * config.head_size
     stream = cut_rows * config.d_model * given.dtype_bytes  # x, a norm's result, a product's
     statistics = cut_rows * _STATISTIC_BYTES

@@ -166,6 +166,7 @@ class Decoder(nn.Module):
         "*norm": "norm",
         "head": "head",
     }
+    position_wise = ("*.feed_forward",)  # what `recompute.tiles` acts on
 
     def __init__(
         self, config: DecoderConfig, *, seed: int | None = 0, dtype: torch.dtype = torch.float32

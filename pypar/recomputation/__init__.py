@@ -10,11 +10,16 @@ from pypar.lazy import loader
 if TYPE_CHECKING:
     from pypar.recomputation.apply import recompute
     from pypar.recomputation.saved_bytes import SavedBytes
+    from pypar.recomputation.tiles import tiled
 
-__all__ = ["SavedBytes", "recompute"]
+__all__ = ["SavedBytes", "recompute", "tiled"]
 
 __getattr__ = loader(
     __name__,
-    {"SavedBytes": "pypar.recomputation.saved_bytes", "recompute": "pypar.recomputation.apply"},
+    {
+        "SavedBytes": "pypar.recomputation.saved_bytes",
+        "recompute": "pypar.recomputation.apply",
+        "tiled": "pypar.recomputation.tiles",
+    },
     __all__,
 )

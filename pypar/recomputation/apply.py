@@ -15,6 +15,7 @@ from pypar.ops.calls import has_listener
 from pypar.recomputation.config import POLICIES, RecomputeConfig, names_in
 from pypar.recomputation.operators import COSTLY, check_names, overloads, pypar_overloads
 from pypar.recomputation.region import Kept, Part, Region
+from pypar.recomputation.tiles import tile_positions
 
 _PART = "_pypar_recomputed"
 
@@ -175,7 +176,9 @@ def recomputed(model: nn.Module) -> Sequence[str]:
 
 
 def recompute_as(model: nn.Module, config: RecomputeConfig) -> None:
-    """`recompute` as a run's configuration says."""
+    """`tiled` and `recompute` as a run's configuration says."""
+    if config.tiles > 1:
+        tile_positions(model, config.tiles)
     if config.policy != "none":
         ops = names_in(config.ops) or None
         recompute(model, config.policy, every=config.every, ops=ops, checksums=config.checksums)

@@ -24,7 +24,7 @@ def _refuse_unknown(key: str, value: str) -> None:
 
 @dataclass(frozen=True)
 class RecomputeConfig(Section):
-    """Which activations of the layers backward computes again instead of keeping them. It changes no bit."""
+    """Which activations of the layers backward computes again instead of keeping them; policies change no bit."""
 
     policy: str = setting(
         "none",
@@ -44,6 +44,13 @@ class RecomputeConfig(Section):
         False,
         help="compare what is computed again with checksums, to find a model whose forward differs; slow",
         resumed=None,
+    )
+
+    tiles: int = setting(
+        1,
+        at_least=1,
+        help="parts of a sequence in which feed-forward parts run one after the other; 1: at once",
+        resumed="sums of gradients in another order",
     )
 
     def check(self, run: Run) -> Sequence[str]:

@@ -38,3 +38,11 @@ def _grad_scaler(axis):
         return weight.detach() * scaler.get_scale()
 
     return run, lambda length: (numbers(2, length, WIDTH),), None
+
+
+@case("pypar.recomputation.tiled")
+def _tiled(axis):
+    module = seeded(
+        lambda: nn.Sequential(nn.Linear(WIDTH, 3 * WIDTH), nn.Tanh(), nn.Linear(3 * WIDTH, WIDTH))
+    )
+    return of_x(pypar.tiled(module, 2), module)

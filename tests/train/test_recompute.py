@@ -30,7 +30,7 @@ LAYOUTS = (  # mesh, changes of a run
     ("cp=2", {}),
     ("pp=2", {"schedule": "split"}),
     ("", {"evicts": True}),  # parameters are there around blocks only
-    ("dp=2", {"zero": 3}),
+    ("dp=2", {"zero": 3, "tiles": 3}),
 )
 MORE_LAYOUTS = (
     ("dp=2", {}),
@@ -41,6 +41,8 @@ MORE_LAYOUTS = (
     ("cp=2,tp=2", {"sequence_parallel": True, "precision": "bf16"}),
     ("dp=2,pp=2", {"schedule": "split", "packed_documents": True}),
     ("dp=2,tp=2", {"zero": 3, "sequence_parallel": True}),
+    ("cp=2,tp=2", {"tiles": 2, "sequence_parallel": True}),
+    ("pp=2", {"tiles": 2, "schedule": "split"}),
 )
 
 
@@ -68,7 +70,7 @@ def _config(text: Path, mesh: str, recompute: dict, changes: dict) -> RunConfig:
             "context": given["context"],
             "pipeline": {"schedule": changes.get("schedule", "one_f_one_b")},
             "memory": {"zero": changes.get("zero", 0)},
-            "recompute": recompute,
+            "recompute": recompute | ({"tiles": changes["tiles"]} if "tiles" in changes else {}),
         }
     )
 
@@ -88,7 +90,7 @@ def _register(monkeypatch: pytest.MonkeyPatch, evicts: bool) -> None:
 
 
 def run(text: Path, mesh: str, changes: dict, policies: list[dict]) -> list:
-    """In each rank: for each policy (losses, weights, names of layers that are computed again)."""
+    """In each rank: for each policy (losses, weights, names of layers that are computed again, bytes sent by axis)."""
     found = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         _register(monkeypatch, changes.get("evicts", False))
@@ -96,9 +98,10 @@ def run(text: Path, mesh: str, changes: dict, policies: list[dict]) -> list:
             config = _config(text, mesh, recompute, changes)
             trainer = Trainer(config, Mesh.of(parse_mesh(config.mesh)), CPU)
             losses = [trainer.train_step() for _ in range(2)]
+            sent = {name: trainer.mesh.axis(name).traffic.bytes_sent for name in ("tp", "cp")}
             weights = {owned.name: owned.master.detach().clone() for owned in trainer.store.owned()}
             layers = [name for model in trainer.models for name in recomputed(model)]
-            found.append((losses, weights, layers))
+            found.append((losses, weights, layers, sent))
     return found
 
 
@@ -115,10 +118,14 @@ def test_every_layout_trains_to_the_same_bits(ranks, text: Path, mesh: str, chan
     )
     for plain, *others in results:
         assert plain[2] == []
-        for losses, weights, layers in others:
+        for losses, weights, layers, _ in others:
             assert layers
             assert all(torch.equal(weights[name], plain[1][name]) for name in plain[1])
             assert losses == plain[0]
+        none, full, selective = (each[3] for each in (plain, *others))
+        assert none["tp"] == selective["tp"] and (none["tp"] < full["tp"] or not none["tp"])
+        if none["cp"] and changes.get("method") != "ulysses":  # beside what ranks agree on before a ring
+            assert selective["cp"] - none["cp"] < 0.1 * (full["cp"] - none["cp"])
 
 
 def held(text: Path, mesh: str, changes: dict) -> list[tuple[str, int, int]]:
@@ -133,7 +140,9 @@ def held(text: Path, mesh: str, changes: dict) -> list[tuple[str, int, int]]:
         tables = trainer.model.rope_tables(torch.arange(LENGTH))
         with SavedBytes(trainer.model) as saved:
             out = trainer.model.layers["1"](x, *tables)
-        given = Microbatch(SEQUENCES, LENGTH, 4, tp, cut, lse_copies=1 if native.missing() else 2)
+        given = Microbatch(
+            SEQUENCES, LENGTH, 4, tp, cut, "tiles" in changes, lse_copies=1 if native.missing() else 2
+        )
         expected = layer_bytes(
             trainer.model.config,
             given,
@@ -145,9 +154,11 @@ def held(text: Path, mesh: str, changes: dict) -> list[tuple[str, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_rank_of_tensor_parallelism_keeps_what_the_formula_says(ranks, text: Path, cut: bool) -> None:
-    for found in ranks(2, held, text, "tp=2", {"sequence_parallel": cut}):
+@pytest.mark.parametrize(
+    "changes", [{}, {"sequence_parallel": True}, {"sequence_parallel": True, "tiles": 2}], ids=str
+)
+def test_a_rank_of_tensor_parallelism_keeps_what_the_formula_says(ranks, text: Path, changes: dict) -> None:
+    for found in ranks(2, held, text, "tp=2", changes):
         for policy, measured, expected in found:
             assert measured == expected, policy
 
