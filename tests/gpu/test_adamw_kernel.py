@@ -33,8 +33,10 @@ def tensors(state: dict[str, list]) -> dict[str, torch.Tensor]:
 
 
 def state_of(counts: tuple[int, ...], form: cases.Form, dtype: torch.dtype) -> dict[str, list]:
-    """What adamw takes, for a tensor of each size."""
+    """What adamw takes, for a tensor of each size; in the second a gradient is missing, and another infinite."""
     states = [cases.state(count, form, dtype, seed=i) for i, count in enumerate(counts)]
+    for state in states[1:2]:
+        state["gradients"][0][5], state["gradients"][0][40] = torch.nan, -torch.inf
     return {name: sum((state[name] for state in states), []) for name in states[0]}
 
 
@@ -96,11 +98,7 @@ def test_an_infinity_changes_nothing(interpreter, found_inf):
 
 
 @pytest.mark.skipif(not PTXRUN, reason="PYPAR_PTXRUN does not name the folder that holds ptxrun")
-@pytest.mark.parametrize(
-    ("form", "dtype"),
-    by_dtype(((cases.EIGHT_BITS, torch.bfloat16), (cases.STOCHASTIC, torch.bfloat16))),
-    ids=named,
-)
+@pytest.mark.parametrize(("form", "dtype"), by_dtype(((cases.EIGHT_BITS, torch.bfloat16),)), ids=named)
 def test_ptx_has_the_bits_of_the_definition(monkeypatch, form, dtype):
     monkeypatch.syspath_prepend(PTXRUN)
     with launches_go_to(row_kernels.runner_of_ptx(80)):
@@ -117,13 +115,15 @@ def launches(counts: tuple[int, ...], form: cases.Form, dtype: torch.dtype) -> l
 
 def test_many_tensors_take_few_launches():
     """Those whose sizes are multiples of 16, and the others."""
-    assert len(launches((16,) * 500 + (15, 3), cases.PLAIN, torch.float32)) == 2
-    assert len(launches((16,) * 600, cases.PLAIN, torch.float32)) == 2
+    assert len(launches((48,) * 500 + (15, 3), cases.PLAIN, torch.float32)) == 2
+    assert len(launches((48,) * 600, cases.PLAIN, torch.float32)) == 2
     assert not launches((0,), cases.PLAIN, torch.float32)
 
 
-@pytest.mark.parametrize("capability", [80, *(pytest.param(c, marks=pytest.mark.slow) for c in (90, 100))])
-@pytest.mark.parametrize(("form", "dtype"), by_dtype(((cases.EIGHT_BITS, torch.bfloat16),)), ids=named)
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", cases.FORMS, ids=named)
 def test_compiled_code_moves_16_bytes_at_once_and_spills_nothing(form, dtype, capability, tmp_path):
     for launch in launches((4096, 63), form, dtype):
         compiled = compile_launch(launch, capability)
