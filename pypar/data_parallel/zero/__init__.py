@@ -63,6 +63,10 @@ def zero(  # noqa: PLR0913 - one argument an option
 
     ValueError, before anything is changed, for options that do not fit and for ranks whose models differ.
     """
+    if isinstance(model, nn.Module) and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "there is no parameter that requires a gradient; pass a model that is trained, or train without a store"
+        )
     return Zero(
         [model],
         mesh,

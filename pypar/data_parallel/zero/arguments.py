@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from pypar.comm.identical import first_difference
 from pypar.data_parallel.arrivals import Hook
-from pypar.mesh import Axis
+from pypar.mesh import Axis, Mesh
 from pypar.sharded import named_parts
 
 ACCUMULATE = ("local", "reduce")
@@ -69,6 +69,15 @@ def check_options(  # noqa: PLR0913 - one argument an option
         )
     if type(bucket_bytes) is not int or bucket_bytes < 1:
         raise ValueError(f"bucket_bytes ({bucket_bytes!r}) must be positive; 25 << 20 is 25 MiB")
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """ValueError for what is no mesh."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"zero() takes a pypar.Mesh, whose data axes tell who holds the same model, not a {type(mesh).__name__}; "
+            "make one, Mesh(dp=torch.distributed.get_world_size())"
+        )
 
 
 def check_model(model: nn.Module) -> None:

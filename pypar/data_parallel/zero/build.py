@@ -67,7 +67,9 @@ def make_units(
     mesh.declare(*summed.values(), *(_without_tied(axes) for axes in summed.values()))
     for axes in sorted(set(summed.values()), key=lambda axes: (len(axes), axes)):
         alike = [(named[p], p) for p in named if summed[p] == axes]
-        check_alike(alike, mesh.axis(*_without_tied(axes)), str(build))
+        check_alike(
+            alike, mesh.axis(*_without_tied(axes)), f"{build}, blocks {[b.name for b in sum(found, [])]}"
+        )
     if parts := build.refinement(mesh.axis(SAMPLES).size):
         mesh = mesh.refined(SAMPLES, parts)
     spreads = {axes: _spread(axes, mesh, build) for axes in summed.values()}

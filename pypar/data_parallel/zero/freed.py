@@ -56,7 +56,7 @@ def _run(cls: Any, func: Callable[..., Any], types: Any, args: Any = (), kwargs:
     raise RuntimeError(
         f"{what} needs the values of a parameter that is cut over ranks and gathered for its block's forward and "
         "backward only; read or write it inside `with store.gathered():`, save it with store.state_dict(), and give "
-        "optimizers store.parameters()"
+        "optimizers store.parameters(); convert or move a model before its store is made"
     )
 
 

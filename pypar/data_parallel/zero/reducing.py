@@ -86,6 +86,11 @@ class Reducing:
 
     def _refuse(self, member: Member, unit: Unit, grad: Tensor) -> None:
         where = f"the gradient of {member.name} {tuple(member.parameter.shape)}"
+        if not local_tensor(member.parameter).is_set_to(member.whole):
+            raise RuntimeError(
+                f"{member.name} was converted or moved (model.to(), half(), double()) after its store was made, and "
+                "would not be updated; convert the model first"
+            )
         if grad.requires_grad:
             raise RuntimeError(
                 f"{where} was made with create_graph=True, and what is reduced has no graph; use "
@@ -182,9 +187,10 @@ class Reducing:
         for unit in reversed(self._units):
             for group in unit.trained:
                 lying = [group.gradients] if group.gradients is not None else _gradients(group)
-                handles += [all_reduce_start(x, group.outer) for x in lying if x.numel()]
-        for handle in handles:
-            handle.wait()
+                handles += [(group.outer, all_reduce_start(x, group.outer)) for x in lying if x.numel()]
+        for axis, handle in handles:
+            with explained("the sum of gradients between groups of ranks", axis):
+                handle.wait()
         if self._factor != 1.0:
             torch._foreach_mul_(
                 [x for unit in self._units for group in unit.trained for x in _gradients(group)], self._factor

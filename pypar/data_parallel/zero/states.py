@@ -61,7 +61,7 @@ def _whole_of(group: Group) -> dict[nn.Parameter, Tensor]:
 def parts(models: Sequence[nn.Module], units: Sequence[Unit], mesh: Mesh) -> dict[str, Tensor]:
     """Name -> a copy of this rank's rows, which torch.distributed.checkpoint writes and reads into; and buffers."""
     state: dict[str, Tensor] = {
-        member.name: Stored.of(_kept(member), member.layout, mesh)
+        member.name: Stored.of(_kept(member).clone(), member.layout, mesh)
         for unit in units
         for member in unit.members
     }

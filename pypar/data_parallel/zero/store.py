@@ -13,7 +13,7 @@ from pypar.data_parallel.pieces import gather_pieces_start
 from pypar.data_parallel.stores.around_blocks import around_blocks
 from pypar.data_parallel.zero import states
 from pypar.data_parallel.zero.account import Account
-from pypar.data_parallel.zero.arguments import check_model, check_options
+from pypar.data_parallel.zero.arguments import check_mesh, check_model, check_options
 from pypar.data_parallel.zero.build import Build, make_units
 from pypar.data_parallel.zero.cast import cast_inputs
 from pypar.data_parallel.zero.clip import clip
@@ -50,6 +50,9 @@ class Zero:
         bucket_bytes: int = 25 << 20,
         ends_with_backward: bool = True,
     ) -> None:
+        check_mesh(mesh)
+        for model in models:
+            check_model(model)
         check_options(
             stage=stage,
             shard_size=shard_size,
@@ -59,8 +62,6 @@ class Zero:
             bucket_bytes=bucket_bytes,
             num_samples=mesh.axis(SAMPLES).size,
         )
-        for model in models:
-            check_model(model)
         shard = shard_size or mesh.axis(SAMPLES).size
         self.stage = stage
         self.reshard = reshard if type(reshard) is bool or 1 < reshard < shard else reshard > 1
