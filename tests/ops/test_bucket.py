@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pypar.ops import native
-from pypar.ops.bucket import bucket, move
+from pypar.ops.bucket import bucket, move, pack, unpack
 from pypar.selftest.case import Draw
 from pypar.selftest.cases.bucket import case, plain
 from tests.harness.native_kernels import instruction_set
@@ -123,3 +123,20 @@ def test_a_copy_of_another_layout_is_a_copy():
     out = torch.empty(300, 400, dtype=torch.float64).t()
     move(src, out)
     assert torch.equal(out, src.double())
+
+
+@pytest.mark.parametrize(("source", "target"), [(torch.float32, torch.bfloat16), (torch.int64, torch.int64)])
+def test_pieces_are_packed_one_after_the_other(source, target):
+    """Scaled and rounded on the way where dtypes differ, and back; what lies behind them stays."""
+    pieces = [
+        torch.arange(6).view(2, 3).to(source),
+        torch.empty(0, 3, dtype=source),
+        torch.tensor(7).to(source),
+    ]
+    scale = 0.5 if source.is_floating_point else 1.0
+    flat = torch.full((9,), 3, dtype=target)
+    pack(pieces, flat, scale)
+    assert torch.equal(flat, (torch.tensor([0, 1, 2, 3, 4, 5, 7, 3 / scale, 3 / scale]) * scale).to(target))
+    back = [torch.empty_like(x) for x in pieces]
+    unpack(flat, back, 1 / scale)
+    assert all(torch.equal(x, y) for x, y in zip(back, pieces, strict=True))
