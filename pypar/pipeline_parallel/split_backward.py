@@ -6,8 +6,8 @@ lead to weights only. The first part computes the gradients along the way and ke
 node; the second goes on from there into the branches.
 
 What it costs: all that autograd saved is kept until the second part. An operator that is a
-torch.autograd.Function computes its weight gradient in both parts, and a region under activation
-checkpointing is computed again in each.
+torch.autograd.Function computes its weight gradient in both parts. A block under `pypar.recompute` is computed
+again once, in the first part, and kept; a region under torch's activation checkpointing in each of them.
 """
 
 from __future__ import annotations

@@ -28,9 +28,12 @@ class Environment:
     def now(cls, tensors: Iterable[Tensor]) -> Environment:
         """Of this thread, as far as it matters to operators on the devices of these tensors and on the CPU."""
         devices = {x.device for x in tensors if x.device.type != "cpu"}
-        kinds = {"cpu", *(device.type for device in devices)}
-        generators = [torch.default_generator]
-        generators += [torch.cuda.default_generators[d.index] for d in devices if d.type == "cuda"]
+        kinds = {"cpu", *(device.type for device in devices if torch.amp.is_autocast_available(device.type))}
+        generators: list[torch.Generator] = []
+        # Fake tensors have no values, and states of generators are no fake tensors.
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+            generators.append(torch.default_generator)
+            generators += [torch.cuda.default_generators[d.index] for d in devices if d.type == "cuda"]
         return cls(
             {kind: _autocast(kind) for kind in kinds},
             _get_current_function_mode_stack(),

@@ -61,10 +61,18 @@ def pypar_overloads(names: Iterable[str]) -> Mapping[Any, str]:
     return {packet.default: name for name, packet in forwards.items() if packet is not None}
 
 
+# Small results that a model may write into, as Mixtral does into the weights of its experts: copies are kept.
+COPIED = ("topk",)
+
+
 class Hearing(Listener, Protocol):
     """A listener that says whether it is computing, and would answer no call."""
 
     is_computing: bool
+
+    def written(self, x: Tensor) -> None:
+        """An operator has written into x."""
+        ...
 
 
 class TorchCalls(TorchDispatchMode):
@@ -84,6 +92,10 @@ class TorchCalls(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = self._names.get(func)
+        if func._schema.is_mutable:
+            for x, argument in zip(args, func._schema.arguments, strict=False):
+                if isinstance(x, Tensor) and argument.is_write:
+                    self._listener.written(x)
         if name is None or self._listener.is_computing:
             return func(*args, **(kwargs or {}))
         self.has_heard = True

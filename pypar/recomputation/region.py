@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pypar.ops.calls import listening
 from pypar.recomputation.environment import Environment
@@ -102,6 +102,8 @@ class Region:
         self._last_call = _LastCall()
         self.is_computing = False
         self._held: list[Tensor] = []  # saved as they are, until the end of the forward
+        self._written: set[int] = set()  # memory into which torch's operators have written
+        self._shown: list[Whole] = []  # kept results that the function returned, into which others may write
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function's result, for which autograd saves what the region keeps."""
@@ -114,7 +116,7 @@ class Region:
             outputs = self._function(*args, **kwargs)
         if torch_calls is not None:
             self._part.calls_torch = self._part.calls_torch or torch_calls.has_heard
-        self._close(tensors)
+        self._close(tensors, outputs)
         return outputs
 
     @contextlib.contextmanager
@@ -163,20 +165,38 @@ class Region:
         if name in self._part.kept.names:
             result = Result.of(name, outputs)
             self._results[self._num_calls] = self._num_saved, result
-            self._stays.update(x.x.untyped_storage()._cdata for x in result.held if isinstance(x, Whole))
+            self._stays.update(x.x.untyped_storage()._cdata for x in result.tensors)
         self._num_calls += 1
         return outputs
 
-    def _close(self, inputs: Sequence[Tensor]) -> None:
+    def written(self, x: Tensor) -> None:
+        """An operator of torch has written into x."""
+        self._written.add(x.untyped_storage()._cdata)
+
+    def _is_as_it_was(self, result: Result) -> bool:
+        """Whether nobody has written into an operator's result; else the operator runs again too."""
+        return not any(x.is_written or x.x.untyped_storage()._cdata in self._written for x in result.tensors)
+
+    def _close(self, inputs: Sequence[Tensor], outputs: Any) -> None:
         """After the forward: nothing is held that the second one does not come to."""
         self._environment.forget_unused()
         self._stays.clear()
         last = max(self._slots, default=-1)
-        self._results = {n: found for n, found in self._results.items() if found[0] <= last}
+        self._results = {
+            n: (at, result)
+            for n, (at, result) in self._results.items()
+            if at <= last and self._is_as_it_was(result)
+        }
         if self._last_call.is_enough:
             self._results.pop(self._last_call.number, None)
         self._last_call.inputs = {}
-        held = [x.x for _, result in self._results.values() for x in result.held if isinstance(x, Whole)]
+        held = [x.x for _, result in self._results.values() for x in result.tensors]
+        memory = {x.untyped_storage()._cdata for x in held}
+        self._shown = [
+            Whole(x)
+            for x in tree_leaves(outputs)
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata in memory
+        ]
         tell([*self._held, *held, *(inputs if self._slots else ())])
         self._held = []
         if not self._slots:
@@ -184,6 +204,8 @@ class Region:
 
     def run_again(self) -> None:
         """Fill the slots that are still needed and empty."""
+        for shown in self._shown:
+            shown.get()
         wanted = {number: slot for number, ref in self._slots.items() if (slot := ref()) is not None}
         again = _Again(self, {number: slot for number, slot in wanted.items() if slot.x is None})
         leaves = [x[0].get().detach().requires_grad_(x[1]) if type(x) is tuple else x for x in self._inputs]
@@ -232,6 +254,9 @@ class _Again:
             raise _EnoughError
         kept = self._kept(name)
         return self._computed(compute) if kept is None else kept.again()
+
+    def written(self, x: Tensor) -> None:
+        """Of no interest."""
 
     def call_under_autograd(self, name: str, compute: Callable[[], Any]) -> Any:
         if self.is_computing:

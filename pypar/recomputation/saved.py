@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pypar.recomputation.operators import COPIED
+
 
 class Whole:
     """A saved tensor that is held as it is."""
@@ -17,9 +19,14 @@ class Whole:
     def __init__(self, x: Tensor) -> None:
         self.x, self.version = x.detach(), version_of(x)
 
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has written into it since."""
+        return version_of(self.x) != self.version
+
     def get(self) -> Tensor:
         """The tensor. RuntimeError where somebody has written into it since."""
-        if version_of(self.x) != self.version:
+        if self.is_written:
             raise RuntimeError(
                 f"a tensor {tuple(self.x.shape)} that backward needs was written into after the forward; write into "
                 "a copy of it"
@@ -100,10 +107,19 @@ class Result:
 
     @classmethod
     def of(cls, name: str, outputs: Any) -> Result:
+        """Of the operator `name`."""
         leaves, structure = tree_flatten(outputs)
+        if name in COPIED:
+            leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         return cls(name, [Whole(x) if isinstance(x, Tensor) else x for x in leaves], structure)
 
+    @property
+    def tensors(self) -> list[Whole]:
+        """What it holds of tensors."""
+        return [x for x in self.held if isinstance(x, Whole)]
+
     def again(self) -> Any:
+        """The outputs, as they were."""
         # Autograd marks what a forward returns, so each is a tensor of its own.
         leaves = [x.get().detach() if isinstance(x, Whole) else x for x in self.held]
         return tree_unflatten(leaves, self.structure)

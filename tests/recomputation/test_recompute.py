@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -220,3 +221,16 @@ def test_compiled_blocks_are_recomputed():
     pypar.recompute(model)
     assert_same(outcome(model), outcome(plain))
     assert recomputed(model)
+
+
+@all_policies
+def test_fake_tensors(policy, ops):
+    """As a planner asks what a model would take."""
+    with FakeTensorMode():
+        model = pypar.recompute(Model(), policy, ops=ops)
+        model(torch.ones(2, 6, WIDTH)).backward()
+        assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+    config = DecoderConfig(16, 2, 16, 2, 1, 8, 24)
+    with torch.device("meta"):
+        decoder = pypar.recompute(Decoder(config, seed=None), policy, ops=ops)
+        decoder(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
