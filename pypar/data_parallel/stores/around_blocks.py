@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,10 +26,10 @@ def around_blocks(
 
     A forward enters a block before the first of its modules and leaves it after the last one. A backward enters a block
     when a gradient of its outputs is there, and leaves it when it comes to another block, or ends. What is computed
-    again inside a backward enters its block, which stays. The whole forward and the whole backward enter and leave the
-    block that is named ``root`` and has no modules. A forward that fails leaves the block it was in; after a backward
-    that failed the store is told to `abandon` it before anything else. Nothing is added to a model whose store does not
-    act on blocks.
+    again inside a backward enters its block, which stays until its backward is over. The whole forward and the whole
+    backward enter and leave the block that is named ``root`` and has no modules. A forward that fails leaves the block
+    it was in; after a backward that failed the store is told to `abandon` it before anything else. Nothing is added to
+    a model whose store does not act on blocks.
 
     blocks  by default the model's own; ValueError for a model that does not say its blocks
     """
@@ -44,6 +45,8 @@ class _Watch:
         self.in_forward: Block | None = None
         self.in_backward: Block | None = None
         self.backward = -1  # torch's number of the backward that runs
+        self.to_come: Counter[Block] = Counter()  # forwards to whose outputs no gradient has come yet
+        self.again: list[Block] = []  # entered in this backward to be computed again, before a gradient came
 
     def watch(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         model.register_forward_pre_hook(self._begin, prepend=True)
@@ -63,9 +66,8 @@ class _Watch:
 
     @uncompiled(_REASON)
     def _enter(self, block: Block, *_: Any) -> None:
-        if _backward() != -1:  # it is computed again
-            if self.in_backward != block:
-                self._enter_backward(block)
+        if _backward() != -1:
+            self._enter_again(block)
             return
         if self.in_forward == block:
             return
@@ -73,6 +75,17 @@ class _Watch:
         self._leave_open()
         self.in_forward = block
         self.store.enter(block)
+
+    def _enter_again(self, block: Block) -> None:
+        """A block is computed again: by the backward of several blocks at once, or (to_come: 0) before its own."""
+        if self.in_backward == block or block in self.again:
+            return
+        if not self.to_come[block]:
+            self._enter_backward(block)
+            return
+        self._begin_backward()
+        self.again.append(block)
+        self.store.enter(block, backward=True)
 
     def _leave_open(self) -> None:
         """A block that is still entered is one that raised, or whose last module was not called."""
@@ -96,17 +109,26 @@ class _Watch:
         """Whether a backward may come to the block, which is then entered."""
         made = [x for x in _tensors(output) if x.requires_grad] if torch.is_grad_enabled() else []
         if made:
-            torch.autograd.graph.register_multi_grad_hook(
-                made, lambda _: self._enter_backward(block), mode="any"
-            )
+            self.to_come[block] += 1
+            torch.autograd.graph.register_multi_grad_hook(made, lambda _: self._reached(block), mode="any")
         return bool(made)
 
-    def _enter_backward(self, block: Block) -> None:
+    def _reached(self, block: Block) -> None:
+        """A gradient of a block's outputs is there."""
+        self.to_come[block] = max(0, self.to_come[block] - 1)
+        if block in self.again:
+            self.again.remove(block)
+        self._enter_backward(block)
+
+    def _begin_backward(self) -> None:
         if self.backward != _backward():
             self._abandon_failed()
             self.backward = _backward()
             Variable._execution_engine.queue_callback(self._end_backward)
             self.store.enter(self.root, backward=True)
+
+    def _enter_backward(self, block: Block) -> None:
+        self._begin_backward()
         if block == self.root:
             return
         if self.in_backward is not None:
@@ -115,15 +137,21 @@ class _Watch:
         self.store.enter(block, backward=True)
 
     def _end_backward(self) -> None:
-        if self.in_backward is not None:
-            self.store.leave(self.in_backward, backward=True)
-        self.in_backward, self.backward = None, -1
+        for block in (self.in_backward, *self.again):
+            if block is not None:
+                self.store.leave(block, backward=True)
+        self._forget()
         self.store.leave(self.root, backward=True)
+
+    def _forget(self) -> None:
+        """No backward runs."""
+        self.in_backward, self.backward = None, -1
+        self.again = []
 
     def _abandon_failed(self) -> None:
         """A backward that did not end has raised."""
         if self.backward != -1:
-            self.in_backward, self.backward = None, -1
+            self._forget()
             self.store.abandon()
 
 
