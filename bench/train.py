@@ -15,8 +15,8 @@ import os
 import torch
 
 from pypar.bench.timing import median_seconds
-from pypar.bench.training.contenders import CONTENDERS, LENGTH, SIZES
-from pypar.bench.training.race import FLOPS, TOKENS, Result, race
+from pypar.bench.training.contenders import CONTENDERS, Workload
+from pypar.bench.training.race import Result, race
 from pypar.ops import linear
 from pypar.train.metrics import matmul_rate
 from pypar.train.precision import PRECISIONS
@@ -34,41 +34,43 @@ def main() -> None:
     names = [n for n in CONTENDERS if not options.only or any(word in n for word in options.only)]
     if not names:
         parser.error(f"--only {' '.join(options.only)}: no such contender; there are {'; '.join(CONTENDERS)}")
-    report(race(names, options.precision, steps=options.steps, rounds=options.rounds), options.precision)
+    workload = Workload(options.precision)
+    report(race(names, workload, steps=options.steps, rounds=options.rounds), workload)
 
 
-def linear_gain(dtype: torch.dtype) -> str:
+def linear_gain(workload: Workload) -> str:
     """What the choice of a matmul library gains: pypar's linear against torch's at the size of one layer."""
-    x, weight = torch.randn(LENGTH, SIZES.d_model), torch.randn(SIZES.d_ff, SIZES.d_model)
+    sizes, dtype = workload.sizes, PRECISIONS[workload.precision]
+    x, weight = torch.randn(workload.length, sizes.d_model), torch.randn(sizes.d_ff, sizes.d_model)
     functions = {"ours": linear, "torch": torch.nn.functional.linear}
     contenders = {
         name: functools.partial(function, x.to(dtype), weight.to(dtype))
         for name, function in functions.items()
     }
     seconds = median_seconds(contenders, rounds=30)
-    size = f"[{LENGTH}, {SIZES.d_model}] x [{SIZES.d_model}, {SIZES.d_ff}]"
+    size = f"[{workload.length}, {sizes.d_model}] x [{sizes.d_model}, {sizes.d_ff}]"
     return f"pypar.ops.linear against torch's, forward of {size}: {seconds['torch'] / seconds['ours']:.2f}x"
 
 
-def report(results: dict[str, Result], precision: str) -> None:
+def report(results: dict[str, Result], workload: Workload) -> None:
     ran = {name: result for name, result in results.items() if not result.failure}
     peers = [result.median for name, result in ran.items() if name.startswith("torch")]
-    dtype = PRECISIONS[precision]
-    peak = matmul_rate(dtype, torch.device("cpu"), 2048)
+    precision = workload.precision
+    peak = matmul_rate(PRECISIONS[precision], torch.device("cpu"), 2048)
     cores = len(os.sched_getaffinity(0))
     print(
         f"torch {torch.__version__}, {cores} cores, {precision} matmul {peak / 1e9:.0f} GFLOP/s with "
         f"{torch.get_num_threads()} threads"
     )
-    print(linear_gain(dtype))
+    print(linear_gain(workload))
     print("| contender | tokens/s | GFLOP/s | of matmul | x best torch | spread | peak MB a rank |")
     print("|---|---|---|---|---|---|---|")
     for name, result in ran.items():
-        step = result.median
+        step, rate = result.median, workload.flops / result.median
         spread = (max(result.seconds) - min(result.seconds)) / step
         ratio = f"{min(peers) / step:.2f}" if peers else "-"
         print(
-            f"| {name} | {TOKENS / step:,.0f} | {FLOPS / step / 1e9:.0f} | {FLOPS / step / peak:.0%} | {ratio} "
+            f"| {name} | {workload.tokens / step:,.0f} | {rate / 1e9:.0f} | {rate / peak:.0%} | {ratio} "
             f"| {spread:.0%} | {result.peak_bytes / 1e6:,.0f} |"
         )
     for name, result in results.items():

@@ -71,10 +71,10 @@ class PlainLlama(nn.Module):
         for layer in self.layers:
             hidden_BTD = layer(hidden_BTD, cos, sin)
         logits_BTV = self.head(self.norm(hidden_BTD))
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
 
 def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of the head, as Llama does."""
+    """Rotate the two halves of the head, as Llama does, in the precision of cos and sin."""
     first, second = x_BNTH.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BNTH.dtype)

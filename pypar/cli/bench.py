@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from pypar.bench.figures import Figure
 
 SUMMARY = "measure: everything in one table, or all-reduce alone"
-PARTS = ("operators", "communication", "training")
+PARTS = ("operators", "communication", "training", "memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="subject")
-    text = "every operator, the collectives and a training step, each beside a named peer, in one table"
+    text = "every operator, the collectives, training steps and ZeRO, each beside a named peer, in one table"
     all_ = subjects.add_parser("all", help=text, description=text, allow_abbrev=False)
     all_.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="default all of them")
     all_.add_argument("--ops", nargs="+", default=[], metavar="OP", help="such as attention (default all)")
     all_.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of training; default fp32"
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of training and memory; default fp32"
     )
     all_.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     all_.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios as bars into a PNG")
@@ -99,12 +99,23 @@ def _communication(arguments: argparse.Namespace) -> "Iterator[Figure]":
 
 def _training(arguments: argparse.Namespace) -> "Iterator[Figure]":
     from pypar.bench.training import race
+    from pypar.bench.training.contenders import Workload
 
     names = ["torch, one process", "torch DDP", "pypar, one process", "pypar dp=2", "pypar tp=2"]
-    yield from race.figures(names, arguments.precision, steps=2, rounds=1)
+    workload = Workload(arguments.precision)
+    yield from race.figures(race.race(names, workload, steps=2, rounds=1), workload)
 
 
-_MEASURED = dict(zip(PARTS, (_operators, _communication, _training), strict=True))
+def _memory(arguments: argparse.Namespace) -> "Iterator[Figure]":
+    from pypar.bench.training import race
+    from pypar.bench.training.contenders import Workload
+
+    names = ["torch FSDP2", *(f"pypar zero {stage}" for stage in range(4))]
+    workload = Workload(arguments.precision, sequences=4)
+    yield from race.figures(race.race(names, workload, steps=2, rounds=1), workload, "memory")
+
+
+_MEASURED = dict(zip(PARTS, (_operators, _communication, _training, _memory), strict=True))
 
 
 def _prepare_allreduce(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -6,7 +6,7 @@ import pytest
 
 from pypar.bench.figures import Figure, line
 from pypar.bench.training import race
-from pypar.bench.training.contenders import CONTENDERS
+from pypar.bench.training.contenders import CONTENDERS, Workload
 from pypar.cli import main
 
 
@@ -40,7 +40,7 @@ def test_communication_is_measured_against_gloo(capsys):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_contender_trains_alike(precision):
     """Losses that differ are an AssertionError of the race itself."""
-    results = race.race(list(CONTENDERS), precision, steps=1, rounds=1)
+    results = race.race(list(CONTENDERS), Workload(precision), steps=1, rounds=1)
     for name, result in results.items():
         assert not result.failure or name == "torch.compile, one process", result.failure
         assert result.failure or (len(result.seconds) == 1 and result.peak_bytes > 1 << 27)
