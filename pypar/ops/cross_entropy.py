@@ -131,7 +131,7 @@ def _triton_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple
     from pypar.kernels import cross_entropy
 
     check_range(targets, logits.shape[-1], ignore_index)
-    loss, maximum, total = cross_entropy.forward(as_rows(logits), targets.reshape(-1), ignore_index)
+    loss, maximum, total = cross_entropy.forward(as_rows(logits), _flat(targets), ignore_index)
     return loss.view(targets.shape), maximum.view(targets.shape), total.view(targets.shape)
 
 
@@ -140,14 +140,14 @@ def _triton_backward(
 ) -> Tensor:
     from pypar.kernels import cross_entropy
 
-    flat = (
-        dloss.float().reshape(-1),
-        as_rows(logits),
-        targets.reshape(-1),
-        maximum.reshape(-1),
-        total.reshape(-1),
-    )
-    return cross_entropy.backward(*flat, ignore_index).view(logits.shape)
+    of_tokens = _flat(targets), maximum.reshape(-1), total.reshape(-1)
+    dlogits = cross_entropy.backward(_flat(dloss.float()), as_rows(logits), *of_tokens, ignore_index)
+    return dlogits.view(logits.shape)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """One number for each token, side by side; a gradient may be one number that was expanded."""
+    return x.reshape(-1).contiguous()
 
 
 BACKENDS = (

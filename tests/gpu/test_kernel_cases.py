@@ -13,7 +13,7 @@ if TRITON_MISSING is not None:
 
 from pypar.bench.gpu.triton_code import SHARED_BYTES, compile_launch, machine_code
 from pypar.kernels.launch import launches_go_to
-from pypar.selftest.row_kernels import cases_module, launches_of
+from pypar.selftest.row_kernels import cases_module, launches_of, operators
 from tests.harness import row_kernels
 
 PTXRUN = os.environ.get("PYPAR_PTXRUN")
@@ -28,6 +28,7 @@ CASES = [
     *(pytest.param("linear_cross_entropy", i, marks=pytest.mark.slow) for i in (2, 3, 4)),
     *(pytest.param("grouped_matmul", i, marks=pytest.mark.slow) for i in (1, 2)),
 ]
+WITH_GRADIENTS = [op for op in operators("compiled_cases") if op not in ("adamw", "bucket")]
 COMPILED = [("grouped_matmul", 0), ("grouped_matmul", 1), *(("linear_cross_entropy", i) for i in range(3))]
 
 
@@ -37,6 +38,11 @@ COMPILED = [("grouped_matmul", 0), ("grouped_matmul", 1), *(("linear_cross_entro
 @pytest.mark.parametrize(("op", "number"), CASES)
 def test_interpreted(interpreter, op, number, dtype):
     interpreter.call(row_kernels.check_kernel_case, op, number, dtype)
+
+
+@pytest.mark.parametrize("op", WITH_GRADIENTS)
+def test_strides_change_no_value(interpreter, op):
+    interpreter.call(row_kernels.check_any_strides, op)
 
 
 @pytest.mark.parametrize(

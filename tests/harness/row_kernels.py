@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pypar.bench.gpu.moved import Moved, count
 from pypar.kernels.launch import Launch, Table
-from pypar.selftest.judge import check_case
+from pypar.selftest.judge import check_case, draw_inputs, leaves, outputs, results
 from pypar.selftest.row_kernels import cases_module, launches_of, operators
 
 _BETWEEN = 0xA5  # a byte that belongs to no tensor
@@ -35,6 +35,24 @@ def check_small_case(op: str, number: int, dtype: torch.dtype) -> None:
 def check_kernel_case(op: str, number: int, dtype: torch.dtype) -> None:
     """The same of its kernel_cases, in which some bytes are moved more often than once, or never."""
     check_case(cases_module(op).kernel_cases()[number], dtype, "triton")
+
+
+def check_any_strides(op: str) -> None:
+    """AssertionError where inputs with gaps or expanded gradients give other values than dense ones.
+
+    Bits may differ where a library multiplies, which goes by the strides.
+    """
+    module = cases_module(op)
+    case = getattr(module, "small_cases" if hasattr(module, "small_cases") else "kernel_cases")()[0]
+    ours = functools.partial(case.ours, backend="triton")
+    dense = draw_inputs(case, torch.float32)
+    with_gaps = {name: torch.stack((x.detach(), x.detach()), -1)[..., 0] for name, x in dense.items()}
+    douts = [torch.full((), 0.5, dtype=x.dtype) for x in outputs(case.plain, dense)]
+    shapes = [x.shape for x in outputs(case.plain, dense)]
+    expanded = [x.expand(shape) for x, shape in zip(douts, shapes, strict=True)]
+    expected = results(ours, dense, [x.clone(memory_format=torch.contiguous_format) for x in expanded])
+    found = results(ours, leaves(with_gaps, case.gradients), expanded)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def moved_by_small_case(op: str, number: int) -> list[list[Moved]]:
