@@ -25,7 +25,7 @@ AXIS_NAMES = (STAGES, SAMPLES, POSITIONS, "tp")  # outermost first
 FOLDS = {"ep": DATA}
 # What a Mesh has beside its axes.
 RESERVED = frozenset(
-    {"axis", "data", "declare", "device_mesh", "grid", "of", "rank", "shape", "sizes", "world"}
+    {"axis", "data", "declare", "device_mesh", "grid", "of", "rank", "refined", "shape", "sizes", "world"}
 )
 
 MOST_RANKS = 1 << 20  # that a text may give to an axis: an error of typing is said at once

@@ -185,3 +185,12 @@ def test_a_text_makes_a_mesh_of_refinements_and_folds(ranks):
         ((1, 3), (0, 1), (0, 1), (1, 3)),
         ((0, 2), (2, 3), (2, 3), (0, 2)),
     ]
+
+
+def test_a_refined_mesh_is_another_one():
+    mesh = Mesh()
+    fine = mesh.refined("dp", {"outer": 1, "inner": 1})
+    assert fine.axis("outer", "inner").size == 1 and fine.inner.size == 1 and fine.tp is mesh.tp
+    assert "inner" not in mesh.grid.names
+    with pytest.raises(ValueError, match="axis 'dp' of mesh .* is refined already"):
+        fine.refined("dp", {"a": 1, "b": 1})

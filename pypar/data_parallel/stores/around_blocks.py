@@ -16,6 +16,7 @@ from pypar.blocks import Block, blocks_of, is_here
 from pypar.data_parallel.store import ActsOnBlocks, Store
 from pypar.ops.uncompiled import uncompiled
 
+_LEFT = "_pypar_left_by_a_block"  # the tensor's node in the graph when a block returned it
 _REASON = "a store brings and takes away parameters around it"
 
 
@@ -106,8 +107,16 @@ class _Watch:
             self.store.leave(self.root, returns=self._returns(output, self.root))
 
     def _returns(self, output: Any, block: Block) -> bool:
-        """Whether a backward may come to the block, which is then entered."""
+        """Whether a backward may come to the block, which is then entered.
+
+        What a block passes on as an earlier one has left it is that one's: hooks of one tensor run in the order in
+        which they came, and the earlier block would be entered before the later one.
+        """
         made = [x for x in _tensors(output) if x.requires_grad] if torch.is_grad_enabled() else []
+        if block != self.root:
+            made = [x for x in made if getattr(x, _LEFT, None) is None or getattr(x, _LEFT) is not x.grad_fn]
+            for x in made:
+                setattr(x, _LEFT, x.grad_fn)
         if made:
             self.to_come[block] += 1
             torch.autograd.graph.register_multi_grad_hook(made, lambda _: self._reached(block), mode="any")
