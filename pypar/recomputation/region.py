@@ -80,6 +80,9 @@ class _LastCall:
 
     number: int = -1
     inputs: dict[Any, int] = field(default_factory=dict)
+    alive: list[Tensor] = field(
+        default_factory=list
+    )  # the inputs, whose memory may not be another's meanwhile
     slots: dict[int, int] = field(default_factory=dict)  # number of the slot -> of the input
     is_enough: bool = True
 
@@ -149,7 +152,8 @@ class Region:
             return compute()
         outputs = self._computed(name, compute)
         places = {_place(x): i for i, x in enumerate(inputs) if isinstance(x, Tensor)}
-        self._last_call = _LastCall(self._num_calls - 1, places)
+        alive = [x for x in inputs if isinstance(x, Tensor)]
+        self._last_call = _LastCall(self._num_calls - 1, places, alive)
         return outputs
 
     def call_under_autograd(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -165,7 +169,9 @@ class Region:
         if name in self._part.kept.names:
             result = Result.of(name, outputs)
             self._results[self._num_calls] = self._num_saved, result
-            self._stays.update(x.x.untyped_storage()._cdata for x in result.tensors)
+            memory = {x.x.untyped_storage()._cdata for x in result.tensors}
+            self._stays |= memory
+            self._written -= memory  # what was there before, and is gone
         self._num_calls += 1
         return outputs
 
@@ -189,7 +195,7 @@ class Region:
         }
         if self._last_call.is_enough:
             self._results.pop(self._last_call.number, None)
-        self._last_call.inputs = {}
+        self._last_call.inputs, self._last_call.alive = {}, []
         held = [x.x for _, result in self._results.values() for x in result.tensors]
         memory = {x.untyped_storage()._cdata for x in held}
         self._shown = [

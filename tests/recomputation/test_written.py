@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pypar
-from tests.recomputation.test_recompute import WIDTH, assert_same, seeded
+from tests.recomputation.test_recompute import WIDTH, _Products, assert_same, seeded
 
 
 class InPlace(nn.Module):
@@ -85,3 +85,39 @@ def test_a_block_that_writes_into_its_input_is_an_error():
         RuntimeError, match=r"a tensor \(5, 8\) that backward needs was written into after the forward"
     ):
         outcome(model, torch.ones(5, WIDTH))
+
+
+class Reused(nn.Module):
+    """Memory that was written into, or was an operator's input, is given to other tensors of the same size."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(WIDTH, WIDTH, bias=False), pypar.RMSNorm(WIDTH)
+
+    def forward(self, x):
+        for _ in range(3):
+            gone = x * 2
+            gone.add_(1)
+            del gone
+            x = self.first(x)
+        raised = x + 1
+        y = self.norm(raised)
+        del raised
+        for _ in range(3):
+            y = (y * 3).exp().tanh()
+        return y
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_memory_that_is_used_again_is_not_taken_for_what_was_in_it(policy):
+    x = torch.linspace(-1, 1, 5 * WIDTH).view(5, WIDTH)
+    model = pypar.recompute(seeded(lambda: Layers(Reused)), policy, checksums=True)
+    found = outcome(model, x)
+    assert_same(found, outcome(seeded(lambda: Layers(Reused)), x))
+    if policy == "selective":
+        layer = model.layers[0]
+        with _Products() as products:
+            y = layer(x.requires_grad_())
+            before = products.counts["mm"]
+            y.sum().backward()
+        assert products.counts["mm"] == before + 6  # two gradients each: no product runs again
