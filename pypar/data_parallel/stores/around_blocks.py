@@ -78,11 +78,8 @@ class _Watch:
         self.store.enter(block)
 
     def _enter_again(self, block: Block) -> None:
-        """A block is computed again: by the backward of several blocks at once, or (to_come: 0) before its own."""
+        """A block is computed again, maybe by the backward of several blocks at once, which goes on."""
         if self.in_backward == block or block in self.again:
-            return
-        if not self.to_come[block]:
-            self._enter_backward(block)
             return
         self._begin_backward()
         self.again.append(block)
