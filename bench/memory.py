@@ -130,7 +130,7 @@ def climb(workload: Workload, options: argparse.Namespace) -> list[dict[str, obj
     """The table and the picture of the largest decoders, and one of them really trained."""
     workload.data()
     budget = options.budget << 20
-    rungs = ladder.ladder(workload, budget)
+    rungs = ladder.ladder(workload, budget, ladder.beside_states(workload))
     print(
         f"\n{workload.precision}: the largest decoder of width {workload.sizes.d_model} that trains on 2 ranks within "
         f"{options.budget} MiB each, {workload.length} tokens a rank, AdamW"

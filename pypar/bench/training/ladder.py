@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from pypar.bench.training.timeline import record
 from pypar.cost.memory import ADAM, Parameter, Sharding, Units, peaks, states
 from pypar.models import Decoder
 from pypar.train.precision import PRECISIONS
-
-MOST_LAYERS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,16 @@ def states_bytes(workload: Workload, sharding: Sharding) -> int:
 def beside_states(workload: Workload) -> Callable[[int], int]:
     """Bytes of a microbatch beside the states, by the number of layers; measured on one process."""
     alone = replace(workload, sequences=1)
-    one, two = (_beside_states(with_layers(alone, count)) for count in (1, 2))
-    return lambda num_layers: one + (num_layers - 1) * (two - one)
-
-
-def _beside_states(workload: Workload) -> int:
-    held = sum(states(units_of(workload), Sharding()).values())
-    return record(lambda: one_process(workload)).peak - held
+    grows = []
+    stays = 0  # the text
+    for count in (1, 2):
+        measured = with_layers(alone, count)
+        found = record(partial(one_process, measured))
+        grows.append(found.peak - found.total[0])
+        held = sum(states(units_of(measured), Sharding()).values())
+        stays = max(stays, found.total[0] - held)
+    one, two = grows
+    return lambda num_layers: stays + one + (num_layers - 1) * max(0, two - one)
 
 
 def one_process(workload: Workload) -> Running:
@@ -84,25 +86,31 @@ def one_process(workload: Workload) -> Running:
     return Running(steps(), trainer.model, lambda: held)
 
 
-def ladder(workload: Workload, budget_bytes: int) -> list[Rung]:
-    """The largest decoder of each stage, on `RANKS` ranks."""
-    beside = beside_states(workload)
-
-    def needs(stage: int, num_layers: int) -> int:
-        sharding = Sharding(stage, RANKS)
-        return states_bytes(with_layers(workload, num_layers), sharding) + beside(num_layers)
-
+def ladder(workload: Workload, budget_bytes: int, beside: Callable[[int], int]) -> list[Rung]:
+    """The largest decoder of each stage, on `RANKS` ranks; beside: see `beside_states`."""
     rungs = []
     for stage in STAGES:
-        low, high = 0, MOST_LAYERS
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if needs(stage, middle) <= budget_bytes else (low, middle - 1)
-        if low:
-            sizes = with_layers(workload, low).sizes
+        needs = partial(_needs, workload, Sharding(stage, RANKS), beside)
+        if num_layers := _largest(needs, budget_bytes):
+            sizes = with_layers(workload, num_layers).sizes
             name = f"ZeRO-{stage}" if stage else "none"
-            rungs.append(Rung(name, stage, low, sizes.num_parameters, needs(stage, low)))
+            rungs.append(Rung(name, stage, num_layers, sizes.num_parameters, needs(num_layers)))
     return rungs
+
+
+def _needs(workload: Workload, sharding: Sharding, beside: Callable[[int], int], num_layers: int) -> int:
+    return states_bytes(with_layers(workload, num_layers), sharding) + beside(num_layers)
+
+
+def _largest(needs: Callable[[int], int], budget_bytes: int) -> int:
+    """The most layers that fit; from three on each layer needs the same."""
+    three, four = needs(3), needs(4)
+    most = max(0, 3 + (budget_bytes - three) // (four - three))
+    while most and needs(most) > budget_bytes:
+        most -= 1
+    while needs(most + 1) <= budget_bytes:
+        most += 1
+    return most
 
 
 def draw(path: Path, title: str, rungs: list[Rung]) -> None:
