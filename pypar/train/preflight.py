@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from pypar.models.family import Sizes
 
 
+# Of configurations in older checkpoints: "store" had one choice, and is `memory` now.
+FORMER_SECTIONS = ("store",)
+
+
 @dataclass(frozen=True)
 class Ready:
     """A run that may start: ``config`` with mesh, paths and checkpoint filled in; ``notes`` for the user."""
@@ -177,7 +181,7 @@ def check_whole_model(path: Path) -> tuple[RunConfig, "Sizes"]:
             f"checkpoint {path} does not hold the configuration of a run; it was not written by one"
         )
     try:
-        config = RunConfig.from_dict(extra["config"])
+        config = RunConfig.from_dict({k: v for k, v in extra["config"].items() if k not in FORMER_SECTIONS})
         check_values(config)
         tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
         model = config.model.sizes(tokenizer.vocab_size)

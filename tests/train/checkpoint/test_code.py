@@ -115,3 +115,19 @@ def test_generate_makes_no_model_that_the_weights_do_not_fill(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and sentence in said and said.count("\n") == 1
     assert time.perf_counter() - start < 5
+
+
+def test_a_checkpoint_from_before_a_section_was_renamed_is_read(
+    run: list[str], tmp_path: Path, capsys
+) -> None:
+    directory = Path(run[4].partition("=")[2]) / "a" / "checkpoints" / "step_00000002"
+    older = Path(shutil.copytree(directory, tmp_path / "x"))
+
+    def as_before(manifest):
+        config = manifest["extra"]["config"]
+        del config["memory"], config["recompute"], config["loss_scale"]
+        config["store"] = {"name": "replicated"}
+
+    change_json(checkpoint.MANIFEST, as_before)(older)
+    assert main(["generate", str(older), "--tokens", "1"]) == 0
+    assert capsys.readouterr().out
