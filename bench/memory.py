@@ -75,7 +75,7 @@ def main() -> None:
         workload = Workload(precision, options.sequences, options.length or 1024)
         names = [name for name in RUNNING if not options.only or any(word in name for word in options.only)]
         absent = {name: reason for name in names if (reason := missing(name))}
-        results = race(
+        results = race.race(
             [name for name in names if name not in absent],
             workload,
             steps=options.steps,

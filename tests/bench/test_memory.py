@@ -90,6 +90,31 @@ def test_all_contenders_train_alike(precision):
 
 
 @pytest.mark.slow
+def test_the_program_races_and_watches(tmp_path, monkeypatch, capsys):
+    files = [str(tmp_path / name) for name in ("figures.json", "held.png")]
+    arguments = [
+        "--precision",
+        "fp32",
+        "--only",
+        "pypar zero 3",
+        "FSDP2",
+        "--sequences",
+        "2",
+        "--length",
+        "16",
+    ]
+    arguments += ["--steps", "1", "--rounds", "1", "--json", files[0], "--picture", files[1]]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments])
+    runpy.run_path(str(ROOT / "bench" / "memory.py"), run_name="__main__")
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
+    assert "| pypar zero 3 | " in printed and "| torch FSDP2 | " in printed
+    assert [figure["what"] for figure in written["figures"]] == ["zero 3"]
+    assert {each["what"] for each in written["memory"]} == {"pypar zero 3", "torch FSDP2"}
+    assert all(0 < each["parameters"] < each["peak"] for each in written["memory"])
+    assert (tmp_path / "held-fp32.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_what_the_ladder_predicts_is_what_is_held(stage):
     """One rung is really trained: never more than was predicted, and not much less."""
