@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pypar.bench.training.contenders import Steps, Workload, adamw, clip, plain_model, plain_steps
 from pypar.mesh import Mesh
+from pypar.owned import Owned
 from pypar.train.precision import PRECISIONS
 
 RANKS = 2
@@ -61,7 +62,16 @@ def _trainer(stage: int, weights: Path, workload: Workload) -> Running:
             yield trainer.train_step()["loss"]
 
     store: Any = trainer.store
-    return Running(steps(), trainer.model, lambda: dict(store.memory()) | {"moments": moments})
+    held = store.memory if stage else lambda: _whole(trainer.model, store.owned())
+    return Running(steps(), trainer.model, lambda: dict(held()) | {"moments": moments})
+
+
+def _whole(model: nn.Module, owned: Sequence[Owned]) -> dict[str, int]:
+    """What a store holds that cuts nothing."""
+    parameters = num_bytes(model.parameters())
+    masters = num_bytes([*model.parameters(), *(each.master for each in owned)]) - parameters
+    gradients = num_bytes(each.gradient for each in owned)
+    return {"parameters": parameters, "masters": masters, "gradients": gradients}
 
 
 def _script(stage: int, weights: Path, workload: Workload) -> Running:
