@@ -24,7 +24,8 @@ from pypar.comm.backend import register as register_backend
 from pypar.files.disk import background_kind
 from pypar.ops import native
 from pypar.ops.backend import ENVIRONMENT_VARIABLE, op_modules
-from pypar.ops.linear import library_choice, processor
+from pypar.ops.linear.choice import half_choice, library_choice, processor
+from pypar.ops.linear.upcast import HALVES
 from pypar.recomputation.operators import COSTLY, NAMES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -117,9 +118,12 @@ def _backend_missing(name: str, device: str) -> str | None:
 
 
 def linear_lines() -> Iterator[str]:
-    """Which library multiplies fp32 matrices on the CPU, and why."""
+    """Which library multiplies matrices on the CPU, and why."""
     name, reason = library_choice(processor())
     yield f"linear in fp32 on CPU: {name}; {reason}"
+    for dtype in HALVES:
+        name, reason = half_choice(dtype)
+        yield f"linear in {str(dtype).removeprefix('torch.')} on CPU: {name}; {reason}"
 
 
 def recompute_lines() -> Iterator[str]:

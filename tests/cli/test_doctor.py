@@ -43,6 +43,7 @@ def test_the_report_names_what_a_user_asks_for(capsys):
         "instruction sets of this CPU",
         "GPU",
         "linear in fp32 on CPU: ",
+        "linear in bfloat16 on CPU: ",
         "all-reduce between GPUs by cuda: ",
         "all-reduce between GPUs by triton: ",
         "peers: ",

@@ -9,20 +9,21 @@ import torch
 from pypar.ops.backend import choose
 from pypar.ops.linear import (
     BACKENDS,
-    Processor,
-    backends_for,
-    library_choice,
     linear,
     linear_forward,
     linear_input_gradient,
     linear_weight_gradient,
-    processor,
+    upcast,
 )
+from pypar.ops.linear.choice import Processor, backends_for, half_choice, library_choice, processor
+from pypar.ops.linear.upcast import HALVES
 from pypar.selftest.cases.linear import case
 from pypar.selftest.judge import check_case, draw_inputs
 from tests.harness.pairs import pairwise
 
 NAMES = [backend.name for backend in BACKENDS]
+IN_FP32 = [name for name in NAMES if name != "upcast"]
+DTYPES = {"upcast": torch.bfloat16}
 AMD = Processor("AuthenticAMD", has_avx512=True)
 OLDER_AMD = Processor("AuthenticAMD", has_avx512=False)
 INTEL = Processor("GenuineIntel", has_avx512=True)
@@ -52,22 +53,53 @@ def make(rows, size, outputs, dtype=torch.float32, strided=False, bias=True):
             ((1,), 63, 111),
             ((2100,), 16, 40),
         ],
-        NAMES,
+        IN_FP32,
     ),
 )
 def test_accuracy(name, sizes, strided, bias):
     check_case(case(*sizes, strided=strided, bias=bias), torch.float32, available(name))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_other_dtypes_are_torch(dtype):
-    inputs = make((7,), 31, 23, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "bias", "strided", "sizes"),
+    pairwise(
+        HALVES,
+        [False, True],
+        [False, True],
+        [((63,), 17, 31), ((2, 63), 111, 63), ((1023,), 63, 23), ((8,), 16, 2100), ((2100,), 16, 40)],
+    ),
+)
+def test_accuracy_in_16_bits(dtype, sizes, strided, bias):
+    check_case(case(*sizes, strided=strided, bias=bias), dtype, "upcast")
+
+
+def test_copies_in_fp32_are_small(monkeypatch):
+    """However few numbers are converted at once, the products are the same."""
+    inputs = make((63,), 31, 47, torch.bfloat16)
+    whole = linear(**inputs, backend="upcast")
+    monkeypatch.setattr(upcast, "_COPY_BYTES", 4 * 31 * 16)
+    torch.testing.assert_close(linear(**inputs, backend="upcast"), whole, rtol=2**-7, atol=0)
+
+
+def test_other_dtypes_are_torch():
+    inputs = make((7,), 31, 23, torch.float64)
     assert torch.equal(linear(**inputs), torch.nn.functional.linear(**inputs))
     with pytest.raises(ValueError, match="only float32|without oneDNN|x86"):
         linear(**inputs, backend="onednn")
+    with pytest.raises(ValueError, match="only bfloat16 and float16"):
+        linear(**inputs, backend="upcast")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_16_bits_by_name(dtype):
+    inputs = make((7,), 31, 23, dtype)
+    assert torch.equal(linear(**inputs, backend="torch"), torch.nn.functional.linear(**inputs))
+    for name, why in (("onednn", "only float32|without oneDNN|x86"), ("upcast", "below 8 rows")):
+        with pytest.raises(ValueError, match=why):
+            linear(**inputs, backend=name)
+
+
+@pytest.mark.parametrize("name", IN_FP32)
 @pytest.mark.parametrize("rows", [(7,), (2, 3), ()])
 def test_the_pieces_are_the_gradients(name, rows):
     inputs = make(rows, 31, 23, bias=False)
@@ -103,20 +135,20 @@ def test_empty(rows, size, outputs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_bits_from_run_to_run(name):
-    inputs = make((111,), 63, 31)
+    inputs = make((111,), 63, 31, DTYPES.get(name, torch.float32))
     first = linear(**inputs, backend=available(name))
     assert torch.equal(first, linear(**inputs, backend=name))
 
 
 def test_opcheck():
-    inputs = make((5,), 17, 19)
     for name in NAMES:
+        inputs = make((9,), 17, 19, DTYPES.get(name, torch.float32))
         torch.library.opcheck(torch.ops.pypar.linear_forward, (*inputs.values(), available(name)))
 
 
 def test_compiles_as_one_graph():
-    inputs = make((5,), 63, 31)
     for name in NAMES:
+        inputs = make((9,), 63, 31, DTYPES.get(name, torch.float32))
         compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(**inputs, backend=available(name)), linear(**inputs, backend=name))
 
@@ -124,13 +156,16 @@ def test_compiles_as_one_graph():
 @pytest.mark.skipif(not X86, reason="oneDNN is for x86-64")
 def test_the_library_follows_the_processor():
     def chosen(processor, backend=None, dtype=torch.float32, in_features=63):
-        args = {"x": torch.zeros(5, in_features, dtype=dtype), "in_features": in_features, "out_features": 31}
-        return choose("linear", backends_for(processor), args, backend).name
+        args = {"x": torch.zeros(9, in_features, dtype=dtype), "in_features": in_features, "out_features": 31}
+        return choose("linear", backends_for(processor, dtype), args, backend).name
 
     assert chosen(AMD) == "onednn"
     assert chosen(OLDER_AMD) == chosen(INTEL) == "torch"
     assert chosen(INTEL, backend="onednn") == "onednn"
-    assert chosen(AMD, dtype=torch.float16) == "torch"
+    assert chosen(AMD, dtype=torch.float64) == "torch"
+    for dtype in HALVES:
+        assert chosen(AMD, dtype=dtype) == half_choice(dtype)[0]
+        assert chosen(INTEL, "upcast", dtype) == "upcast"
     assert chosen(AMD, in_features=7) == "torch"
     assert "vendor GenuineIntel, with AVX-512" in library_choice(INTEL)[1]
     assert "vendor AuthenticAMD, without AVX-512" in library_choice(OLDER_AMD)[1]

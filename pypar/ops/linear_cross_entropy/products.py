@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pypar.ops.backend import choose
-from pypar.ops.linear import BACKENDS, linear_forward
+from pypar.ops.linear import chosen, linear_forward
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
@@ -14,8 +13,7 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> No
 
     a and b may be transposes; out is contiguous.
     """
-    args = {"x": a, "in_features": a.shape[1], "out_features": b.shape[0]}
-    if choose("linear", BACKENDS, args, None).name == "torch":
+    if chosen(a, a.shape[1], b.shape[0]) == "torch":
         if add:
             out.addmm_(a, b.t())
         else:
