@@ -15,7 +15,7 @@ from pypar.ops.attention import native as attention_native
 from pypar.ops.attention import reference as attention_reference
 from pypar.ops.attention.arguments import AttentionProblem, Positions, attention_problem
 from pypar.selftest.cases.attention.plain import plain_attention
-from pypar.selftest.judge import expect
+from pypar.selftest.judge import Judgement, expect, largest
 from tests.harness.pairs import pairwise
 from tests.harness.simt import build as simt_build
 from tests.ops.attention import matrix
@@ -59,13 +59,28 @@ def double(problem: AttentionProblem) -> AttentionProblem:
 
 
 @torch.no_grad()
-def check(flavour: str, tensors: dict[str, Tensor], keywords: dict) -> tuple[Tensor, Tensor]:
-    """(out, lse), which keep the error rule."""
+def judged(flavour: str, tensors: dict[str, Tensor], keywords: dict) -> tuple[list[Tensor], list[Judgement]]:
+    """(out, lse) and how each keeps the error rule."""
     results = simt_forward(flavour, attention_problem(**tensors, **keywords))
     expected = expect(partial(plain_attention, **keywords), tensors)
-    for name, result in zip(("out", "lse"), results, strict=True):
-        expected.check(name, result)
+    return list(results), [expected.judge(name, x) for name, x in zip(("out", "lse"), results, strict=True)]
+
+
+def check(flavour: str, tensors: dict[str, Tensor], keywords: dict) -> list[Tensor]:
+    """(out, lse), which keep the error rule."""
+    results, judgements = judged(flavour, tensors, keywords)
+    for judgement in judgements:
+        judgement.check()
     return results
+
+
+def check_case(flavour: str, case: Case) -> None:
+    """The rule for out and lse of a case; over four draws in fp32, where one draw's largest error is luck."""
+    draws = [judged(flavour, *operands(case))[1]]
+    if case.dtype == "fp32" and any(judgement.failure for judgement in draws[0]):
+        draws += [judged(flavour, *operands(case, turn))[1] for turn in range(1, 4)]
+    for judgements in zip(*draws, strict=True):
+        largest(judgements).check()
 
 
 def make(T: int, S: int, H: int, dtype: torch.dtype, N: int = 4, G: int = 2, B: int = 1) -> dict[str, Tensor]:
@@ -75,19 +90,19 @@ def make(T: int, S: int, H: int, dtype: torch.dtype, N: int = 4, G: int = 2, B: 
 
 @pytest.mark.parametrize("case", CASES[::4], ids=str)
 def test_features(case: Case):
-    check("fast", *operands(case))
+    check_case("fast", case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", matrix.sample(GPU_AXES, 300, seed=1), ids=str)
 def test_every_pair_of_features(case: Case):
-    check("fast", *operands(case))
+    check_case("fast", case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", matrix.sample(GPU_AXES, 60, seed=2), ids=str)
 def test_every_pair_of_features_checked(case: Case):
-    check("checked", *operands(case))
+    check_case("checked", case)
 
 
 @pytest.mark.slow
