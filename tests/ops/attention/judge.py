@@ -17,14 +17,26 @@ from pypar.selftest.cases.attention.plain import plain_attention
 from pypar.selftest.judge import Expected, Judgement, expect, judge_result, largest, outputs_and_gradients
 from tests.ops.attention.matrix import Case, operands
 
+DRAWS = 4
+
 
 def run(backend: str | Backend, case: Case, device: str = "cpu") -> None:
     """Compares out, lse and every gradient with plain attention's.
 
     backend: a name of pypar.attention's; or a Backend, of which forward and backward are called (a native module
     that a test has built, kernels in an interpreter).
+
+    The largest error of one draw of the operands is a matter of luck (pypar/selftest/judge.py), the more so of a few
+    numbers; the reference itself has 1.3 times the allowed one in 3 of 132 cases in fp32. Where one draw exceeds the
+    rule, the largest errors over DRAWS decide, the backend's and plain attention's.
     """
-    compare(backend, *_of_case(case), device)
+    of_draws = [list(_judgements(backend, *_of_case(case), device, False))]
+    if any(judgement.failure for judgement in of_draws[0]):
+        for turn in range(1, DRAWS):
+            tensors, keywords = operands(case, turn)
+            of_draws.append(list(_judgements(backend, tensors, keywords, None, device, False)))
+    for judgements in zip(*of_draws, strict=True):
+        largest(judgements).check()
 
 
 @functools.lru_cache(maxsize=2)  # tests of one case by several backends stand one behind the other
@@ -62,20 +74,6 @@ def compare(
     """The rule of `run` for any operands."""
     for judgement in _judgements(backend, tensors, keywords, asked, device, sinks_by_the_rule):
         judgement.check()
-
-
-def run_in_draws(backend: str, case: Case, device: str, draws: int) -> None:
-    """`run` with the largest errors over several draws of the operands, backend's and plain attention's.
-
-    The largest error of one draw in fp32 is a matter of luck (pypar/selftest/judge.py); the reference itself has 1.3
-    times the allowed one in 3 of 132 cases.
-    """
-    of_draws = []
-    for turn in range(draws):
-        tensors, keywords = operands(case, turn)
-        of_draws.append(list(_judgements(backend, tensors, keywords, None, device, False)))
-    for judgements in zip(*of_draws, strict=True):
-        largest(judgements).check()
 
 
 def _judgements(
