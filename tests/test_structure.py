@@ -18,7 +18,7 @@ PACKAGE = ROOT / "pypar"
 # A room imports itself and rooms of lower levels. Rooms of one level import each other only at BASE.
 BASE, WINGS = 2, 3
 ORDER = (
-    ("kernels", "_native", "settings", "lazy", "grid", "spans"),
+    ("kernels", "_native", "settings", "lazy", "grid", "spans", "arenas"),
     ("files", "ops", "mesh_shape"),
     (
         "comm",
