@@ -86,12 +86,16 @@ def test_a_killed_rank_ends_the_job_and_a_restart_continues_bitwise(text: Path) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_run_that_was_killed_ends_as_one_that_was_not(text: Path) -> None:
-    subprocess.run(_command(text, text.parent, "unbroken"), check=True, capture_output=True, timeout=180)
-    _killed(text.parent, text, "broken")
-    command = _command(text, text.parent, "broken", "--resume")
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_run_that_was_killed_ends_as_one_that_was_not(text: Path, zero: int) -> None:
+    stage, broken, unbroken = ("--set", f"memory.zero={zero}"), f"broken-{zero}", f"unbroken-{zero}"
+    subprocess.run(
+        _command(text, text.parent, unbroken, *stage), check=True, capture_output=True, timeout=180
+    )
+    _killed(text.parent, text, broken, *stage)
+    command = _command(text, text.parent, broken, "--resume", *stage)
     subprocess.run(command, check=True, capture_output=True, timeout=180)
-    assert _losses(text.parent, "broken") == _losses(text.parent, "unbroken")
+    assert _losses(text.parent, broken) == _losses(text.parent, unbroken)
 
 
 def _start(directory: Path, text: Path, name: str, mark: str, *more: str) -> subprocess.Popen[str]:
@@ -113,11 +117,11 @@ def _wait_for_steps(
         time.sleep(0.02)
 
 
-def _killed(directory: Path, text: Path, name: str) -> list[tuple[int, float]]:
+def _killed(directory: Path, text: Path, name: str, *more: str) -> list[tuple[int, float]]:
     """The losses up to the death of a rank, after which the last checkpoint is taken away."""
     shared_memory_before = set(os.listdir("/dev/shm"))
     mark = f"{name}-{os.getpid()}"
-    job = _start(directory, text, name, mark)
+    job = _start(directory, text, name, mark, *more)
     _wait_for_steps(job, directory, name, lambda found: len(found) >= 11)
     victim = next(pid for pid, v in _processes(mark).items() if v.get("RANK") == "1")
     os.kill(victim, signal.SIGKILL)

@@ -44,6 +44,9 @@ MESHES = [
     ("dp=2,pp=2", {"model__tied_embeddings": "true"}),
     pytest.param("pp=2", {"pipeline__schedule": "gpipe"}, marks=pytest.mark.slow),
     pytest.param("tp=2", {"model__tied_embeddings": "true"}, marks=pytest.mark.slow),
+    pytest.param("dp=8", {"train__batch_size": 8}, marks=pytest.mark.slow),
+    pytest.param("dp=4,cp=2", {"memory__shard_size": 2}, marks=pytest.mark.slow),
+    pytest.param("dp=2,pp=2,tp=2", {}, marks=pytest.mark.slow),
 ]
 
 
