@@ -20,7 +20,7 @@ AXIS_ROOMS = {  # which axes a room may name; the mesh itself names all
     "expert_parallel": {"ep"},
     "bench": AXES,  # programs
 }
-SCHEDULES = set(schedules.names())
+SCHEDULES = set(schedules.names()) - {"interleaved"}  # a word of rotary embeddings and gates, too
 
 
 def _said(tree, *, attributes=False):

@@ -22,25 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     from pypar.pipeline_parallel import schedules
     from pypar.pipeline_parallel.picture import picture_of
+    from pypar.pipeline_parallel.schedules.registered import options_of
 
     if arguments.name is None:
         text = "\n".join(map(schedules.explained, schedules.REGISTRY))
     else:
-        options = dict(map(_option, arguments.option))
-        text = picture_of(schedules.build(arguments.name, arguments.ranks, arguments.microbatches, **options))
+        options = options_of(",".join(arguments.option))
+        schedule = schedules.find(arguments.name).build(arguments.ranks, arguments.microbatches, options)
+        text = picture_of(schedule)
 
     def job() -> int:
         print(text)
         return 0
 
     return job
-
-
-def _option(argument: str) -> tuple[str, int | float]:
-    name, _, number = argument.partition("=")
-    for read in (int, float):
-        try:
-            return name, read(number)
-        except ValueError:
-            continue
-    raise ValueError(f"--option {argument} must be a name, = and a number, such as stages_per_rank=2")

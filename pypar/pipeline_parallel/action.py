@@ -7,8 +7,8 @@ A placement says which rank holds each stage of each path; a rank may hold sever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -78,13 +78,31 @@ class Schedule:
 
     `lists[rank]` are that rank's actions. `placement` is {(path, stage): rank}, for the stages 0 ..
     num_stages-1 of every path. A value of this type may be wrong; `validate` says whether it can run.
+
+    pairs: (rank, position) of each action that runs as one with the action behind it, a forward beside a backward
+        of another microbatch, so that the communication of one hides behind the computation of the other.
+    num_segments: into how many segments every sequence is cut. Segment s of a sequence that is cut into k is
+        microbatch i k + s; it needs what the earlier segments computed, and its backward that of the later ones.
+    delays: {(path, stage): by how many updates the weights of a microbatch are older than those that an optimizer
+        would have that steps after every batch}, of a schedule with updates (U); 0 where it is not named.
     """
 
     lists: tuple[tuple[Action, ...], ...]
     placement: Mapping[Place, int]
+    pairs: frozenset[tuple[int, int]] = frozenset()
+    num_segments: int = 1
+    delays: Mapping[Place, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lists: Iterable[Iterable[Action]], placement: Mapping[Place, int] | None = None) -> Schedule:
+    def of(
+        cls,
+        lists: Iterable[Iterable[Action]],
+        placement: Mapping[Place, int] | None = None,
+        *,
+        pairs: Collection[tuple[int, int]] = (),
+        num_segments: int = 1,
+        delays: Mapping[Place, int] | None = None,
+    ) -> Schedule:
         """A schedule from any lists; a stage without a placement is on the first rank whose list names it."""
         fixed = tuple(tuple(actions) for actions in lists)
         found = dict(placement or {})
@@ -92,7 +110,7 @@ class Schedule:
             for rank, actions in enumerate(fixed):
                 for action in actions:
                     found.setdefault(action.place, rank)
-        return cls(fixed, dict(sorted(found.items())))
+        return cls(fixed, dict(sorted(found.items())), frozenset(pairs), num_segments, dict(delays or {}))
 
     @property
     def num_ranks(self) -> int:
@@ -113,6 +131,28 @@ class Schedule:
     def num_microbatches(self) -> int:
         """The largest microbatch that an action names, plus one; 0 when there is no action."""
         return 1 + max((action.microbatch for actions in self.lists for action in actions), default=-1)
+
+    @property
+    def stages_per_rank(self) -> int:
+        """How many stages of one path share the layers that a rank would have with one."""
+        return max(1, -(-self.num_stages // max(1, self.num_ranks)))
+
+    def first(self, num_microbatches: int) -> Schedule:
+        """This schedule without the microbatches from `num_microbatches` on; what could run still can."""
+        kept = [
+            [position for position, action in enumerate(actions) if action.microbatch < num_microbatches]
+            for actions in self.lists
+        ]
+        pairs = {
+            (rank, after)
+            for rank, positions in enumerate(kept)
+            for after, (this, behind) in enumerate(zip(positions, positions[1:], strict=False))
+            if (rank, this) in self.pairs and behind == this + 1
+        }
+        lists = [
+            [a[position] for position in positions] for a, positions in zip(self.lists, kept, strict=True)
+        ]
+        return replace(self, lists=tuple(map(tuple, lists)), pairs=frozenset(pairs))
 
     def stages_of(self, rank: int) -> list[Place]:
         """The (path, stage)s that `rank` holds, sorted."""
@@ -135,6 +175,21 @@ class Schedule:
         if kind in (BACKWARD, INPUT_GRADIENT) and stage + 1 < self.num_stages:
             return Message(GRADIENT, stage, microbatch, path)
         return None
+
+    def local_dependencies(self, action: Action) -> list[tuple[Action, ...]]:
+        """What must have run before on the same stage; of each tuple one action is enough.
+
+        F for B and I, I for W, B or W for U, and with segments the forward of the segment before, the backward of the
+        one behind.
+        """
+        found = [local_dependency(action)]
+        segment = action.microbatch % self.num_segments
+        if action.kind == FORWARD and segment > 0:
+            found.append((action._replace(microbatch=action.microbatch - 1),))
+        if action.kind in (BACKWARD, INPUT_GRADIENT) and segment < self.num_segments - 1:
+            behind = action._replace(microbatch=action.microbatch + 1)
+            found.append((behind._replace(kind=BACKWARD), behind._replace(kind=INPUT_GRADIENT)))
+        return [needed for needed in found if needed]
 
 
 def local_dependency(action: Action) -> tuple[Action, ...]:

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 from pypar.grid import STAGES
 from pypar.pipeline_parallel import schedules
-from pypar.pipeline_parallel.action import Schedule
+from pypar.pipeline_parallel.action import UPDATE, Schedule
+from pypar.pipeline_parallel.schedules.registered import options_of
 from pypar.settings import Run, Section, setting
+
+
+def _check_options(key: str, value: str) -> None:
+    options_of(value)
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,15 @@ class PipelineConfig(Section):
     schedule: str = setting(
         "one_f_one_b", choices=schedules.names, help="`pypar schedule` shows each of them"
     )
+    options: str = setting(
+        "", refuse=_check_options, help='options of the schedule, such as "stages_per_rank=4"'
+    )
+
+    def build(self, num_ranks: int, num_microbatches: int) -> Schedule:
+        """The schedule of a run; ValueError, the same on every rank, for one that a run cannot have."""
+        schedule = schedules.find(self.schedule).build(num_ranks, num_microbatches, options_of(self.options))
+        check_trains(self.schedule, schedule)
+        return schedule
 
     def check(self, run: Run) -> Sequence[str]:
         """Each stage holds a layer, and the schedule exists for so many stages and microbatches."""
@@ -25,8 +39,7 @@ class PipelineConfig(Section):
                 f"model.num_layers ({run.num_layers}) must be at least the pp size ({pp}): each stage holds a "
                 f"layer; use pp={run.num_layers} or more layers"
             )
-        schedule = schedules.build(self.schedule, pp, num_microbatches)
-        check_one_path(self.schedule, schedule)
+        schedule = self.build(pp, num_microbatches)
         if run.num_layers is not None and run.num_layers < schedule.num_stages:
             raise ValueError(
                 f"model.num_layers ({run.num_layers}) must be at least {schedule.num_stages}, the stages of the "
@@ -39,10 +52,20 @@ class PipelineConfig(Section):
         return ()
 
 
-def check_one_path(name: str, schedule: Schedule) -> None:
-    """ValueError for a schedule of which a run would have to keep copies of stages equal."""
+def check_trains(name: str, schedule: Schedule) -> None:
+    """ValueError for a schedule that the simulator and the picture know, and a run cannot have."""
     if schedule.num_paths > 1:
         raise ValueError(
             f"pipeline schedule {name} has {schedule.num_paths} copies of each stage, and a run trains one of each; "
             "use a schedule of one path"
+        )
+    if schedule.num_segments > 1:
+        raise ValueError(
+            f"pipeline schedule {name} cuts every sequence into {schedule.num_segments} segments, and a run does not "
+            "keep keys and values from one segment to the next; use a schedule of whole sequences"
+        )
+    if any(action.kind == UPDATE for actions in schedule.lists for action in actions):
+        raise ValueError(
+            f"pipeline schedule {name} updates weights while microbatches are in flight, and a run keeps one version "
+            "of the weights and updates them after the step; use a schedule without U"
         )

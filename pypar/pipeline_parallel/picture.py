@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pypar.pipeline_parallel.action import Action, Schedule
+from pypar.pipeline_parallel.action import Schedule
+from pypar.pipeline_parallel.fault import short
 from pypar.pipeline_parallel.simulate import Simulation, simulate
-
-PATH_MARK = "'"
 
 
 def picture(simulation: Simulation, *, time_per_cell: float | None = None) -> str:
@@ -26,8 +25,7 @@ def picture(simulation: Simulation, *, time_per_cell: float | None = None) -> st
         raise ValueError(
             f"time_per_cell ({time_per_cell}) must be positive; leave it out for the shortest action"
         )
-    several = len(simulation.schedule.placement) > simulation.schedule.num_ranks
-    width = max(len(_label(action, several)) for _, action, _, _ in actions_and_times)
+    width = max(len(short(simulation.schedule, action)) for _, action, _, _ in actions_and_times)
     columns = max(round(ends / cell) for _, _, _, ends in actions_and_times)
     grid = [["." * width] * columns for _ in simulation.schedule.lists]
     for rank, action, begins, ends in actions_and_times:
@@ -35,7 +33,9 @@ def picture(simulation: Simulation, *, time_per_cell: float | None = None) -> st
         for column in range(first, last):
             grid[rank][column] = "-" * width
         if first < last:
-            grid[rank][first] = _label(action, several).ljust(width, "-" if last - first > 1 else " ")
+            grid[rank][first] = short(simulation.schedule, action).ljust(
+                width, "-" if last - first > 1 else " "
+            )
     name_width = len(str(len(grid) - 1))
     rows = [f"rank {rank:>{name_width}} |{' '.join(cells)}|" for rank, cells in enumerate(grid)]
     summary = f"bubble {simulation.span_bubble:.2%}, peak microbatches in flight {simulation.peak_in_flight}"
@@ -45,8 +45,3 @@ def picture(simulation: Simulation, *, time_per_cell: float | None = None) -> st
 def picture_of(schedule: Schedule) -> str:
     """`picture` of a schedule whose F, I and W all take equal time (so B takes two cells)."""
     return picture(simulate(schedule))
-
-
-def _label(action: Action, several: bool) -> str:
-    stage = f".{action.stage}" if several else ""
-    return f"{action.kind}{action.microbatch}{stage}{PATH_MARK * action.path}"

@@ -10,16 +10,13 @@ from torch import nn
 from pypar.blocks import check_stages, keep_stage, shares_across_stages
 from pypar.grid import STAGES
 from pypar.mesh import Mesh
-from pypar.pipeline_parallel import schedules
 from pypar.pipeline_parallel.action import Place, Schedule
-from pypar.pipeline_parallel.config import PipelineConfig, check_one_path
+from pypar.pipeline_parallel.config import PipelineConfig
 
 
 def schedule_of(config: PipelineConfig, mesh: Mesh, num_microbatches: int) -> Schedule:
     """The schedule that a configuration names, on a mesh."""
-    schedule = schedules.build(config.schedule, mesh.axis(STAGES).size, num_microbatches)
-    check_one_path(config.schedule, schedule)
-    return schedule
+    return config.build(mesh.axis(STAGES).size, num_microbatches)
 
 
 def place_stages(model: nn.Module, mesh: Mesh, schedule: Schedule) -> Mapping[Place, nn.Module]:

@@ -24,9 +24,9 @@ from pypar.pipeline_parallel.action import (
     Schedule,
 )
 from pypar.pipeline_parallel.forward_only import forwards_of
-from pypar.pipeline_parallel.header import Header, Value, as_value, describe
-from pypar.pipeline_parallel.mailbox import Edges, Mailbox, StageFailedError
-from pypar.pipeline_parallel.receive_order import receive_order
+from pypar.pipeline_parallel.messages.header import Header, Value, as_value, describe
+from pypar.pipeline_parallel.messages.mailbox import Edges, Mailbox, StageFailedError
+from pypar.pipeline_parallel.messages.receive_order import receive_order
 from pypar.pipeline_parallel.stage import InFlight, Stage, received_by
 from pypar.pipeline_parallel.validate import validate
 
@@ -63,10 +63,10 @@ class PipelineRuntime:
             {(path, stage): callable} where it has several paths. The copies of a stage on several paths are
             kept equal by the caller, who also adds up their gradients.
         axis: the pp axis; its size is the number of lists in `schedule`. Size 1 needs no process group.
-        schedule: of kinds F, B, I and W, the same on every rank.
+        schedule: of kinds F, B, I and W, the same on every rank. The two actions of a pair run one after the other.
         device: where the tensors between stages lie.
 
-    Raises ValueError for a schedule that is not valid, has updates (U), or does not fit axis or stages.
+    Raises ValueError for a schedule that is not valid, has updates (U) or segments, or does not fit axis or stages.
     """
 
     def __init__(
@@ -252,6 +252,11 @@ def _loss(returned: Any, stage: int) -> Tensor:
 
 def _refuse_kinds(schedule: Schedule) -> None:
     """What the validator knows and this runtime cannot do."""
+    if schedule.num_segments > 1:
+        raise ValueError(
+            f"the schedule cuts every sequence into {schedule.num_segments} segments, and the runtime does not keep "
+            "keys and values from one segment to the next; use a schedule of whole sequences"
+        )
     old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7)
     for rank, actions in enumerate(schedule.lists):
         for position, action in enumerate(actions):

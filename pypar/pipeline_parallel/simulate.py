@@ -7,12 +7,21 @@ It runs the very lists that the runtime runs. Checked against the measured table
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pypar.pipeline_parallel.action import Message, Schedule
-from pypar.pipeline_parallel.stage_cost import Costs, peak_in_flight, peak_memory, per_stage
+from pypar.pipeline_parallel.action import Action, Message, Schedule
+from pypar.pipeline_parallel.stage_cost import (
+    Communication,
+    Costs,
+    StageCost,
+    peak_in_flight,
+    peak_memory,
+    per_stage,
+    time_of,
+)
 from pypar.pipeline_parallel.validate import validate
+from pypar.pipeline_parallel.versions import weight_versions
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Simulation:
     busy: list[float]  # time spent in actions
     peak_in_flight: list[int]  # most microbatches held at once, all stages of the rank together
     peak_memory: list[float]  # the same in the unit of StageCost.activation
+    weight_versions: list[int]  # most versions of a stage's weights that the rank keeps
 
     @property
     def makespan(self) -> float:
@@ -46,15 +56,23 @@ class Simulation:
         """
         return 1.0 - sum(self.busy) / len(self.busy) / self.span
 
+    @property
+    def makespan_bubble(self) -> float:
+        """Idle share of the makespan, in which ranks also wait for their first input and after their last action."""
+        return 1.0 - sum(self.busy) / len(self.busy) / self.makespan
+
 
 def simulate(
     schedule: Schedule,
     costs: Costs = None,
-    communication: float | Callable[[int, int], float] = 0.0,
+    communication: Communication = 0.0,
     *,
     forward_only: bool = False,
 ) -> Simulation:
     """Runs `schedule` in simulated time, each action as soon as its rank is free and its input is there.
+
+    A pair begins when the inputs of both its actions are there, and what both make leaves at its end. Its time is the
+    mean of the two stages' `StageCost.pair_time`.
 
     Args:
         costs: one `StageCost` for every stage, or one for all; equal times of 1 by default. The copies of a
@@ -68,40 +86,50 @@ def simulate(
     """
     validate(schedule, forward_only=forward_only)
     stages = per_stage(costs, schedule.num_stages)
-    arrival: dict[Message, float] = {}
+    arrival: dict[Message | None, float] = {None: 0.0}
     start: list[list[float]] = [[] for _ in schedule.lists]
     end: list[list[float]] = [[] for _ in schedule.lists]
+    busy = [0.0] * schedule.num_ranks
     moved = True
     while moved:
         moved = False
         for rank, actions in enumerate(schedule.lists):
             while len(end[rank]) < len(actions):
-                action = actions[len(end[rank])]
-                needed = schedule.needed_by(action)
-                if needed is not None and needed not in arrival:
+                first = len(end[rank])
+                together = actions[first : first + 1 + ((rank, first) in schedule.pairs)]
+                needed = [schedule.needed_by(action) for action in together]
+                if any(message not in arrival for message in needed):
                     break
-                begins = max(end[rank][-1] if end[rank] else 0.0, arrival[needed] if needed else 0.0)
-                ends = begins + stages[action.stage].time(action.kind)
-                made = schedule.sent_by(action)
-                if made is not None:
-                    arrival[made] = ends + _delay(schedule, made, communication)
-                start[rank].append(begins)
-                end[rank].append(ends)
+                begins = max(end[rank][-1] if end[rank] else 0.0, *(arrival[message] for message in needed))
+                takes = _time(together, stages)
+                ends = begins + takes
+                busy[rank] += takes
+                for action in together:
+                    made = schedule.sent_by(action)
+                    if made is not None:
+                        arrival[made] = ends + _delay(schedule, made, communication)
+                    start[rank].append(begins)
+                    end[rank].append(ends)
                 moved = True
     return Simulation(
         schedule,
         start,
         end,
-        [sum(stages[a.stage].time(a.kind) for a in actions) for actions in schedule.lists],
+        busy,
         [peak_in_flight(actions, schedule.num_stages) for actions in schedule.lists],
         [peak_memory(actions, stages) for actions in schedule.lists],
+        weight_versions(schedule),
     )
 
 
-def _delay(schedule: Schedule, message: Message, communication: float | Callable[[int, int], float]) -> float:
+def _time(together: Sequence[Action], stages: Sequence[StageCost]) -> float:
+    """The duration of an action, or of the two actions of a pair."""
+    if len(together) == 1:
+        return stages[together[0].stage].time(together[0].kind)
+    return sum(stages[action.stage].pair_time for action in together) / len(together)
+
+
+def _delay(schedule: Schedule, message: Message, communication: Communication) -> float:
     """The time from the end of the action that made `message` to its arrival."""
-    if schedule.placement[message.sender] == schedule.placement[message.receiver]:
-        return 0.0
-    if callable(communication):
-        return communication(message.sender[1], message.stage)
-    return communication
+    near = schedule.placement[message.sender] == schedule.placement[message.receiver]
+    return 0.0 if near else time_of(message, communication)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pypar.pipeline_parallel.header import Header, Value
+from pypar.pipeline_parallel.messages.header import Header, Value
 from pypar.pipeline_parallel.split_backward import SplitBackward
 
 # What a stage is called with: (received, microbatch).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from pypar.pipeline_parallel.action import (
@@ -12,11 +13,12 @@ from pypar.pipeline_parallel.action import (
     UPDATE,
     WEIGHT_GRADIENT,
     Action,
-    Message,
     Schedule,
-    local_dependency,
 )
-from pypar.pipeline_parallel.stage_cost import Costs, held_after, per_stage
+from pypar.pipeline_parallel.deadlock import check_runs
+from pypar.pipeline_parallel.fault import fault
+from pypar.pipeline_parallel.stage_cost import Costs, held_during, per_stage
+from pypar.pipeline_parallel.versions import check_versions
 
 Positions = dict[Action, tuple[int, int]]  # {action: (rank, position in its list)}
 
@@ -28,37 +30,49 @@ def validate(
     forward_only: bool = False,
     costs: Costs = None,
     memory_limit: float | Sequence[float] | None = None,
+    buffers: int | None = None,
+    versions_limit: int | None = None,
 ) -> None:
-    """Raises ValueError unless the schedule is valid, with rank and position (from 0) of the faulty action.
+    """Raises ValueError unless the schedule is valid, with rank, position (from 0) and action of the fault, and beneath
+    them the list around it with an arrow.
 
     Valid means: every path has the same stages, each on one rank; every microbatch goes along one path; each
     stage of that path runs F once for it, and either B once or I and W once each (neither when
     `forward_only`); each action comes after what it needs on its own rank; no rank holds more than
     `memory_limit`; and running the lists with messages that wait in a mailbox, as the runtime does, comes to
-    the end.
+    the end. In a schedule with updates each stage takes in every microbatch by one of them, in order, and the version
+    of its weights that a microbatch needs (`versions`) is made before it begins. A pair is a forward and a backward of
+    two microbatches.
 
     Args:
         num_microbatches: how many there must be; by default as many as the schedule names.
         costs: of the stages, as `simulate` takes them; for `memory_limit` only.
         memory_limit: of activations, for every rank or one for each, in the unit of `StageCost.activation`
             (by default the number of microbatches held at once).
+        buffers: how many messages may wait at the receiving end of an edge before its sender waits; 0 where a sender
+            waits until the receive is posted; by default any number, as the runtime sends without waiting.
+        versions_limit: of the versions of a stage's weights that a rank keeps.
     """
     if not any(schedule.lists):
         raise ValueError(
             "the pipeline schedule has no action; a schedule needs at least one rank and one microbatch"
         )
-    count = schedule.num_microbatches if num_microbatches is None else num_microbatches
+    total = schedule.num_microbatches
+    count = total if num_microbatches is None else num_microbatches * schedule.num_segments
     _check_placement(schedule)
     positions = _positions(schedule, count)
-    paths = _paths(positions)
+    paths = _paths(schedule, positions)
     for path, stage in schedule.placement:
         for microbatch in range(count):
             if paths.get(microbatch, path) == path:
                 _check_complete(schedule, positions, Action(FORWARD, stage, microbatch, path), forward_only)
     _check_order(schedule, positions)
+    _check_pairs(schedule)
+    if any(action.kind == UPDATE for action in positions):
+        check_versions(schedule, versions_limit)
     if memory_limit is not None:
         _check_memory(schedule, costs, memory_limit)
-    _check_runs(schedule)
+    check_runs(schedule, buffers)
 
 
 def _check_placement(schedule: Schedule) -> None:
@@ -85,38 +99,36 @@ def _positions(schedule: Schedule, num_microbatches: int) -> Positions:
     for rank, actions in enumerate(schedule.lists):
         for position, action in enumerate(actions):
             where = f"rank {rank}, position {position}: {action}"
+            here = rank, position
             if action.kind not in KINDS:
-                raise ValueError(f"{where} has kind {action.kind!r}; a kind is one of {', '.join(KINDS)}")
+                rule = f"a kind is one of {', '.join(KINDS)}"
+                raise fault(schedule, f"{where} has kind {action.kind!r}; {rule}", here)
             if min(action.path, action.stage) < 0 or not 0 <= action.microbatch < num_microbatches:
-                raise ValueError(
-                    f"{where} is out of range; stages and paths count from 0 and microbatches from 0 to "
-                    f"{num_microbatches - 1}"
-                )
+                rule = f"stages and paths count from 0 and microbatches from 0 to {num_microbatches - 1}"
+                raise fault(schedule, f"{where} is out of range; {rule}", here)
             if action in positions:
-                first_rank, first_position = positions[action]
-                raise ValueError(
-                    f"{where} already ran at rank {first_rank}, position {first_position}; remove one"
-                )
+                first = "rank {}, position {}".format(*positions[action])
+                raise fault(schedule, f"{where} already ran at {first}; remove one", positions[action], here)
             if schedule.placement.get(action.place) != rank:
                 home = schedule.placement.get(action.place)
                 lives = "no rank" if home is None else f"rank {home}"
-                raise ValueError(
-                    f"{where} is of a stage that lives on {lives}; a stage runs on the one rank that the "
-                    f"placement gives it"
-                )
-            positions[action] = (rank, position)
+                rule = "a stage runs on the one rank that the placement gives it"
+                raise fault(schedule, f"{where} is of a stage that lives on {lives}; {rule}", here)
+            positions[action] = here
     return positions
 
 
-def _paths(positions: Positions) -> dict[int, int]:
+def _paths(schedule: Schedule, positions: Positions) -> dict[int, int]:
     """{microbatch: path}, after checking that each goes along one."""
     paths: dict[int, int] = {}
     for action, (rank, position) in positions.items():
         path = paths.setdefault(action.microbatch, action.path)
         if path != action.path:
-            raise ValueError(
+            raise fault(
+                schedule,
                 f"rank {rank}, position {position}: {action} is on path {action.path}, but microbatch "
-                f"{action.microbatch} also goes along path {path}; give each microbatch one path"
+                f"{action.microbatch} also goes along path {path}; give each microbatch one path",
+                (rank, position),
             )
     return paths
 
@@ -126,38 +138,58 @@ def _check_complete(schedule: Schedule, positions: Positions, forward: Action, f
     rank = schedule.placement[forward.place]
     kinds = {kind: positions[a] for kind in KINDS if (a := forward._replace(kind=kind)) in positions}
     who = forward.whose
-    at_end = f"rank {rank}, position {len(schedule.lists[rank])} (the end of its list)"
+    end = len(schedule.lists[rank])
+
+    def missing(kind: str, rule: str) -> ValueError:
+        where = f"rank {rank}, position {end} (the end of its list)"
+        return fault(schedule, f"{where}: {kind} of {who} is missing; {rule}", (rank, end))
+
+    def needless(kind: str, rule: str) -> ValueError:
+        position = kinds[kind][1]
+        return fault(schedule, f"rank {rank}, position {position}: {kind} of {who} {rule}", (rank, position))
+
     if FORWARD not in kinds:
-        raise ValueError(f"{at_end}: F of {who} is missing; every stage runs F once for every microbatch")
+        raise missing(FORWARD, "every stage runs F once for every microbatch")
     backward = [kind for kind in (BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT) if kind in kinds]
     if forward_only:
         for kind in (*backward, *(kind for kind in kinds if kind == UPDATE)):
-            raise ValueError(
-                f"rank {rank}, position {kinds[kind][1]}: {kind} of {who} in a forward-only schedule; remove "
-                f"it"
-            )
+            raise needless(kind, "in a forward-only schedule; remove it")
     if forward_only or backward in ([BACKWARD], [INPUT_GRADIENT, WEIGHT_GRADIENT]):
         return
     if not backward:
-        raise ValueError(f"{at_end}: B of {who} is missing; every microbatch needs B, or I and W")
+        raise missing(BACKWARD, "every microbatch needs B, or I and W")
     if BACKWARD in backward:
-        raise ValueError(
-            f"rank {rank}, position {kinds[backward[1]][1]}: {backward[1]} of {who} comes beside its B; B "
-            f"already is I and W, keep one form"
-        )
+        raise needless(backward[1], "comes beside its B; B already is I and W, keep one form")
     lacking = WEIGHT_GRADIENT if backward == [INPUT_GRADIENT] else INPUT_GRADIENT
-    raise ValueError(f"{at_end}: {lacking} of {who} is missing; I and W together make the backward")
+    raise missing(lacking, "I and W together make the backward")
 
 
 def _check_order(schedule: Schedule, positions: Positions) -> None:
-    """Checks that each action comes after the one of its own stage and microbatch that it needs."""
+    """Checks that each action comes after those of its own stage that it needs."""
     for action, (rank, position) in positions.items():
-        for needed in local_dependency(action):
+        for needed in itertools.chain.from_iterable(schedule.local_dependencies(action)):
             if needed in positions and positions[needed][1] > position:
-                raise ValueError(
+                raise fault(
+                    schedule,
                     f"rank {rank}, position {position}: {action} comes before {needed} at position "
-                    f"{positions[needed][1]}; swap them"
+                    f"{positions[needed][1]}; swap them",
+                    (rank, position),
                 )
+
+
+def _check_pairs(schedule: Schedule) -> None:
+    for rank, position in sorted(schedule.pairs):
+        actions = schedule.lists[rank][position : position + 2] if rank < schedule.num_ranks else ()
+        kinds = [action.kind for action in actions]
+        alone = (rank, position + 1) not in schedule.pairs
+        if kinds != [FORWARD, BACKWARD] or not alone or actions[0].microbatch == actions[1].microbatch:
+            names = " and ".join(map(str, actions)) or "nothing"
+            raise fault(
+                schedule,
+                f"rank {rank}, position {position}: {names} cannot run as one; a pair is an F and behind it a B of "
+                "another microbatch, and in no other pair",
+                *[(rank, position)] * (rank < schedule.num_ranks),
+            )
 
 
 def _check_memory(schedule: Schedule, costs: Costs, memory_limit: float | Sequence[float]) -> None:
@@ -169,43 +201,11 @@ def _check_memory(schedule: Schedule, costs: Costs, memory_limit: float | Sequen
         )
     stages = per_stage(costs, schedule.num_stages)
     for rank, actions in enumerate(schedule.lists):
-        for position, held in enumerate(held_after(actions, stages)):
+        for position, held in enumerate(held_during(actions, stages)):
             if held > limits[rank]:
-                raise ValueError(
+                raise fault(
+                    schedule,
                     f"rank {rank}, position {position}: {actions[position]} makes the activations held "
-                    f"{held:g}, over the limit of {limits[rank]:g}; run a backward before it"
+                    f"{held:g}, over the limit of {limits[rank]:g}; run a backward before it",
+                    (rank, position),
                 )
-
-
-def _check_runs(schedule: Schedule) -> None:
-    """Runs the lists without time: a rank advances while what its next action needs has been sent."""
-    sent: set[Message | None] = {None}
-    positions = [0] * schedule.num_ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, actions in enumerate(schedule.lists):
-            while positions[rank] < len(actions):
-                action = actions[positions[rank]]
-                if schedule.needed_by(action) not in sent:
-                    break
-                sent.add(schedule.sent_by(action))
-                positions[rank] += 1
-                moved = True
-    blocked = [
-        f"rank {rank}, position {position}: {actions[position]} waits for "
-        f"{_awaited(schedule, actions[position])}"
-        for rank, (position, actions) in enumerate(zip(positions, schedule.lists, strict=True))
-        if position < len(actions)
-    ]
-    if blocked:
-        raise ValueError(
-            f"the pipeline schedule deadlocks: {'; '.join(blocked)}; run what is waited for before what "
-            f"waits for it"
-        )
-
-
-def _awaited(schedule: Schedule, action: Action) -> str:
-    message = schedule.needed_by(action)
-    assert message is not None
-    return f"the {message.kind} of microbatch {message.microbatch} from stage {message.sender[1]}"

@@ -17,7 +17,7 @@ def test_schedule(capsys: pytest.CaptureFixture[str]) -> None:
         (["gpip"], "did you mean 'gpipe'?"),
         (["gpipe", "--ranks", "0"], "num_ranks (0)"),
         (["gpipe", "--option", "chunks=2"], "pipeline schedule gpipe has no option 'chunks'; it has none"),
-        (["gpipe", "--option", "chunks"], "--option chunks must be a name, = and a number"),
+        (["gpipe", "--option", "chunks"], "schedule option 'chunks' must be a name, = and a number"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["schedule", *arguments])

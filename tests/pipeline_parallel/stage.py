@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from pypar.mesh import Axis
-from pypar.pipeline_parallel import PipelineRuntime
+from pypar.pipeline_parallel import PipelineRuntime, schedules
 from pypar.pipeline_parallel.action import Action, Schedule, local_dependency
+from pypar.pipeline_parallel.config import check_trains
 
 WIDTH, ROWS = 6, 3
 
@@ -78,7 +79,7 @@ def _has_earlier(action, waiting):
     return any(a[:2] == action[:2] and a.microbatch < action.microbatch for a in waiting)
 
 
-def written(*lists, placement=None):
+def written(*lists, placement=None, **more):
     """A schedule from texts like a picture's: "F0.1'" is F of microbatch 0 on stage 1 of path 1.
 
     Without a stage, the stage is the rank.
@@ -93,7 +94,7 @@ def written(*lists, placement=None):
                 for microbatch, _, stage in [word[1:].partition(".")]
             ]
         )
-    return Schedule.of(parsed, placement)
+    return Schedule.of(parsed, placement, **more)
 
 
 # Two ranks with two stages each, one in every round; arXiv 2104.04473, figure 4.
@@ -104,6 +105,19 @@ INTERLEAVED = written(
 
 # Two paths in opposite directions (Chimera, arXiv 2107.06925): microbatch 1 begins on rank 1.
 BIDIRECTIONAL = written("F0.0 F1.1' B1.1' B0.0", "F1.0' F0.1 B0.1 B1.0'")
+
+
+def _runs(name):
+    try:
+        check_trains(name, schedules.build(name, 4, 4))
+    except ValueError:
+        return False
+    return True
+
+
+# What the runtime runs; of them, those of one stage a rank.
+RUNNING = [name for name in schedules.names() if _runs(name)]
+ONE_STAGE = [name for name in RUNNING if schedules.build(name, 4, 4).num_stages == 4]
 
 
 def single_runtime(stages, schedule):

@@ -9,15 +9,23 @@ import pytest
 import torch
 
 from pypar.comm import point_to_point
-from pypar.pipeline_parallel import mailbox, schedules, simulate
+from pypar.pipeline_parallel import schedules, simulate
 from pypar.pipeline_parallel.action import BACKWARD
+from pypar.pipeline_parallel.messages import mailbox
 from tests.harness.events import note
-from tests.pipeline_parallel.stage import microbatches, single_runtime, stage_runtime, world_axis, written
+from tests.pipeline_parallel.stage import (
+    ONE_STAGE,
+    microbatches,
+    single_runtime,
+    stage_runtime,
+    world_axis,
+    written,
+)
 
 # Torch's hooks on saved tensors do not see the end of a graph whose backward was in two parts.
 WHOLE_BACKWARD = [
     name
-    for name in schedules.names()
+    for name in ONE_STAGE
     if any(action.kind == BACKWARD for actions in schedules.build(name, 2, 2).lists for action in actions)
 ]
 
@@ -46,7 +54,7 @@ def _last_backward(name):
     return recorder.seen
 
 
-@pytest.mark.parametrize("name", schedules.names())
+@pytest.mark.parametrize("name", ONE_STAGE)
 def test_only_the_last_backward_reduces(ranks, name):
     assert ranks(2, _last_backward, name) == [[True, True, False]] * 2
 

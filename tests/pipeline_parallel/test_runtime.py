@@ -5,11 +5,14 @@ import torch
 
 from pypar.pipeline_parallel import PipelineRuntime, schedules, simulate
 from pypar.pipeline_parallel.action import Action, Schedule
-from pypar.pipeline_parallel.header import HEADER_BYTES
+from pypar.pipeline_parallel.config import check_trains
+from pypar.pipeline_parallel.forward_only import forwards_of
+from pypar.pipeline_parallel.messages.header import HEADER_BYTES
 from tests.pipeline_parallel.stage import (
     BIDIRECTIONAL,
     INTERLEAVED,
     ROWS,
+    RUNNING,
     WIDTH,
     Stage,
     microbatches,
@@ -70,22 +73,57 @@ def _check(results, num_stages, num_microbatches):
     assert sorted(s for result in results for s in result["gradients"]) == list(range(num_stages))
 
 
-@pytest.mark.parametrize("name", schedules.names())
-@pytest.mark.parametrize("num_microbatches", [1, 2, 5])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+def _sizes(name):
+    """(ranks, microbatches): with one process, two and four, and microbatches of R-1 ... 3R+1 of them."""
+    for world_size, num_microbatches in (
+        (1, 2),
+        (2, 1),
+        (2, 2),
+        (2, 5),
+        (4, 1),
+        (4, 3),
+        (4, 4),
+        (4, 8),
+        (4, 13),
+    ):
+        is_quick = name in ("gpipe", "one_f_one_b") and world_size * num_microbatches < 30
+        is_quick |= (world_size, num_microbatches) in ((1, 2), (2, 5), (4, 3))
+        yield pytest.param(name, world_size, num_microbatches, marks=() if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "num_microbatches"), [size for name in RUNNING for size in _sizes(name)]
+)
 def test_gradients_are_bitwise_those_of_one_process(ranks, name, num_microbatches, world_size):
     schedule = schedules.build(name, world_size, num_microbatches)
+    num_stages = schedule.num_stages
     if world_size == 1:
-        results = [_train(schedule, 1, num_microbatches)]
+        results = [_train(schedule, num_stages, num_microbatches)]
     else:
-        results = ranks(world_size, _train, schedule, world_size, num_microbatches)
-    _check(results, world_size, num_microbatches)
+        results = ranks(world_size, _train, schedule, num_stages, num_microbatches)
+    _check(results, num_stages, num_microbatches)
     assert [result["peak"] for result in results] == simulate(schedule).peak_in_flight
-    messages = 2 * num_microbatches + num_microbatches + 1  # activations of two steps and one evaluation
+    evaluation = forwards_of(schedule, num_microbatches + 1)
     for rank, result in enumerate(results):
-        down = messages if rank < world_size - 1 else 0
-        up = 2 * num_microbatches if rank > 0 else 0
-        assert result["bytes"] == (down + up) * (HEADER_BYTES + ROWS * WIDTH * 4)
+        sent = 2 * _num_sent(schedule, rank) + _num_sent(evaluation, rank)  # two steps and one evaluation
+        assert result["bytes"] == sent * (HEADER_BYTES + ROWS * WIDTH * 4)
+
+
+def _num_sent(schedule, rank):
+    """How many messages a rank sends to others in one run."""
+    messages = [schedule.sent_by(action) for action in schedule.lists[rank]]
+    return sum(message is not None and schedule.placement[message.receiver] != rank for message in messages)
+
+
+@pytest.mark.parametrize("name", [name for name in schedules.names() if name not in RUNNING])
+def test_what_the_runtime_cannot_run_is_refused_by_a_sentence(name):
+    """The runtime refuses updates and segments; two copies of a stage run, but a run refuses to train them."""
+    schedule = schedules.build(name, 2, 4)
+    with pytest.raises(ValueError, match=f"pipeline schedule {name} .*; use a schedule"):
+        check_trains(name, schedule)
+    if schedule.num_paths == 1:
+        with pytest.raises(ValueError, match="is an update of weights|keys and values from one segment"):
+            single_runtime(Stage(0, 1), schedules.build(name, 1, 4))
 
 
 @pytest.mark.parametrize("owners", [[0, 1, 0, 1], [0, 1, 1, 0], [1, 0], [0, 0, 1]])

@@ -1,14 +1,19 @@
 """Pipeline schedules as pure lists: their order, their bubbles, the registry that finds them."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pypar.pipeline_parallel import schedules
 from pypar.pipeline_parallel.action import Schedule
+from pypar.pipeline_parallel.deadlock import buffers_needed
 from pypar.pipeline_parallel.schedules import Option, Registered, explained
 from pypar.pipeline_parallel.simulate import simulate
+from pypar.pipeline_parallel.stage_cost import StageCost
 from pypar.pipeline_parallel.validate import validate
-from tests.pipeline_parallel.stage import BIDIRECTIONAL, INTERLEAVED
+from tests.pipeline_parallel.stage import BIDIRECTIONAL, INTERLEAVED, RUNNING
 
+EVEN = ["chimera", "dualpipe"]  # two directions meet in the middle
 SIZES = [(p, m) for p in (1, 2, 3, 4, 7, 8) for m in (1, 2, 3, 4, 5, 8, 16)]
 
 
@@ -32,10 +37,62 @@ def test_one_f_one_b_with_fewer_microbatches_than_ranks():
     assert text(schedules.build("one_f_one_b", 4, 2)) == ["F0 F1 B0 B1"] * 3 + ["F0 B0 F1 B1"]
 
 
-@pytest.mark.parametrize("name", schedules.names())
-@pytest.mark.parametrize("p,m", SIZES)
-def test_schedule_is_valid(name, p, m):
-    validate(schedules.build(name, p, m), num_microbatches=m)
+@st.composite
+def named_schedules(draw):
+    """(name, ranks, microbatches, schedule) of any schedule, with any options, for any costs."""
+    registered = draw(st.sampled_from(schedules.REGISTRY))
+    p, m = draw(st.integers(1, 6)), draw(st.integers(1, 20))
+    if registered.name in EVEN:
+        p += p % 2
+    options = {o.name: draw(st.integers(1, 4)) for o in registered.options if isinstance(o.default, int)}
+    costs = None
+    if registered.takes_costs:
+        times = st.floats(0.1, 2.0)
+        costs = [
+            StageCost(draw(times), draw(times), draw(times), activation_for_weight=draw(st.floats(0, 1)))
+            for _ in range(p * registered.stages_per_rank)
+        ]
+    schedule = schedules.build(registered.name, p, m, costs=costs, communication=0.1, **options)
+    return registered.name, p, m, schedule
+
+
+@settings(max_examples=60, deadline=None)
+@given(named_schedules())
+def test_every_schedule_is_complete_and_cannot_deadlock(named):
+    """Most also where a sender waits until the receive is posted; the others need room for a few messages an edge."""
+    name, p, m, schedule = named
+    validate(schedule, num_microbatches=m)
+    assert schedule.num_ranks == p and all(schedule.stages_of(rank) for rank in range(p))
+    # What comes early at a rank's next stage; a rank of ZB-H1 that has few forwards ahead; costs of any kind.
+    room = {"breadth_first": m, "zb_1p": p, "zb_2p": p, "zb_h1": p * (schedule.stages_per_rank > 1)}.get(
+        name, 0
+    )
+    assert buffers_needed(schedule) <= room
+    validate(schedule, buffers=room)
+    if name in RUNNING:  # weight gradients are summed in the order of the microbatches
+        for place in schedule.placement:
+            actions = schedule.lists[schedule.placement[place]]
+            summed = [a.microbatch for a in actions if a.place == place and a.kind in "BW"]
+            assert summed == sorted(summed)
+
+
+def test_breadth_first_needs_room_for_what_comes_early():
+    """While a rank is at its first stage, microbatches arrive at its second."""
+    schedule = schedules.build("breadth_first", 2, 12)
+    assert buffers_needed(schedule) == 6 and buffers_needed(schedules.build("one_f_one_b", 4, 8)) == 0
+    validate(schedule, buffers=6)
+    with pytest.raises(
+        ValueError, match="deadlocks with 5 messages under way on an edge: rank 0, .* waits for room"
+    ):
+        validate(schedule, buffers=5)
+    with pytest.raises(ValueError, match="deadlocks with sends that wait"):
+        validate(schedule, buffers=0)
+
+
+@pytest.mark.parametrize("name", EVEN)
+def test_two_directions_need_an_even_number_of_ranks(name):
+    with pytest.raises(ValueError, match=rf"num_ranks \(3\) must be even .*{name}.*; use 4 ranks"):
+        schedules.build(name, 3, 6)
 
 
 @pytest.mark.parametrize("name", ["gpipe", "one_f_one_b"])

@@ -7,6 +7,7 @@ from pypar.pipeline_parallel.action import Action, Schedule
 from pypar.pipeline_parallel.forward_only import forwards_of
 from pypar.pipeline_parallel.stage_cost import StageCost
 from pypar.pipeline_parallel.validate import validate
+from pypar.pipeline_parallel.versions import weight_versions
 from tests.pipeline_parallel.stage import BIDIRECTIONAL, INTERLEAVED, written
 
 
@@ -114,7 +115,7 @@ def test_validator_knows_forward_only_and_the_number_of_microbatches():
 def test_valid_schedules_of_every_shape():
     for schedule in (INTERLEAVED, BIDIRECTIONAL, forwards_of(INTERLEAVED, 5), forwards_of(BIDIRECTIONAL, 3)):
         validate(schedule, forward_only=all(a.kind == "F" for actions in schedule.lists for a in actions))
-    validate(written("F0 F1 I0 W0 U0 I1 W1 U1", "F0 B0 U0 F1 B1 U1"))
+    validate(written("F0 F1 I0 W0 U0 I1 W1 U1", "F0 B0 U0 F1 B1 U1", delays={(0, 0): 1}))
 
 
 def test_memory_limit_names_the_action_that_breaks_it():
@@ -131,3 +132,109 @@ def test_memory_limit_names_the_action_that_breaks_it():
         validate(split, costs=costs, memory_limit=18.5)
     with pytest.raises(ValueError, match="memory_limit has 3 entries but the schedule has 2 ranks"):
         validate(schedule, memory_limit=[1, 2, 3])
+
+
+def test_a_fault_shows_the_list_around_it_with_an_arrow():
+    schedule = written("F0 F1 F2 F3 F4 B0 B1 B2 B4 B3 B2")
+    with pytest.raises(ValueError) as raised:
+        validate(schedule)
+    sentence, *lines = str(raised.value).splitlines()
+    assert sentence.startswith(
+        "rank 0, position 10: B(stage 0, microbatch 2) already ran at rank 0, position 7"
+    )
+    assert lines[0] == "  rank 0 | ... F3 F4 B0 B1 B2 B4 B3 B2"
+    assert lines[1].index("^") == lines[0].index("B2")
+    assert lines[2] == "  rank 0 | ... B1 B2 B4 B3 B2"
+    assert lines[3].index("^") == lines[2].rindex("B2")
+    with pytest.raises(ValueError) as raised:
+        validate(written("F0 B0 F1 B1", "F0 F1 B0 B1"))
+    assert str(raised.value).splitlines()[1:] == [
+        "  rank 0 | F0 B0 F1 B1",
+        "              ^",
+        "  rank 1 | F0 F1 B0 B1",
+        "              ^",
+    ]
+    with pytest.raises(ValueError) as raised:  # behind the end of a list
+        validate(written("F0 F1 B0"))
+    assert str(raised.value).splitlines()[1:] == ["  rank 0 | F0 F1 B0", "                    ^"]
+
+
+PAIRS = {
+    "not a forward and a backward": (
+        written("F0 F1 B0 B1", pairs=[(0, 0)]),
+        "F.*0\\) and F.*1\\) cannot run as one",
+    ),
+    "one microbatch": (
+        written("F0 B0", pairs=[(0, 0)]),
+        "cannot run as one; a pair is an F and behind it a B",
+    ),
+    "at the end": (written("F0 B0", pairs=[(0, 1)]), "position 1: B.* cannot run as one"),
+    "no such rank": (written("F0 B0", pairs=[(3, 0)]), "rank 3, position 0: nothing cannot run as one"),
+    "deadlock": (
+        # Alone the lists run; as one with F1, B0 waits for rank 1, which needs what B0's partner makes.
+        written("F0 F1 B0 B1", "F0 F1 B0 B1", pairs=[(0, 1)]),
+        "deadlocks: rank 0, position 1: F.*1\\) waits for the gradient of microbatch 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_validator_names_what_is_wrong_with_a_pair(name):
+    schedule, message = PAIRS[name]
+    with pytest.raises(ValueError, match=message):
+        validate(schedule)
+
+
+def test_segments_need_those_before_them():
+    validate(written("F0 F1 B1 B0 F2 F3 B3 B2", num_segments=2), num_microbatches=2)
+    with pytest.raises(ValueError, match=r"position 0: F\(.*1\) comes before F\(.*0\) at position 1"):
+        validate(written("F1 F0 B1 B0", num_segments=2))
+    with pytest.raises(ValueError, match=r"position 2: B\(.*0\) comes before B\(.*1\) at position 3"):
+        validate(written("F0 F1 B0 B1", num_segments=2))
+    with pytest.raises(ValueError, match=r"position 2: I\(.*0\) comes before I\(.*1\) at position 4"):
+        validate(written("F0 F1 I0 W0 I1 W1", num_segments=2))
+    with pytest.raises(ValueError, match="F of stage 0, microbatch 2 is missing"):
+        validate(written("F0 F1 B1 B0", num_segments=2), num_microbatches=2)
+
+
+VERSIONS = {
+    "an old version without a delay": (
+        written("F0 F1 B0 U0 B1 U1"),
+        r"rank 0, position 1: F\(.*1\) needs version 1 of the stage's weights, and 0 updates come before it",
+    ),
+    "a gradient of the batch is missing": (
+        written("F0 F1 B1 U1 B0"),
+        r"position 3: U\(.*1\) comes too early: the gradient of microbatch 0 is not there",
+    ),
+    "updates that go back": (
+        written("F0 F1 B0 B1 U1 U0"),
+        r"position 5: U\(.*0\) has nothing to take in: an update before took in .* up to microbatch 1",
+    ),
+    "a last batch without an update": (
+        written("F0 B0 U0 F1 B1"),
+        "position 5 .*no U of stage 0 takes in the gradient of microbatch 1",
+    ),
+    "a stage without updates": (
+        written("F0 B0 U0", "F0 B0"),
+        "rank 1, position 2 .*no U of stage 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_validator_names_what_is_wrong_with_versions(name):
+    schedule, message = VERSIONS[name]
+    with pytest.raises(ValueError, match=message):
+        validate(schedule)
+
+
+def test_versions_that_are_kept():
+    pipedream, two = schedules.build("pipedream", 4, 9), schedules.build("pipedream_2bw", 4, 9)
+    assert weight_versions(pipedream) == [4, 3, 2, 1] and weight_versions(two) == [2] * 4
+    assert weight_versions(schedules.build("one_f_one_b", 4, 9)) == [1] * 4
+    validate(pipedream, versions_limit=4)
+    validate(two, versions_limit=2)
+    with pytest.raises(
+        ValueError, match="rank 0 keeps 4 versions of a stage's weights, and versions_limit is 3"
+    ):
+        validate(pipedream, versions_limit=3)

@@ -43,7 +43,7 @@ def _config(text: Path, mesh: str, *, schedule: str = "one_f_one_b", **changes: 
     )
 
 
-def _interleaved(num_ranks: int, num_microbatches: int) -> Schedule:
+def _in_turns(num_ranks: int, num_microbatches: int) -> Schedule:
     """Stages 0, 1, 2, 3 on ranks 0, 1, 0, 1 where there are two."""
     return random_schedule([stage % num_ranks for stage in range(4)], num_microbatches, seed=1)
 
@@ -98,7 +98,7 @@ def _register(monkeypatch, evicts: bool = False) -> None:
     added = tuple(
         Registered(name, make, "A schedule of the tests.")
         for name, make in (
-            ("interleaved", _interleaved),
+            ("in_turns", _in_turns),
             ("back_and_forth", _back_and_forth),
             ("two_paths", _two_paths),
         )
@@ -128,7 +128,7 @@ def run(config: RunConfig, path: Path | None = None, evicts: bool = False):
 @pytest.mark.parametrize("tied", [False, True])
 def test_several_stages_on_a_rank_train_as_one_process(ranks, text: Path, tmp_path: Path, tied: bool) -> None:
     expected, whole, _ = run(_config(text, "", tied_embeddings=tied))
-    config = _config(text, "pp=2", schedule="interleaved", tied_embeddings=tied)
+    config = _config(text, "pp=2", schedule="in_turns", tied_embeddings=tied)
     found = ranks(2, run, config, tmp_path)
     held = [set(weights) for _, weights, _ in found]
     assert held[0] | held[1] == set(whole)
@@ -162,9 +162,9 @@ def test_a_schedule_that_a_run_cannot_have_is_refused_before_a_rank_starts(text:
             "pipeline schedule two_paths has 2 copies of each stage, and a run trains one of each",
         ),
         (
-            "interleaved",
+            "in_turns",
             2,
-            "(3) must be at least 4, the stages of the pipeline schedule interleaved on 2 ranks",
+            "(3) must be at least 4, the stages of the pipeline schedule in_turns on 2 ranks",
         ),
     ):
         config = _config(text, f"pp={pp}", schedule=schedule)
@@ -178,7 +178,7 @@ def test_a_store_that_gathers_blocks_is_asked_around_each_of_them(ranks, text: P
     """Were one block missed, forward or backward would compute with what is not a number."""
     expected, whole, calls = run(_config(text, ""))
     assert not calls
-    for config in (_config(text, ""), _config(text, "pp=2", schedule="interleaved")):
+    for config in (_config(text, ""), _config(text, "pp=2", schedule="in_turns")):
         size = parse_mesh(config.mesh).grid.num_ranks
         arguments = config, None, True
         for losses, weights, calls in [run(*arguments)] if size == 1 else ranks(size, run, *arguments):

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from pypar.pipeline_parallel.action import BACKWARD, FORWARD, Action, Schedule
+from pypar.pipeline_parallel.action import Schedule
+from pypar.pipeline_parallel.schedules.alternating import alternating, items
 from pypar.pipeline_parallel.schedules.registered import Registered
 
 
@@ -15,13 +16,8 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
     """
     lists = []
     for rank in range(num_ranks):
-        warm_up = min(num_microbatches, num_ranks - 1 - rank)
-        forwards = [Action(FORWARD, rank, i) for i in range(num_microbatches)]
-        backwards = [Action(BACKWARD, rank, i) for i in range(num_microbatches)]
-        actions = forwards[:warm_up]
-        for i in range(num_microbatches - warm_up):
-            actions += [forwards[warm_up + i], backwards[i]]
-        lists.append(actions + backwards[num_microbatches - warm_up :])
+        own = items(rank, num_microbatches)
+        lists.append(alternating(own, own, num_ranks - 1 - rank))
     return Schedule.of(lists)
 
 

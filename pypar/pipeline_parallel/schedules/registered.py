@@ -6,8 +6,11 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from pypar.pipeline_parallel.action import Schedule
+from pypar.pipeline_parallel.stage_cost import Communication, Costs, per_stage, time_of
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,27 @@ class Option:
 
 @dataclass(frozen=True)
 class Registered:
-    """A schedule of the registry: `function(num_ranks, num_microbatches, **options)` is pure."""
+    """A schedule of the registry: `function(num_ranks, num_microbatches, **options)` is pure.
+
+    takes_costs: the lists depend on what the stages cost; `function` has the arguments `costs`, one a stage, and
+        `delay`, the time of a message between ranks, too. Then `stages_per_rank` says how many stages there are.
+    """
 
     name: str
     function: Callable[..., Schedule]
     description: str  # one sentence
     options: tuple[Option, ...] = ()
+    takes_costs: bool = False
+    stages_per_rank: int = 1
 
-    def build(self, num_ranks: int, num_microbatches: int, options: Mapping[str, int | float]) -> Schedule:
+    def build(
+        self,
+        num_ranks: int,
+        num_microbatches: int,
+        options: Mapping[str, int | float],
+        costs: Costs = None,
+        communication: Communication = 0.0,
+    ) -> Schedule:
         """The schedule for these numbers, options that are left out at their defaults.
 
         ValueError where there is no such option, or a number is out of bounds.
@@ -71,8 +87,11 @@ class Registered:
                     f"pipeline schedule {self.name} has no option {name!r}; {has}{nearest(name, list(known))}"
                 )
             known[name].check(self.name, value)
-        defaults = {option.name: option.default for option in self.options}
-        return self.function(num_ranks, num_microbatches, **{**defaults, **options})
+        given: dict[str, Any] = {option.name: option.default for option in self.options} | dict(options)
+        if self.takes_costs:
+            given["costs"] = per_stage(costs, num_ranks * self.stages_per_rank)
+            given["delay"] = partial(time_of, communication=communication)
+        return self.function(num_ranks, num_microbatches, **given)
 
 
 def explained(schedule: Registered) -> str:
@@ -84,7 +103,30 @@ def explained(schedule: Registered) -> str:
     return "\n".join(lines)
 
 
+def options_of(text: str) -> Mapping[str, int | float]:
+    """{name: number} of a text "name=number,name=number"; ValueError for another form."""
+    options: dict[str, int | float] = {}
+    for each in filter(None, text.split(",")):
+        name, _, number = each.strip().partition("=")
+        try:
+            options[name] = float(number) if set(number) & set(".eE") else int(number)
+        except ValueError:
+            raise ValueError(
+                f"schedule option {each!r} must be a name, = and a number, such as stages_per_rank=2"
+            ) from None
+    return options
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """The end of a sentence that offers the known name that is most like `name`, "" where none is."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_even(schedule: str, num_ranks: int) -> None:
+    """ValueError for an odd number of ranks, where two directions meet in the middle."""
+    if num_ranks % 2:
+        raise ValueError(
+            f"num_ranks ({num_ranks}) must be even for pipeline schedule {schedule}, whose two directions meet "
+            f"between two ranks; use {num_ranks + 1} ranks, or a schedule of one direction"
+        )

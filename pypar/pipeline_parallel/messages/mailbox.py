@@ -23,7 +23,7 @@ from pypar.comm.collectives import Handle
 from pypar.comm.point_to_point import receive_start, send_start
 from pypar.mesh import Axis
 from pypar.pipeline_parallel.action import ACTIVATION, Action, Message, Place, Schedule
-from pypar.pipeline_parallel.header import HEADER_BYTES, Header, Value, decode, encode, pack, unpack
+from pypar.pipeline_parallel.messages.header import HEADER_BYTES, Header, Value, decode, encode, pack, unpack
 
 Edge = tuple[str, Place]  # kind of message, and the stage that receives it
 

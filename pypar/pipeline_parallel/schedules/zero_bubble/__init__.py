@@ -1,0 +1,1 @@
+"""Schedules whose backwards are in two parts, so that weight gradients fill what would be idle time."""
