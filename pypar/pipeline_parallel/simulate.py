@@ -21,7 +21,7 @@ from pypar.pipeline_parallel.stage_cost import (
     time_of,
 )
 from pypar.pipeline_parallel.validate import validate
-from pypar.pipeline_parallel.versions import weight_versions
+from pypar.pipeline_parallel.validate.versions import weight_versions
 
 
 @dataclass(frozen=True)

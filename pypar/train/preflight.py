@@ -54,7 +54,9 @@ def check(
     _check_views(shape)
     tokenizer = open_tokenizer(config.data.tokenizer, config.data.special_tokens)
     model = None if has_own_model else config.model.sizes(tokenizer.vocab_size)
-    notes = _check_sections(config, model, {name: shape.grid.size(name) for name in shape.grid.names})
+    config, notes = _checked_sections(
+        config, model, {name: shape.grid.size(name) for name in shape.grid.names}
+    )
     _check_run_directory(config, overwrite)
     resume, note = _find_checkpoint(config)
     if resume is not None:  # before the data are prepared, which may take long
@@ -95,8 +97,11 @@ def _check_views(shape: MeshShape) -> None:
             )
 
 
-def _check_sections(config: RunConfig, model: "Sizes | None", axes: Mapping[str, int]) -> list[str]:
-    """Whether every section can be run on the mesh; notes on what runs, but not well.
+def _checked_sections(
+    config: RunConfig, model: "Sizes | None", axes: Mapping[str, int]
+) -> tuple[RunConfig, list[str]]:
+    """The configuration with the schedule that is chosen, after a check that every section can be run on the mesh; and
+    notes on what is chosen, and on what runs, but not well.
 
     model: filled in; None where it is the user's own.
     """
@@ -109,11 +114,12 @@ def _check_sections(config: RunConfig, model: "Sizes | None", axes: Mapping[str,
         num_positions=config.context.num_positions(train.sequence_length, axes),
         num_microbatches=train.num_microbatches(axes[SAMPLES]),
     )
+    pipeline, chosen = config.pipeline.chosen(run)
+    config = filled = dataclasses.replace(config, pipeline=pipeline)
     if model is not None:
-        config = dataclasses.replace(config, model=config.model.filled(model.vocab_size))
-    sections = [s for s in sections_of(config) if model is not None or s is not config.model]
-    notes = [note for section in sections for note in section.check(run)]
-    return notes
+        filled = dataclasses.replace(config, model=config.model.filled(model.vocab_size))
+    sections = [s for s in sections_of(filled) if model is not None or s is not filled.model]
+    return config, [*chosen, *(note for section in sections for note in section.check(run))]
 
 
 def _check_run_directory(config: RunConfig, overwrite: bool) -> None:

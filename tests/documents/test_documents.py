@@ -153,13 +153,20 @@ def test_a_wrong_command_is_found(line: str) -> None:
     assert fault_of(shlex.split(line))
 
 
-def test_pictures_of_schedules_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_of_schedules_are_drawn(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = [words for block in COMMANDS for words in block.commands if words[:2] == ["pypar", "schedule"]]
     assert drawn
+    monkeypatch.chdir(tmp_path)
+    tables = []
     for words in drawn:
         assert main(words[1:]) == 0
         out = capsys.readouterr().out
         assert "bubble" in out if words[2:] else "one_f_one_b: " in out  # without a name all are listed
+        tables += [out] if "--all" in words else []
+    assert any(f"```\n{table}```" in (ROOT / "docs" / "pipeline.md").read_text() for table in tables)
+    assert (tmp_path / "schedules.svg").read_text() == (ROOT / "docs" / "schedules.svg").read_text()
 
 
 # ---- recipes

@@ -8,7 +8,7 @@ from torch import nn
 from pypar.mesh import Axis
 from pypar.pipeline_parallel import PipelineRuntime, schedules
 from pypar.pipeline_parallel.action import Action, Schedule, local_dependency
-from pypar.pipeline_parallel.config import check_trains
+from pypar.pipeline_parallel.trained import check_trains
 
 WIDTH, ROWS = 6, 3
 

@@ -5,7 +5,7 @@ import pytest
 
 from pypar.pipeline_parallel import schedules
 from pypar.pipeline_parallel.action import FORWARD, UPDATE
-from pypar.pipeline_parallel.versions import updates_of, version_used
+from pypar.pipeline_parallel.validate.versions import updates_of, version_used
 
 RATE, NUM_MICROBATCHES = 0.1, 12
 

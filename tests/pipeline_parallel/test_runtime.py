@@ -5,9 +5,9 @@ import torch
 
 from pypar.pipeline_parallel import PipelineRuntime, schedules, simulate
 from pypar.pipeline_parallel.action import Action, Schedule
-from pypar.pipeline_parallel.config import check_trains
 from pypar.pipeline_parallel.forward_only import forwards_of
 from pypar.pipeline_parallel.messages.header import HEADER_BYTES
+from pypar.pipeline_parallel.trained import check_trains
 from tests.pipeline_parallel.stage import (
     BIDIRECTIONAL,
     INTERLEAVED,

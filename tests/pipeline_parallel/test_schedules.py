@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from pypar.pipeline_parallel import schedules
 from pypar.pipeline_parallel.action import Schedule
-from pypar.pipeline_parallel.deadlock import buffers_needed
 from pypar.pipeline_parallel.schedules import Option, Registered, explained
 from pypar.pipeline_parallel.simulate import simulate
 from pypar.pipeline_parallel.stage_cost import StageCost
 from pypar.pipeline_parallel.validate import validate
+from pypar.pipeline_parallel.validate.deadlock import buffers_needed
 from tests.pipeline_parallel.stage import BIDIRECTIONAL, INTERLEAVED, RUNNING
 
 EVEN = ["chimera", "dualpipe"]  # two directions meet in the middle

@@ -7,7 +7,7 @@ from pypar.pipeline_parallel.action import Action, Schedule
 from pypar.pipeline_parallel.forward_only import forwards_of
 from pypar.pipeline_parallel.stage_cost import StageCost
 from pypar.pipeline_parallel.validate import validate
-from pypar.pipeline_parallel.versions import weight_versions
+from pypar.pipeline_parallel.validate.versions import weight_versions
 from tests.pipeline_parallel.stage import BIDIRECTIONAL, INTERLEAVED, written
 
 

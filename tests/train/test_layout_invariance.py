@@ -16,7 +16,7 @@ from pypar.blocks import global_parameters
 from pypar.mesh import Mesh
 from pypar.pipeline_parallel import schedules
 from pypar.pipeline_parallel.action import WEIGHT_GRADIENT
-from pypar.pipeline_parallel.config import check_trains
+from pypar.pipeline_parallel.trained import check_trains
 from pypar.sharded import Sharded
 from pypar.train.config import RunConfig
 from pypar.train.trainer import Trainer

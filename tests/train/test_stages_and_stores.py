@@ -166,12 +166,25 @@ def test_a_schedule_that_a_run_cannot_have_is_refused_before_a_rank_starts(text:
             2,
             "(3) must be at least 4, the stages of the pipeline schedule in_turns on 2 ranks",
         ),
+        ("chimera", 2, "pipeline schedule chimera has 2 copies of each stage"),
+        ("seq1f1b", 2, "cuts every sequence into 4 segments, and a run does not keep keys and values"),
+        ("pipedream", 2, "updates weights while microbatches are in flight"),
+        ("auto", 2, "pipeline.schedule 'auto' needs pipeline.costs"),
     ):
         config = _config(text, f"pp={pp}", schedule=schedule)
         config = RunConfig.from_dict(config.to_dict() | {"model": SMALL | {"num_layers": 3}})
         with pytest.raises(ValueError) as refused:
             check(config)
         assert sentence in str(refused.value)
+
+
+def test_the_fastest_schedule_is_filled_in_before_a_rank_starts(text: Path) -> None:
+    values = _config(text, "pp=2", schedule="auto").to_dict()
+    values["pipeline"] |= {"costs": "F=2,I=2,W=1,comm=0.1"}
+    ready = check(RunConfig.from_dict(values))
+    assert ready.config.pipeline.schedule in schedules.names()
+    (why,) = [note for note in ready.notes if note.startswith("pipeline.schedule: ")]
+    assert f"{ready.config.pipeline.schedule} is the fastest of" in why
 
 
 def test_a_store_that_gathers_blocks_is_asked_around_each_of_them(ranks, text: Path) -> None:

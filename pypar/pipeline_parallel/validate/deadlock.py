@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from pypar.pipeline_parallel.action import Message, Place, Schedule
-from pypar.pipeline_parallel.fault import fault
 from pypar.pipeline_parallel.messages.receive_order import receive_order
+from pypar.pipeline_parallel.validate.fault import fault
 
 Edge = tuple[str, Place]  # kind of message, and the stage that receives it
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pypar.pipeline_parallel.action import Schedule
-from pypar.pipeline_parallel.fault import short
 from pypar.pipeline_parallel.simulate import Simulation, simulate
+from pypar.pipeline_parallel.validate.fault import short
 
 
 def picture(simulation: Simulation, *, time_per_cell: float | None = None) -> str:

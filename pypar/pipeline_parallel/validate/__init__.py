@@ -15,10 +15,10 @@ from pypar.pipeline_parallel.action import (
     Action,
     Schedule,
 )
-from pypar.pipeline_parallel.deadlock import check_runs
-from pypar.pipeline_parallel.fault import fault
 from pypar.pipeline_parallel.stage_cost import Costs, held_during, per_stage
-from pypar.pipeline_parallel.versions import check_versions
+from pypar.pipeline_parallel.validate.deadlock import check_runs
+from pypar.pipeline_parallel.validate.fault import fault
+from pypar.pipeline_parallel.validate.versions import check_versions
 
 Positions = dict[Action, tuple[int, int]]  # {action: (rank, position in its list)}
 

@@ -20,7 +20,7 @@ from pypar.pipeline_parallel.action import (
     Place,
     Schedule,
 )
-from pypar.pipeline_parallel.fault import fault
+from pypar.pipeline_parallel.validate.fault import fault
 
 
 def updates_of(schedule: Schedule) -> dict[Place, list[int]]:
