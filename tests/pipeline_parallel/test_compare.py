@@ -73,14 +73,12 @@ def test_the_fastest_that_fits_is_chosen_with_the_reason():
         "zb_v is the fastest of 12 that fit, with 1189 a step and 8 "
     )
     assert "no run can have: chimera, dualpipe, seq1f1b, pipedream, pipedream_2bw" in why
-    best, why = choose(8, 24, cost, most_stages=8)
-    assert best.name == "zb_2p" and "have more stages than 8: interleaved" in why
-    best, why = choose(8, 24, cost, memory=5)
-    assert best.name == "v_half" and "hold more than 5: gpipe, one_f_one_b" in why
-    times = [each.time for each in compared(8, 24, cost) if each.schedule.num_paths == 1 and each.memory <= 5]
-    assert best.time <= min(times[:2])
+    best, why = choose(4, 8, cost, most_stages=4)
+    assert best.name == "zb_2p" and "have more stages than 4: interleaved" in why
+    best, why = choose(4, 8, cost, memory=3)
+    assert best.name == "v_half" and "hold more than 3: gpipe, one_f_one_b" in why
     with pytest.raises(ValueError, match="no pipeline schedule fits .*hold more than 0.5.*allow more memory"):
-        choose(8, 24, cost, memory=0.5)
+        choose(4, 8, cost, memory=0.5)
 
 
 def test_auto_is_replaced_by_what_is_chosen():

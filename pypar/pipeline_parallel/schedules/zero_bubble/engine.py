@@ -45,6 +45,7 @@ class Engine:
         patience: for so many input gradients before its end a rank does not begin a weight gradient that would make
             the next offer wait.
         late: by what share of its time a weight gradient may make the next offer wait before that.
+        allowance: so long a rank may be idle in all rather than begin a weight gradient that makes the next offer wait.
     """
 
     def __init__(
@@ -54,15 +55,18 @@ class Engine:
         delay: Callable[[Message], float],
         limits: Sequence[float],
         patience: int,
-        late: float = 1.0,
+        late: float,
+        allowance: float,
     ) -> None:
         self._rules, self._costs, self._delay = rules, costs, delay
         self._limits, self._patience, self._lateness = limits, patience, late
+        self._allowance = allowance
         num_ranks = len(limits)
         self.lists: list[list[Action]] = [[] for _ in range(num_ranks)]
         self._held = [0.0] * num_ranks
         self._late: list[deque[Action]] = [deque() for _ in range(num_ranks)]
         self._free = [0.0] * num_ranks
+        self._idle = [0.0] * num_ranks  # since the rank began
         self._begun = [math.inf] * num_ranks
         self._arrival: dict[Message | None, float] = {None: 0.0}
         self._wake = [(0.0, rank) for rank in range(num_ranks)]
@@ -103,6 +107,8 @@ class Engine:
 
     def _waits(self, plan: Plan, rank: int, now: float, soon: float) -> bool:
         takes = self._costs[self._late[rank][0].stage].time(WEIGHT_GRADIENT)
+        if now + takes > soon + self._rounding and self._idle[rank] + soon - now <= self._allowance:
+            return True
         lateness = self._lateness if plan.left(rank) > self._patience else 0.0
         return now + takes > soon + lateness * takes + self._rounding
 
@@ -111,7 +117,10 @@ class Engine:
         ends = now + cost.time(action.kind)
         self.lists[rank].append(action)
         self._held[rank] += cost.memory_change(action.kind)
-        self._begun[rank] = min(now, self._begun[rank])
+        if self._begun[rank] == math.inf:
+            self._begun[rank] = now
+        else:
+            self._idle[rank] += now - self._free[rank]
         self._free[rank] = ends
         if action.kind == INPUT_GRADIENT:
             self._late[rank].append(action)

@@ -21,6 +21,11 @@ from pypar.pipeline_parallel.stage_cost import StageCost
 
 PATIENCE = (0, 1, 2)
 LATENESS = (1.0, 0.25)
+ALLOWANCES = (1 / 3, 1 / 2, 2 / 3, 4 / 5)  # of the idle time of the best that was found before
+
+WORTH_MORE = 0.005  # share of idle time from which on more is tried
+
+MEMORY = "The limit of activations a rank, as a multiple of those of one_f_one_b's first."
 
 
 class Ahead:
@@ -66,9 +71,12 @@ def searched(
     A rank r holds at most `memory` p times the activations of one microbatch of its stage, on p ranks.
     """
     limits = [memory * num_ranks * cost.activation for cost in costs]
+    room = (
+        int(memory * num_ranks) - 2 * num_ranks + 1
+    )  # forwards ahead that the first rank can hold beside those
     plans: list[Callable[[], Plan]] = [
         partial(Ahead, num_ranks, num_microbatches, more=more, alternates=alternates)
-        for more, alternates in itertools.product((0, 1), (False, True))
+        for more, alternates in itertools.product(sorted({0, 1, max(1, room)}), (False, True))
     ]
     written = (h1(num_ranks, num_microbatches, stages_per_rank=1), h2(num_ranks, num_microbatches))
     return shortest(written, plans, costs, delay, limits)
@@ -83,35 +91,37 @@ def shortest(
 ) -> Schedule:
     """The shortest of some written schedules, and those that an `Engine` makes of their orders and of plans.
 
-    The stages of all lie as in the first one written.
+    The stages of all lie as in the first one written. ValueError where none keeps to the limits.
     """
     rules = written[0]
     best, lists = math.inf, None
-    tries: list[tuple[Callable[[], Plan], int, float]] = [
-        (partial(FixedOrder, schedule, has_weights=True), 0, 0.0) for schedule in written
-    ]
-    orders = [partial(FixedOrder, schedule, has_weights=False) for schedule in written]
-    tries += itertools.product([*orders, *plans], PATIENCE, LATENESS)
-    for plan, patience, late in tries:
-        engine = Engine(rules, costs, delay, limits, patience, late)
+
+    def attempt(plan: Callable[[], Plan], patience: int, late: float, allowance: float) -> None:
+        nonlocal best, lists
+        engine = Engine(rules, costs, delay, limits, patience, late, allowance)
         span = engine.run(plan())
         if span < best - 1e-12 * abs(span):
             best, lists = span, engine.lists
+
+    for schedule in written:
+        attempt(partial(FixedOrder, schedule, has_weights=True), 0, 0.0, 0.0)
+    plans = [*(partial(FixedOrder, schedule, has_weights=False) for schedule in written), *plans]
+    for plan, patience, late in itertools.product(plans, PATIENCE, LATENESS):
+        attempt(plan, patience, late, 0.0)
     if lists is None:
         raise ValueError(
             f"no schedule of {rules.num_ranks} ranks was found that holds at most {max(limits):g} of activations a "
             "rank; allow more memory"
         )
+    idle = best - max(sum(costs[a.stage].time(a.kind) for a in actions) for actions in lists)
+    if idle > WORTH_MORE * best:
+        for plan, share in itertools.product(plans, ALLOWANCES):
+            attempt(plan, 0, 1.0, share * idle)
     return Schedule.of(lists, rules.placement)
 
 
 def _registered(name: str, memory: float, description: str) -> Registered:
-    option = Option(
-        "memory",
-        memory,
-        "The limit of activations a rank, as a multiple of those of one_f_one_b's first.",
-        smallest=1,
-    )
+    option = Option("memory", memory, MEMORY, smallest=1)
     return Registered(name, searched, description, (option,), takes_costs=True)
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pypar.pipeline_parallel.action import Message, Place, Schedule
-from pypar.pipeline_parallel.schedules.registered import Registered
+from pypar.pipeline_parallel.schedules.registered import Option, Registered
 from pypar.pipeline_parallel.schedules.row import Row
-from pypar.pipeline_parallel.schedules.zero_bubble.search import shortest
+from pypar.pipeline_parallel.schedules.zero_bubble.search import MEMORY, shortest
 from pypar.pipeline_parallel.stage_cost import StageCost
 
 
 def v(
-    num_ranks: int, num_microbatches: int, *, costs: Sequence[StageCost], delay: Callable[[Message], float]
+    num_ranks: int,
+    num_microbatches: int,
+    *,
+    costs: Sequence[StageCost],
+    delay: Callable[[Message], float],
+    memory: float,
 ) -> Schedule:
     """Two stages a rank, s and 2p-1-s on rank s of p ranks: the way through the model goes down and back up.
 
     So the last stage is on rank 0, whose first backward comes early. Every rank holds at most 2p microbatches of a
     stage, as much as p of one stage of twice the size. With fewer than 2p-1 microbatches there is idle time. Forwards
-    and input gradients come in the published order; where costs differ, weight gradients move to the gaps.
+    and input gradients come in the published order; where costs differ, weight gradients move to the gaps, within
+    `memory` times the activations of p microbatches on the rank's stages.
     """
     filled = max(2 * num_ranks - 1, num_microbatches)
     lists = []
@@ -39,7 +45,7 @@ def v(
     if len(set(costs)) == 1 and costs[0].forward == costs[0].input_gradient == costs[0].weight_gradient:
         return schedule
     limits = [
-        num_ranks * sum(costs[stage].activation for _, stage in v_places(rank, num_ranks))
+        memory * num_ranks * sum(costs[stage].activation for _, stage in v_places(rank, num_ranks))
         for rank in range(num_ranks)
     ]
     return shortest([schedule], [], costs, delay, limits)
@@ -54,6 +60,7 @@ SCHEDULE = Registered(
     "zb_v",
     v,
     "Backward in two parts, two stages a rank in a V: no idle time for equal F, I and W, the memory of one_f_one_b.",
+    (Option("memory", 1.0, MEMORY, smallest=1),),
     takes_costs=True,
     stages_per_rank=2,
 )
