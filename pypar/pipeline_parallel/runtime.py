@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -16,7 +17,6 @@ from pypar.pipeline_parallel.action import (
     BACKWARD,
     FORWARD,
     INPUT_GRADIENT,
-    UPDATE,
     WEIGHT_GRADIENT,
     Action,
     Message,
@@ -28,6 +28,7 @@ from pypar.pipeline_parallel.messages.header import Header, Value, as_value, des
 from pypar.pipeline_parallel.messages.mailbox import Edges, Mailbox, StageFailedError
 from pypar.pipeline_parallel.messages.receive_order import receive_order
 from pypar.pipeline_parallel.stage import InFlight, Stage, received_by
+from pypar.pipeline_parallel.trained import check_runs_here
 from pypar.pipeline_parallel.validate import validate
 
 
@@ -83,7 +84,7 @@ class PipelineRuntime:
                 f"the schedule has {schedule.num_ranks} ranks but axis {axis.name!r} has {axis.size}; build the "
                 f"schedule for {axis.size} ranks"
             )
-        _refuse_kinds(schedule)
+        check_runs_here(schedule, torch.__version__)
         self._axis = axis
         self._schedule = schedule
         self._stages = _by_place(stages, schedule, axis.rank)
@@ -91,6 +92,9 @@ class PipelineRuntime:
         self._edges = Edges(axis, torch.device(device))
         self._in_flight: dict[tuple[Place, int], InFlight] = {}
         self.peak_in_flight = 0  # most microbatches held at once in the last step, all stages together
+        # Of each action of the last run, when it began, after what it waited for had arrived, and ended: seconds of
+        # time.perf_counter, which the ranks of one host share. On a GPU, when it was issued.
+        self.times: list[tuple[float, float]] = []
 
     def step(
         self, microbatches: Sequence[Any], *, on_last_backward: Accumulation | None = None
@@ -151,11 +155,14 @@ class PipelineRuntime:
         mailbox = Mailbox(self._edges, schedule)
         error: Exception | None = None
         header = Header()
+        self.times = []
         for position, action in enumerate(schedule.lists[self._axis.rank]):
             mailbox.post(receives[position])
             if error is None:
+                begin, waited = time.perf_counter(), mailbox.waited_s
                 try:
                     act(position, action, mailbox)
+                    self.times.append((begin + mailbox.waited_s - waited, time.perf_counter()))
                     continue
                 except StageFailedError as failed:
                     header = failed.header
@@ -248,29 +255,6 @@ def _loss(returned: Any, stage: int) -> Tensor:
             f"the last stage ({stage}) returned {shape} instead of a loss; return a scalar tensor"
         )
     return returned
-
-
-def _refuse_kinds(schedule: Schedule) -> None:
-    """What the validator knows and this runtime cannot do."""
-    if schedule.num_segments > 1:
-        raise ValueError(
-            f"the schedule cuts every sequence into {schedule.num_segments} segments, and the runtime does not keep "
-            "keys and values from one segment to the next; use a schedule of whole sequences"
-        )
-    old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7)
-    for rank, actions in enumerate(schedule.lists):
-        for position, action in enumerate(actions):
-            where = f"rank {rank}, position {position}: {action}"
-            if action.kind == UPDATE:
-                raise ValueError(
-                    f"{where} is an update of weights, which the runtime leaves to the optimizer after the "
-                    f"step; use a schedule without U"
-                )
-            if old and action.kind in (INPUT_GRADIENT, WEIGHT_GRADIENT):
-                raise ValueError(
-                    f"{where} is a split backward, which needs torch 2.7 or newer and this is "
-                    f"{torch.__version__}; use a schedule of F and B"
-                )
 
 
 def _by_place(

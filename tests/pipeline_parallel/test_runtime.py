@@ -7,7 +7,7 @@ from pypar.pipeline_parallel import PipelineRuntime, schedules, simulate
 from pypar.pipeline_parallel.action import Action, Schedule
 from pypar.pipeline_parallel.forward_only import forwards_of
 from pypar.pipeline_parallel.messages.header import HEADER_BYTES
-from pypar.pipeline_parallel.trained import check_trains
+from pypar.pipeline_parallel.trained import check_runs_here, check_trains
 from tests.pipeline_parallel.stage import (
     BIDIRECTIONAL,
     INTERLEAVED,
@@ -124,6 +124,15 @@ def test_what_the_runtime_cannot_run_is_refused_by_a_sentence(name):
     if schedule.num_paths == 1:
         with pytest.raises(ValueError, match="is an update of weights|keys and values from one segment"):
             single_runtime(Stage(0, 1), schedules.build(name, 1, 4))
+
+
+def test_a_split_backward_needs_a_newer_torch():
+    check_runs_here(schedules.build("gpipe", 2, 2), "2.6.0")
+    check_runs_here(schedules.build("zb_h1", 2, 2), "2.10.0+cpu")
+    with pytest.raises(
+        ValueError, match=r"position 1: I.* is a split backward, which needs torch 2.7 .* 2.6.0"
+    ):
+        check_runs_here(schedules.build("zb_h1", 1, 2), "2.6.0")
 
 
 @pytest.mark.parametrize("owners", [[0, 1, 0, 1], [0, 1, 1, 0], [1, 0], [0, 0, 1]])

@@ -13,6 +13,7 @@ the device has the numbers, so nothing waits for the device.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 
 import torch
@@ -110,6 +111,7 @@ class Mailbox:
         self._leaving: dict[Message, tuple[Tensor, list[Handle]]] = {}  # and the buffer of the first transfer
         self._local: dict[Message, tuple[Header, Value]] = {}
         self._settled: set[Message] = set()  # taken or sent
+        self.waited_s = 0.0  # in `take`, for what had not arrived
 
     def post(self, messages: Sequence[Message]) -> None:
         """Starts to receive `messages`."""
@@ -123,7 +125,9 @@ class Mailbox:
         if self._rank(message.sender) == self._edges.axis.rank:
             header, value = self._local.pop(message)
         else:
+            begin = time.perf_counter()
             header, value = self._taken(message)
+            self.waited_s += time.perf_counter() - begin
         if header.failure:
             raise StageFailedError(header)
         return header, value
