@@ -63,10 +63,15 @@ def test_every_schedule_is_complete_and_cannot_deadlock(named):
     name, p, m, schedule = named
     validate(schedule, num_microbatches=m)
     assert schedule.num_ranks == p and all(schedule.stages_of(rank) for rank in range(p))
-    # What comes early at a rank's next stage; a rank of ZB-H1 that has few forwards ahead; costs of any kind.
-    room = {"breadth_first": m, "zb_1p": p, "zb_2p": p, "zb_h1": p * (schedule.stages_per_rank > 1)}.get(
-        name, 0
-    )
+    # What comes early at a rank's next stage; a rank with few forwards ahead; costs of any kind.
+    several = schedule.stages_per_rank > 1
+    room = {
+        "breadth_first": m,
+        "zb_1p": p,
+        "zb_2p": p,
+        "zb_h1": p * several,
+        "interleaved": p * (m % p > 0),
+    }.get(name, 0)
     assert buffers_needed(schedule) <= room
     validate(schedule, buffers=room)
     if name in RUNNING:  # weight gradients are summed in the order of the microbatches
@@ -74,6 +79,15 @@ def test_every_schedule_is_complete_and_cannot_deadlock(named):
             actions = schedule.lists[schedule.placement[place]]
             summed = [a.microbatch for a in actions if a.place == place and a.kind in "BW"]
             assert summed == sorted(summed)
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+@pytest.mark.parametrize(("name", "idle"), [("interleaved", 3), ("zb_h1", 1)])
+def test_several_stages_a_rank_are_idle_alike_for_any_number_of_microbatches(name, idle, p):
+    for v in (1, 2, 3):
+        for m in range(p, 2 * p + 3):
+            makespan = simulate(schedules.build(name, p, m, stages_per_rank=v)).makespan
+            assert makespan == 3 * m * v + (p - 1) * idle, (v, m)
 
 
 def test_breadth_first_needs_room_for_what_comes_early():

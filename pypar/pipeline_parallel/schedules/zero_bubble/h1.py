@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pypar.pipeline_parallel.action import Schedule
 from pypar.pipeline_parallel.schedules.alternating import alternating
-from pypar.pipeline_parallel.schedules.interleaved import rounds
+from pypar.pipeline_parallel.schedules.interleaved import in_rounds, rounds
 from pypar.pipeline_parallel.schedules.registered import Option, Registered
 
 
@@ -14,12 +14,13 @@ def h1(num_ranks: int, num_microbatches: int, *, stages_per_rank: int) -> Schedu
     With one stage a rank, p ranks and the times F, I, W of a microbatch, a step is idle for (p-1)(F+I-W); every rank
     holds at most p microbatches. With v stages a rank (stage s on rank s % p) the idle time is 1/v of that.
     """
+    sizes = rounds(num_ranks, num_microbatches)
     lists = []
     for rank in range(num_ranks):
-        forwards, backwards = rounds(rank, num_ranks, num_microbatches, stages_per_rank)
-        warm_up = num_ranks - 1 - rank + (stages_per_rank - 1) * num_ranks
-        lists.append(alternating(forwards, backwards, warm_up, lag=rank))
-    return Schedule.of(lists).first(num_microbatches)
+        stages = range(rank, num_ranks * stages_per_rank, num_ranks)
+        warm_up = num_ranks - 1 - rank + (stages_per_rank - 1) * sizes[0]
+        lists.append(alternating(in_rounds(stages, sizes), in_rounds(stages[::-1], sizes), warm_up, lag=rank))
+    return Schedule.of(lists)
 
 
 SCHEDULE = Registered(
