@@ -124,6 +124,8 @@ def _show(arguments: argparse.Namespace, estimates: "list[Estimate]") -> int:
     else:
         for simulation in simulations.values():
             print(picture(simulation))
+        if estimates[0].refused:
+            print(f"note: {estimates[0].refused}")
     if arguments.picture:
         draw(simulations, arguments.picture)
     if arguments.csv and estimates[0].schedule is not None:

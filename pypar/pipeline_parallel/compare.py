@@ -103,6 +103,16 @@ class Estimate:
         return math.inf if self.simulation is None else max(self.simulation.peak_memory)
 
     @property
+    def refused(self) -> str:
+        """Why a run cannot have a legal schedule, in a sentence, "" where it can."""
+        try:
+            if self.schedule is not None:
+                check_trains(self.name, self.schedule)
+        except ValueError as refused:
+            return str(refused)
+        return ""
+
+    @property
     def facts(self) -> dict[str, Any]:
         """Everything, by name; times in the unit of the costs, per rank where it is a list."""
         found: dict[str, Any] = {"name": self.name, "legal": self.is_legal}
@@ -124,6 +134,7 @@ class Estimate:
             "peak_memory": result.peak_memory,
             "weight_versions": result.weight_versions,
             "buffers": buffers_needed(schedule),
+            "refused": self.refused,
         }
 
 
@@ -202,9 +213,7 @@ def _unfit(each: Estimate, most_stages: float, memory: float) -> str:
     """Why a run cannot have a schedule, "" where it can."""
     if each.schedule is None:
         return "do not exist for so many ranks"
-    try:
-        check_trains(each.name, each.schedule)
-    except ValueError:
+    if each.refused:
         return "no run can have"
     if each.schedule.num_stages > most_stages:
         return f"have more stages than {most_stages:g}"
@@ -212,8 +221,20 @@ def _unfit(each: Estimate, most_stages: float, memory: float) -> str:
 
 
 def table(estimates: Sequence[Estimate]) -> str:
-    """A line a schedule: time of a step, both bubbles, the most memory of a rank, copies and versions of weights."""
-    head = ["schedule", "legal", "makespan", "bubble", "span bubble", "in flight", "memory", "weights"]
+    """A line a schedule: whether it is legal and whether a run can have it, the time of a step, both bubbles, the most
+    memory of a rank, copies and versions of weights.
+    """
+    head = [
+        "schedule",
+        "legal",
+        "makespan",
+        "bubble",
+        "span bubble",
+        "in flight",
+        "memory",
+        "weights",
+        "trains",
+    ]
     rows = [head]
     for each in estimates:
         result, schedule = each.simulation, each.schedule
@@ -231,6 +252,7 @@ def table(estimates: Sequence[Estimate]) -> str:
                 f"{max(each.peak_in_flight):.4g}",
                 f"{max(result.peak_memory):.4g}",
                 f"{weights}x",
+                "no" if each.refused else "yes",
             ]
         )
     widths = [max(len(row[column]) for row in rows if len(row) == len(head)) for column in range(len(head))]

@@ -46,6 +46,18 @@ def test_facts_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(facts["peak_in_flight"]) == 8 and max(facts["peak_memory"]) <= memory
 
 
+def test_what_a_run_cannot_have_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "pipedream"]) == 0
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert note.startswith(
+        "note: pipeline schedule pipedream updates weights while microbatches are in flight"
+    )
+    assert main(["schedule", "pipedream", "--json"]) == 0
+    assert note.endswith(json.loads(capsys.readouterr().out)["refused"])
+    assert main(["schedule", "zb_v", "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["refused"]
+
+
 def test_all_schedules_in_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture = tmp_path / "all.svg"
     assert main(["schedule", "--all", "--ranks", "3", "--microbatches", "4", "--picture", str(picture)]) == 0

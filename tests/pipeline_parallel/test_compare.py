@@ -63,7 +63,9 @@ def test_all_are_compared_and_what_does_not_exist_says_why():
     assert {each.name for each in illegal} == {"chimera", "dualpipe"}
     assert all("must be even" in each.facts["fault"] for each in illegal)
     lines = table(list(found.values())).splitlines()
-    assert len(lines) == 1 + len(found) and " ".join(lines[1].split()) == "gpipe yes 27 22.22% 22.22% 7 7 1x"
+    assert (
+        len(lines) == 1 + len(found) and " ".join(lines[1].split()) == "gpipe yes 27 22.22% 22.22% 7 7 1x yes"
+    )
 
 
 def test_the_fastest_that_fits_is_chosen_with_the_reason():
