@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pypar.ops.calls import called
+from pypar.ops.substitute import original_of, substitute
 from pypar.ops.uncompiled import uncompiled
 from pypar.recomputation.environment import Environment
 
@@ -48,8 +49,9 @@ def tiled(module: nn.Module, num_tiles: int, dim: int = 1) -> nn.Module:
     if num_tiles < 1:
         raise ValueError(f"num_tiles ({num_tiles}) must be at least 1")
     cls: Any = type(module)
-    if "_pypar_untiled" in vars(cls):
-        module.__class__ = cls = cls._pypar_untiled
+    untiled = original_of(cls, _members)
+    if untiled is not None:
+        module.__class__ = cls = untiled
         delattr(module, _TILING)
     elif hasattr(module, _TILING):
         raise ValueError(
@@ -62,13 +64,12 @@ def tiled(module: nn.Module, num_tiles: int, dim: int = 1) -> nn.Module:
                 "would not run in tiles; call tiled before"
             )
         setattr(module, _TILING, _Tiling(num_tiles, dim))
-        module.__class__ = _tiled_class(cls)
+        module.__class__ = substitute(cls, _members)
     return module
 
 
-@functools.cache
-def _tiled_class(plain: Any) -> Any:
-    """A subclass of a module's class, of the same name, whose forward runs in tiles."""
+def _members(plain: Any) -> dict[str, Any]:
+    """A forward that runs in tiles."""
 
     @functools.wraps(plain.forward)
     @uncompiled("its backward runs the module's own forward and backward")
@@ -86,20 +87,7 @@ def _tiled_class(plain: Any) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
         return _Tiled.apply(run, tiling, x, *parameters)  # type: ignore[no-untyped-call]
 
-    members = {
-        "forward": forward,
-        "_pypar_untiled": plain,
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__reduce_ex__": lambda self, protocol: (_empty, (plain,), vars(self)),
-        "computes_as": getattr(plain, "computes_as", plain),  # what pypar.parallel asks of a subclass
-    }
-    return type(plain.__name__, (plain,), members)
-
-
-def _empty(plain: Any) -> Any:
-    """An empty instance, for copies and pickles: the class itself stands in no module."""
-    return object.__new__(_tiled_class(plain))
+    return {"forward": forward}
 
 
 def _given(function: Callable[..., Tensor], args: Any, kwargs: Any, x: Tensor) -> Tensor:

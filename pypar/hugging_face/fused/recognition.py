@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pypar.ops.substitute import substitute
+
 _LOCALS = ("LOAD_FAST", "STORE_FAST", "DELETE_FAST")
 _TOLERANCE = 1e-5  # of fp32 results of some ten operations, and far below what another formula gives
 
@@ -92,30 +94,12 @@ def _instructions(code: CodeType) -> list[tuple[str, Any]]:
 
 
 def fused_class(original: Any, swap: Swap) -> Any:
-    """A subclass of `original`, with its name, that has the members which the swap makes; the same one for every call.
-
-    A module's class is what is changed, not its functions: copies, hooks, torch.compile and what else goes by a
-    module's class or its `forward` find an ordinary class, whose instances are instances of `original`.
-    """
-    return _made(original, swap)
+    """A subclass of `original`, with its name, that has the members which the swap makes; the same for every call."""
+    return substitute(original, _members, swap)
 
 
-@functools.cache
-def _made(original: type, swap: Swap) -> Any:
-    members = {
-        **swap.make(original),
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__reduce_ex__": lambda self, protocol: (_again, (original, swap), vars(self)),
-        "computes_as": getattr(original, "computes_as", original),  # what pypar.parallel asks of a subclass
-        "pypar_swap": swap,
-    }
-    return type(original.__name__, (original,), members)
-
-
-def _again(original: type, swap: Swap) -> Any:
-    """An empty instance of a fused class, for copies and pickles: the class itself stands in no module."""
-    return object.__new__(fused_class(original, swap))
+def _members(original: type, swap: Swap) -> dict[str, Any]:
+    return {**swap.make(original), "pypar_swap": swap}
 
 
 def swap_of(module: nn.Module) -> Swap | None:
