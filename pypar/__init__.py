@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pypar.optimizers.muon import Muon as Muon
     from pypar.optimizers.on_disk import OnDisk as OnDisk
     from pypar.parallel.apply import parallelize as parallelize
+    from pypar.recomputation.apply import offload_activations as offload_activations
     from pypar.recomputation.apply import recompute as recompute
     from pypar.recomputation.tiles import tiled as tiled
     from pypar.tensor_parallel.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -79,6 +80,7 @@ _HOME_OF_NAME = {
     "moe_combine": "pypar.ops.moe_permute",
     "moe_permute": "pypar.ops.moe_permute",
     "parallelize": "pypar.parallel.apply",
+    "offload_activations": "pypar.recomputation.apply",
     "recompute": "pypar.recomputation.apply",
     "register_with_transformers": "pypar.hugging_face.attention",
     "rms_norm": "pypar.ops.rms_norm",

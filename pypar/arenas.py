@@ -98,15 +98,19 @@ class Copy:
         """Whether `wait` would return at once."""
         return self._done.done() if isinstance(self._done, Future) else self._done.query()
 
-    def wait(self) -> None:
-        """Return when the copy may be read, and its source overwritten, by what the caller does from now on."""
+    def order(self) -> None:
+        """What the caller's stream does from now on comes after the copy; the host waits only where it is a CPU's."""
         if isinstance(self._done, Future):
             self._done.result()
-        elif self._to_host:
-            self._done.synchronize()  # the host reads it
         else:
             torch.cuda.current_stream().wait_event(self._done)
         self._source = None
+
+    def wait(self) -> None:
+        """Return when the copy may be read, and its source overwritten, by what the caller does from now on."""
+        if self._to_host and not isinstance(self._done, Future):
+            self._done.synchronize()  # the host reads it
+        self.order()
 
 
 class Copies:

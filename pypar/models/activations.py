@@ -62,3 +62,38 @@ def layer_bytes(
         "gated": per_row * F,
     }
     return stream + sum(results[name] for name in results if name in kept)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The most bytes of all layers at once, on the device and on the host."""
+
+    device: int
+    host: int
+
+
+def peak_bytes(
+    config: DecoderConfig,
+    given: Microbatch,
+    *,
+    recomputed: bool = False,
+    kept: Collection[str] = (),
+    offloaded: bool = False,
+) -> Held:
+    """What the layers hold at most in the course of a step of one microbatch, by `layer_bytes`.
+
+    It is when the backward of the last layer begins: what the layers before it keep, and all that this one needs, with
+    the products that a forward alone needs where products' results are kept: queries and keys before `rope`, and what
+    attention adds to the stream. Offloaded, what a layer keeps is on the host but for the last one's, and comes back
+    for one layer ahead.
+    """
+    each = layer_bytes(config, given, recomputed=recomputed, kept=kept)
+    needed = layer_bytes(config, given)
+    if recomputed and "linear" in kept:
+        rows = given.sequences * given.positions
+        cut_rows = rows // given.head_ranks if given.sequence_parallel else rows
+        heads = (config.num_heads + config.num_kv_heads) // given.head_ranks * config.head_size
+        needed += (cut_rows * config.d_model + rows * heads) * given.dtype_bytes
+    before = config.num_layers - 1
+    here = min(before, 1) if offloaded else before
+    return Held(here * each + needed, before * each if offloaded else 0)

@@ -1,4 +1,4 @@
-"""Activations that backward computes again instead of keeping them: whole blocks, chosen operators, tiles.
+"""Activations that backward computes again instead of keeping them, or that wait on the host.
 
 Names are loaded when they are first used: a configuration is checked without torch.
 """
@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 from pypar.lazy import loader
 
 if TYPE_CHECKING:
-    from pypar.recomputation.apply import recompute
+    from pypar.recomputation.apply import offload_activations, recompute
     from pypar.recomputation.saved_bytes import SavedBytes
     from pypar.recomputation.tiles import tiled
 
-__all__ = ["SavedBytes", "recompute", "tiled"]
+__all__ = ["SavedBytes", "offload_activations", "recompute", "tiled"]
 
 __getattr__ = loader(
     __name__,
     {
         "SavedBytes": "pypar.recomputation.saved_bytes",
+        "offload_activations": "pypar.recomputation.apply",
         "recompute": "pypar.recomputation.apply",
         "tiled": "pypar.recomputation.tiles",
     },

@@ -46,6 +46,15 @@ class RecomputeConfig(Section):
         resumed=None,
     )
 
+    offload: bool = setting(
+        False,
+        help="what the layers keep waits for backward on the host, and comes back one layer ahead",
+        resumed=None,
+    )
+    offload_min_bytes: int = setting(
+        1 << 20, at_least=0, help="pieces of memory that are smaller stay on the device", resumed=None
+    )
+
     tiles: int = setting(
         1,
         at_least=1,

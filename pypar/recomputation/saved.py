@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pypar.recomputation.operators import COPIED
 
 
-class Whole:
+class Held(ABC):
+    """A saved tensor that is kept."""
+
+    @abstractmethod
+    def get(self) -> Tensor:
+        """The tensor. RuntimeError where somebody has written into it since."""
+
+
+class Whole(Held):
     """A saved tensor that is held as it is."""
 
     def __init__(self, x: Tensor) -> None:
@@ -25,13 +34,16 @@ class Whole:
         return version_of(self.x) != self.version
 
     def get(self) -> Tensor:
-        """The tensor. RuntimeError where somebody has written into it since."""
-        if self.is_written:
-            raise RuntimeError(
-                f"a tensor {tuple(self.x.shape)} that backward needs was written into after the forward; write into "
-                "a copy of it"
-            )
+        check_unwritten(self.is_written, tuple(self.x.shape))
         return self.x
+
+
+def check_unwritten(is_written: bool, shape: tuple[int, ...]) -> None:
+    """RuntimeError where a saved tensor is another one by now."""
+    if is_written:
+        raise RuntimeError(
+            f"a tensor {shape} that backward needs was written into after the forward; write into a copy of it"
+        )
 
 
 def version_of(x: Tensor) -> int:
@@ -102,7 +114,7 @@ class Result:
     """What an operator returned: its tensors, which are held, in their structure."""
 
     name: str
-    held: list[Any]  # Whole for a tensor
+    held: list[Any]  # Held for a tensor
     structure: Any
 
     @classmethod
@@ -115,11 +127,11 @@ class Result:
 
     @property
     def tensors(self) -> list[Whole]:
-        """What it holds of tensors."""
+        """The tensors that it holds as they are."""
         return [x for x in self.held if isinstance(x, Whole)]
 
     def again(self) -> Any:
         """The outputs, as they were."""
         # Autograd marks what a forward returns, so each is a tensor of its own.
-        leaves = [x.get().detach() if isinstance(x, Whole) else x for x in self.held]
+        leaves = [x.get().detach() if isinstance(x, Held) else x for x in self.held]
         return tree_unflatten(leaves, self.structure)

@@ -23,6 +23,21 @@ def _recompute(axis):
     return of_x(run, model)
 
 
+@case("pypar.recomputation.offload_activations")
+def _offload_activations(axis):
+    layers = seeded(
+        lambda: nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+    )
+    model = pypar.offload_activations(nn.ModuleDict({"layers": layers}), min_bytes=1)
+
+    def run(x):
+        for layer in model["layers"]:
+            x = layer(x)
+        return x
+
+    return of_x(run, model)
+
+
 @case("pypar.GradScaler")
 def _grad_scaler(axis):
     weight = nn.Parameter(torch.ones(2, WIDTH))

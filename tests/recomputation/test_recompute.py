@@ -176,10 +176,11 @@ def test_blocks_inside_blocks_and_checkpoints_of_torch():
     assert_same(outcome(model), outcome(seeded(Nested)))
 
 
-def test_copies_pickles_names_and_the_way_back():
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_copies_pickles_names_and_the_way_back(policy):
     model = seeded(Model)
     names, classes = list(model.state_dict()), [type(m) for m in model.modules()]
-    pypar.recompute(model, every=2)
+    pypar.recompute(model, policy, every=2)
     assert recomputed(model) == ["layers.0", "layers.2"]
     assert list(model.state_dict()) == names and isinstance(model.layers[0], Layer)
     expected = outcome(copy.deepcopy(model))

@@ -111,7 +111,8 @@ def run(text: Path, mesh: str, changes: dict, policies: list[dict]) -> list:
     ids=str,
 )
 def test_every_layout_trains_to_the_same_bits(ranks, text: Path, mesh: str, changes: dict) -> None:
-    policies = [{}, {"policy": "full"}, {"policy": "selective"}]
+    moving = {"offload": True, "offload_min_bytes": 1}
+    policies = [{}, {"policy": "full"}, {"policy": "selective"}, moving, moving | {"policy": "full"}]
     size = math.prod(int(part.split("=")[1]) for part in mesh.split(",") if part)
     results = (
         ranks(size, run, text, mesh, changes, policies) if size > 1 else [run(text, mesh, changes, policies)]
@@ -122,7 +123,8 @@ def test_every_layout_trains_to_the_same_bits(ranks, text: Path, mesh: str, chan
             assert layers
             assert all(torch.equal(weights[name], plain[1][name]) for name in plain[1])
             assert losses == plain[0]
-        none, full, selective = (each[3] for each in (plain, *others))
+        none, full, selective, moved, _ = (each[3] for each in (plain, *others))
+        assert moved == none
         assert none["tp"] == selective["tp"] and (none["tp"] < full["tp"] or not none["tp"])
         if none["cp"] and changes.get("method") != "ulysses":  # beside what ranks agree on before a ring
             assert selective["cp"] - none["cp"] < 0.1 * (full["cp"] - none["cp"])
