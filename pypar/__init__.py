@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from pypar.parallel.apply import parallelize as parallelize
     from pypar.recomputation.apply import offload_activations as offload_activations
     from pypar.recomputation.apply import recompute as recompute
+    from pypar.recomputation.plan.planner import plan_activations as plan_activations
     from pypar.recomputation.tiles import tiled as tiled
     from pypar.tensor_parallel.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
@@ -81,6 +82,7 @@ _HOME_OF_NAME = {
     "moe_permute": "pypar.ops.moe_permute",
     "parallelize": "pypar.parallel.apply",
     "offload_activations": "pypar.recomputation.apply",
+    "plan_activations": "pypar.recomputation.plan.planner",
     "recompute": "pypar.recomputation.apply",
     "register_with_transformers": "pypar.hugging_face.attention",
     "rms_norm": "pypar.ops.rms_norm",

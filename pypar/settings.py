@@ -13,6 +13,7 @@ This file needs no torch, so that a mistake in a configuration is answered at on
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -195,6 +196,34 @@ def of_kind(key: str, value: Any, kind: type) -> Any:
     if type(value) not in _kinds(kind):
         raise ValueError(f"configuration key {key!r} must be {type_name(kind)}, not {value!r}")
     return value
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{infix}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+def num_bytes(text: str | int) -> int:
+    """A number of bytes: 2000000000, "2GB" (1000^3 each), "1.5 GiB" (1024^3 each). ValueError for other text."""
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.upper(): size for unit, size in _UNITS.items()}
+    if found is None or found[2].upper() not in units:
+        names = ", ".join(unit for unit in _UNITS if unit)
+        raise ValueError(f'{text!r} is no number of bytes; write a number and one of {names}, like "2GB"')
+    return int(float(found[1]) * units[found[2].upper()])
+
+
+def check_num_bytes(key: str, text: str) -> None:
+    """ValueError where a key's text is neither empty nor a number of bytes: a rule's ``refuse``."""
+    if text:
+        try:
+            num_bytes(text)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
 
 
 def check_divides(key: str, value: int, unit: int, by: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pypar.grid import SAMPLES
-from pypar.settings import Run, Section, setting
+from pypar.settings import Run, Section, check_num_bytes, setting
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ class MemoryConfig(Section):
     )
     offload_part_bytes: int = setting(
         64 << 20, above=0, help="of optimizer states that are in memory at once, three times", resumed=None
+    )
+
+    activation_bytes: str = setting(
+        "",
+        refuse=check_num_bytes,
+        help='the most that the layers of a rank may hold of activations, like "2GB": each is kept, computed again or '
+        'moved to the host, as takes the least time; "": as the section recompute says',
+        resumed=None,
     )
 
     def check(self, run: Run) -> Sequence[str]:

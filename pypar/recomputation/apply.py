@@ -6,12 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from pypar.grid import STAGES
+from pypar.mesh import Mesh
 from pypar.ops.backend import unknown_name
 from pypar.recomputation.config import POLICIES, RecomputeConfig, names_in
 from pypar.recomputation.kept import Kept, Part
 from pypar.recomputation.offload import MIN_BYTES, Offload
 from pypar.recomputation.operators import COSTLY, check_names
 from pypar.recomputation.parts import blocks_here, part_of, set_part
+from pypar.recomputation.plan.planner import ActivationPlanner
 from pypar.recomputation.tiles import tile_positions
 
 
@@ -119,14 +122,42 @@ def recomputed(model: nn.Module) -> Sequence[str]:
     return [name for name, module in model.named_modules() if part_of(module) is not None]
 
 
-def recompute_as(models: Sequence[nn.Module], config: RecomputeConfig) -> None:
-    """`tiled`, `recompute` and `offload_activations` as a run's configuration says, for a rank's stages of a model."""
-    offload = Offload(min_bytes=config.offload_min_bytes) if config.offload else None
+def recompute_as(
+    models: Sequence[nn.Module], config: RecomputeConfig, activation_bytes: str, mesh: Mesh
+) -> ActivationPlanner | None:
+    """What a run's configuration says of activations, for this rank's stages of a model.
+
+    Returns the planner that meets the budget ``activation_bytes``, None where there is no budget.
+    """
+    config.check_budget(activation_bytes)
     for model in models:
         if config.tiles > 1:
             tile_positions(model, config.tiles)
+    if activation_bytes:
+        return _planned(models, config, activation_bytes, mesh)
+    offload = Offload(min_bytes=config.offload_min_bytes) if config.offload else None
+    for model in models:
         if config.policy != "none" or offload is not None:
             ops = names_in(config.ops) or None
             recompute(
                 model, config.policy, every=config.every, ops=ops, checksums=config.checksums, offload=offload
             )
+    return None
+
+
+def _planned(
+    models: Sequence[nn.Module], config: RecomputeConfig, activation_bytes: str, mesh: Mesh
+) -> ActivationPlanner:
+    """A planner of all stages of this rank, which chooses the same on all ranks of its stages."""
+    axes = tuple(name for name in mesh.sizes if name != STAGES)
+    mesh.declare(axes)
+    axis = mesh.axis(*axes)
+    planner = ActivationPlanner(
+        activation_bytes,
+        axis=axis,
+        min_bytes=config.offload_min_bytes,
+        report=print if axis.rank == 0 else None,
+    )
+    for model in models:
+        planner.add(model)
+    return planner

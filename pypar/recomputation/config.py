@@ -70,3 +70,12 @@ class RecomputeConfig(Section):
                 "leave recompute.ops out"
             )
         return ()
+
+    def check_budget(self, activation_bytes: str) -> None:
+        """ValueError where a budget of activations chooses what this section has chosen already."""
+        chosen = {"policy": self.policy != "none", "offload": self.offload, "every": self.every != 1}
+        for key in (key for key, is_chosen in chosen.items() if activation_bytes and is_chosen):
+            raise ValueError(
+                f"memory.activation_bytes ({activation_bytes!r}) chooses for each tensor whether it is kept, computed "
+                f"again or moved, and recompute.{key} chooses for all; leave one of them out"
+            )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pypar.arenas import Arena, Copies, Copy
+from pypar.recomputation.holdings import Holdings
 from pypar.recomputation.saved import Held, check_unwritten, version_of
 from pypar.recomputation.saved_bytes import SavedBytes
 
@@ -131,6 +132,7 @@ class Moved:
         self._coming: Copy | None = None
         self._there: tuple[Tensor, Copy] | None = None  # on the host, with the copy to there
         self._release: Callable[[], Any] | None = None  # gives that up
+        self._drops: list[Callable[[], Any]] = []  # tell those who count that it has left
 
     def leave(self) -> bool:
         """Begin to leave; False where it has before."""
@@ -151,6 +153,15 @@ class Moved:
         self._there[1].order()
         self.is_written = version_of(self.source) != self._version
         self.source = None
+        for drop in self._drops:
+            drop()
+        self._drops = []
+
+    def held_by(self, meter: Holdings) -> None:
+        """Count it while it is on the device."""
+        memory = self.source if self.source is not None else self._here
+        if memory is not None:
+            self._drops.append(meter.hold(self, memory))
 
     def stay(self) -> None:
         """Give the host's part up."""
@@ -222,12 +233,20 @@ class Visit:
         self._offload = offload
         self._before = weakref.ref(before) if before is not None and before.index < index else None
         self._pieces: list[weakref.ref[Moved]] = []
-        self.counters: Sequence[SavedBytes] = ()
+        self._counters: Sequence[SavedBytes] = ()
+        self._meter: Holdings | None = None
 
-    def close(self, pieces: Sequence[Moved], counters: Sequence[SavedBytes], *, stays: bool) -> None:
+    def close(
+        self,
+        pieces: Sequence[Moved],
+        counters: Sequence[SavedBytes],
+        meter: Holdings | None,
+        *,
+        stays: bool,
+    ) -> None:
         """Its forward is over, which keeps this. stays: on the device, as its backward comes at once."""
         self._pieces = [weakref.ref(each) for each in pieces]
-        self.counters = counters
+        self._counters, self._meter = counters, meter
         self._offload.leave(() if stays else pieces)
 
     def begin(self) -> None:
@@ -238,9 +257,12 @@ class Visit:
         self._offload.stay(self._alive())
         before = self._before() if self._before is not None else None
         coming = [*self._alive(), *(before._alive() if before is not None and not before.is_begun else ())]
-        found = [x for each in coming if (x := each.come()) is not None]
-        for counter in self.counters:
-            counter.add_all(found)
+        found = {each: x for each in coming if (x := each.come()) is not None}
+        for counter in self._counters:
+            counter.add_all(found.values())
+        if self._meter is not None:
+            for each in found:
+                each.held_by(self._meter)
 
     def _alive(self) -> list[Moved]:
         return [moved for ref in self._pieces if (moved := ref()) is not None]

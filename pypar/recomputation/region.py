@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from pypar.ops.calls import listening
 from pypar.recomputation.again import Again, EnoughError, LastCall
 from pypar.recomputation.environment import Environment
+from pypar.recomputation.holdings import Holdings
 from pypar.recomputation.kept import Part, Rule
 from pypar.recomputation.offload import Moved, View, Visit
 from pypar.recomputation.operators import Hearing, TorchCalls
 from pypar.recomputation.saved import SAME, Result, Slot, Whole
-from pypar.recomputation.saved_bytes import SavedBytes, counters
+from pypar.recomputation.saved_bytes import counters
 
 
 def _place(x: Tensor) -> Any:
@@ -40,7 +41,7 @@ class Region:
     """One call of a function, of which backward makes again what it needs.
 
     rule: what is kept, by default as the part says. visit: by which memory on the host comes back in time; None: there
-    is none. meters: count what is kept, without parameters and what needs no gradient.
+    is none. meter: counts what the region holds, without parameters and what needs no gradient.
     """
 
     def __init__(
@@ -49,11 +50,11 @@ class Region:
         function: Callable[..., Any],
         rule: Rule | None = None,
         visit: Visit | None = None,
-        meters: Sequence[SavedBytes] = (),
+        meter: Holdings | None = None,
     ) -> None:
         self._rule: Rule = rule or part.kept
         self.name, self.checks = part.name, self._rule.checks
-        self._part, self._function, self._visit, self._meters = part, function, visit, meters
+        self._part, self._function, self._visit, self._meter = part, function, visit, meter
         self._hears_torch = bool(self._rule.of_torch) and part.calls_torch is not False
         self._stays = part.memory()
         self._moves: dict[int, bool] = {}  # memory that is held: whether it moves
@@ -63,7 +64,7 @@ class Region:
         self._num_saved = self._num_calls = 0
         self.last_call = LastCall()
         self.is_computing = False
-        self._held: list[Tensor] = []  # saved as they are, until the end of the forward
+        self._held: list[Whole] = []  # saved as they are, until the end of the forward
         self._constants: list[Tensor] = []  # likewise, and there anyway
         self._written: set[int] = set()  # memory into which torch's operators have written
         self._shown: list[Whole] = []  # kept results that the function returned, into which others may write
@@ -79,13 +80,20 @@ class Region:
                 self._moves.setdefault(_memory(x), self._rule.moves_input(len(self._moves)))
         self._stays.update(_memory(x) for x in tensors if _memory(x) not in self._moves)
         self._environment = Environment.now(tensors)
-        get: Callable[..., Tensor] = _get if self._visit is None else partial(_get_in, self._visit)
-        with self._heard_by(self, saved_tensors_hooks(self._save, get)) as torch_calls:
+        with self._heard_by(self, saved_tensors_hooks(self._save, self._getter())) as torch_calls:
             outputs = self._function(*args, **kwargs)
         if torch_calls is not None:
             self._part.calls_torch = self._part.calls_torch or torch_calls.has_heard
         self._close(tensors, outputs)
         return outputs
+
+    def _getter(self) -> Callable[..., Tensor]:
+        """What gives autograd a saved tensor."""
+        return _get if self._visit is None else partial(_get_in, self._visit)
+
+    def _is_constant(self, x: Tensor) -> bool:
+        """Whether a tensor is saved as it is, as its memory is there anyway, or none."""
+        return x.layout is not torch.strided or _memory(x) in self._stays or not x.numel()
 
     @contextlib.contextmanager
     def _heard_by(self, listener: Hearing, hooks: saved_tensors_hooks) -> Iterator[TorchCalls | None]:
@@ -99,7 +107,7 @@ class Region:
 
     def _save(self, x: Tensor) -> Whole | View | Slot:
         number, self._num_saved = self._num_saved, self._num_saved + 1
-        if x.layout is not torch.strided or _memory(x) in self._stays or not x.numel():
+        if self._is_constant(x):
             self._constants.append(x)
             return Whole(x)
         if _memory(x) not in self._moves and self._rule.saves(number):
@@ -119,8 +127,8 @@ class Region:
         """A tensor as it is kept, in memory that `_moves` knows."""
         offload = self._part.offload
         if offload is None or not self._moves[_memory(x)] or not offload.takes(x):
-            self._held.append(x)
-            return Whole(x)
+            self._held.append(Whole(x))
+            return self._held[-1]
         if _memory(x) not in self._pieces:
             self._pieces[_memory(x)] = offload.moved(x)
         return View(self._pieces[_memory(x)], x)
@@ -197,14 +205,17 @@ class Region:
     def _tell(self) -> None:
         """What is held, to those who count; and that it may leave."""
         pieces, self._pieces = list(self._pieces.values()), {}
-        on_device = [*self._held, *(each.source for each in pieces if each.source is not None)]
         self._counters = counters()
         for counter in self._counters:
-            counter.add_all([*on_device, *self._constants])
-        for meter in self._meters:
-            meter.add_all(on_device)
+            moving = [each.source for each in pieces if each.source is not None]
+            counter.add_all([*(each.x for each in self._held), *moving, *self._constants])
+        if self._meter is not None:
+            for whole in self._held:
+                self._meter.hold(whole, whole.x)
+            for piece in pieces:
+                piece.held_by(self._meter)
         if self._visit is not None:
-            self._visit.close(pieces, [*self._counters, *self._meters], stays=self._part.is_last)
+            self._visit.close(pieces, self._counters, self._meter, stays=self._part.is_last)
 
     def kept(self, call: int) -> Result | None:
         """What is kept of a call: `pypar.recomputation.again.First`."""
@@ -233,8 +244,12 @@ class Region:
                 f"{self.name} saved {again.num_saved} tensors in backward where its forward saved "
                 f"{self._num_saved}; {SAME}"
             )
-        for counter in (*self._counters, *self._meters):
-            counter.add_all(slot.x for slot in wanted.values() if slot.x is not None)
+        made = [(slot, slot.x) for slot in wanted.values() if slot.x is not None]
+        for counter in self._counters:
+            counter.add_all(x for _, x in made)
+        if self._meter is not None:
+            for slot, x in made:
+                self._meter.hold(slot, x)
         self._inputs, self._results, self._shown = [], {}, []
 
 

@@ -119,6 +119,7 @@ def _checked_sections(
     if model is not None:
         filled = dataclasses.replace(config, model=config.model.filled(model.vocab_size))
     sections = [s for s in sections_of(filled) if model is not None or s is not filled.model]
+    config.recompute.check_budget(config.memory.activation_bytes)
     return config, [*chosen, *(note for section in sections for note in section.check(run))]
 
 

@@ -90,7 +90,8 @@ class Trainer:
         check_whole_backwards(self.schedule, config)
         self.stages = self._own_stages() if model is None else self._stages_of(model, plan, loss)
         self.models = [stage.model for stage in self.stages.values()]
-        recompute_as(self.models, config.recompute)
+        budget = config.memory.activation_bytes
+        self.activations = recompute_as(self.models, config.recompute, budget, mesh)
         self.store = store_of(config.memory, self.models, mesh, bucket_bytes=config.train.bucket_bytes)
         self.mesh = self.store.mesh  # of which layouts of what is owned may name more axes
         self.optimizer = Optimizer(self.store.owned(), config.optimizer, on_disk=self._on_disk())

@@ -38,6 +38,22 @@ def _offload_activations(axis):
     return of_x(run, model)
 
 
+@case("pypar.recomputation.plan_activations")
+def _plan_activations(axis):
+    layers = seeded(
+        lambda: nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+    )
+    model = nn.ModuleDict({"layers": layers})
+    pypar.plan_activations(model, "1MB", min_bytes=1)
+
+    def run(x):
+        for layer in model["layers"]:
+            x = layer(x)
+        return x
+
+    return of_x(run, model)
+
+
 @case("pypar.GradScaler")
 def _grad_scaler(axis):
     weight = nn.Parameter(torch.ones(2, WIDTH))

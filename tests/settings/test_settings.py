@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pypar.settings import Run, Section, check_values, keys_of, section_of, sections_of, setting
+from pypar.settings import Run, Section, check_values, keys_of, num_bytes, section_of, sections_of, setting
 
 
 def _colours():
@@ -77,3 +77,26 @@ def test_sections_say_what_they_think_of_a_run():
 def test_a_setting_without_an_explanation():
     with pytest.raises(TypeError, match="help"):
         setting(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (7, 7),
+        ("2000", 2000),
+        ("2GB", 2 * 10**9),
+        ("1.5 GiB", 3 << 29),
+        ("512 mib", 512 << 20),
+        ("0.5KB", 500),
+    ],
+)
+def test_numbers_of_bytes_as_text(text, expected):
+    assert num_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["GB", "-1GB", "2 gigs", "1e9", ""])
+def test_text_that_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(
+        ValueError, match=f"{text!r} is no number of bytes; write a number and one of B, KB, KiB"
+    ):
+        num_bytes(text)

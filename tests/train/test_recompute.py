@@ -25,10 +25,12 @@ from tests.train.test_stages_and_stores import _Evicting
 CPU = torch.device("cpu")
 SIZES = {"num_layers": 3, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 48}
 LENGTH, SEQUENCES = 24, 2
+# More is in flight; the memory of what a stage receives is another in the second step, so that two steps are watched.
+IN_PARTS = {"budget": "300KB", "steps": 5}
 LAYOUTS = (  # mesh, changes of a run
     ("tp=2", {"sequence_parallel": True}),
     ("cp=2", {}),
-    ("pp=2", {"schedule": "split"}),
+    ("pp=2", {"schedule": "split", **IN_PARTS}),
     ("", {"evicts": True}),  # parameters are there around blocks only
     ("dp=2", {"zero": 3, "tiles": 3}),
 )
@@ -39,10 +41,10 @@ MORE_LAYOUTS = (
     ("cp=2", {"method": "ulysses", "packed_documents": True}),
     ("pp=2", {}),
     ("cp=2,tp=2", {"sequence_parallel": True, "precision": "bf16"}),
-    ("dp=2,pp=2", {"schedule": "split", "packed_documents": True}),
+    ("dp=2,pp=2", {"schedule": "split", "packed_documents": True, **IN_PARTS}),
     ("dp=2,tp=2", {"zero": 3, "sequence_parallel": True}),
     ("cp=2,tp=2", {"tiles": 2, "sequence_parallel": True}),
-    ("pp=2", {"tiles": 2, "schedule": "split"}),
+    ("pp=2", {"tiles": 2, "schedule": "split", **IN_PARTS}),
 )
 
 
@@ -69,8 +71,12 @@ def _config(text: Path, mesh: str, recompute: dict, changes: dict) -> RunConfig:
             "train": train | given["train"],
             "context": given["context"],
             "pipeline": {"schedule": changes.get("schedule", "one_f_one_b")},
-            "memory": {"zero": changes.get("zero", 0)},
-            "recompute": recompute | ({"tiles": changes["tiles"]} if "tiles" in changes else {}),
+            "memory": {
+                "zero": changes.get("zero", 0),
+                "activation_bytes": recompute.get("activation_bytes", ""),
+            },
+            "recompute": {k: v for k, v in recompute.items() if k != "activation_bytes"}
+            | ({"tiles": changes["tiles"]} if "tiles" in changes else {}),
         }
     )
 
@@ -97,11 +103,15 @@ def run(text: Path, mesh: str, changes: dict, policies: list[dict]) -> list:
         for recompute in policies:
             config = _config(text, mesh, recompute, changes)
             trainer = Trainer(config, Mesh.of(parse_mesh(config.mesh)), CPU)
-            losses = [trainer.train_step() for _ in range(2)]
+            losses = [trainer.train_step() for _ in range(changes.get("steps", 2))]
             sent = {name: trainer.mesh.axis(name).traffic.bytes_sent for name in ("tp", "cp")}
             weights = {owned.name: owned.master.detach().clone() for owned in trainer.store.owned()}
             layers = [name for model in trainer.models for name in recomputed(model)]
             found.append((losses, weights, layers, sent))
+            if trainer.activations is not None:
+                plan = trainer.activations.plan
+                assert plan is not None and trainer.activations.measured_bytes == plan.peak_bytes
+                assert plan.peak_bytes <= trainer.activations.budget_bytes
     return found
 
 
@@ -112,7 +122,10 @@ def run(text: Path, mesh: str, changes: dict, policies: list[dict]) -> list:
 )
 def test_every_layout_trains_to_the_same_bits(ranks, text: Path, mesh: str, changes: dict) -> None:
     moving = {"offload": True, "offload_min_bytes": 1}
-    policies = [{}, {"policy": "full"}, {"policy": "selective"}, moving, moving | {"policy": "full"}]
+    policies = [
+        *({}, {"policy": "full"}, {"policy": "selective"}, moving, moving | {"policy": "full"}),
+        {"activation_bytes": changes.get("budget", "90KB"), "offload_min_bytes": 1},
+    ]
     size = math.prod(int(part.split("=")[1]) for part in mesh.split(",") if part)
     results = (
         ranks(size, run, text, mesh, changes, policies) if size > 1 else [run(text, mesh, changes, policies)]
@@ -123,7 +136,7 @@ def test_every_layout_trains_to_the_same_bits(ranks, text: Path, mesh: str, chan
             assert layers
             assert all(torch.equal(weights[name], plain[1][name]) for name in plain[1])
             assert losses == plain[0]
-        none, full, selective, moved, _ = (each[3] for each in (plain, *others))
+        none, full, selective, moved, *_ = (each[3] for each in (plain, *others))
         assert moved == none
         assert none["tp"] == selective["tp"] and (none["tp"] < full["tp"] or not none["tp"])
         if none["cp"] and changes.get("method") != "ulysses":  # beside what ranks agree on before a ring
@@ -171,7 +184,13 @@ def test_a_configuration_that_cannot_be_is_refused(text: Path) -> None:
         ValueError, match='recompute.ops names what the policy "selective" keeps, and recompute.policy'
     ):
         check(config, 1)
+    config = _config(text, "", {"policy": "full", "activation_bytes": "2GB"}, {})
+    with pytest.raises(
+        ValueError, match=r"memory.activation_bytes \('2GB'\) chooses for each .*recompute.policy"
+    ):
+        check(config, 1)
     for recompute, sentence in (
+        ({"activation_bytes": "2 GByte"}, "memory.activation_bytes: '2 GByte' is no number of bytes"),
         (
             {"policy": "fully"},
             "recompute.policy 'fully' is not one of none, full, selective; did you mean 'full'",
