@@ -10,7 +10,7 @@ import torch
 
 from pypar.bench.training import ladder, race, timeline
 from pypar.bench.training.contenders import SIZES, Workload
-from pypar.bench.training.sharded import RUNNING, missing
+from pypar.bench.training.sharded import RUNNING, Running, missing, num_bytes
 from pypar.cost.memory import Sharding, states
 from tests import ROOT
 
@@ -33,6 +33,44 @@ def test_a_timeline_has_every_byte_and_its_categories():
     assert min(found.total) >= least and found.peak > least + 4 * 16 * TINY.sizes.vocab_size
     assert found.total[-1] < found.peak and len(found.seconds) == len(found.total) == len(found.held)
     assert found.seconds == sorted(found.seconds)
+
+
+def test_categories_follow_what_happens_after_the_last_layer():
+    """Gradients that are given up between backward and the end of a step are no gradients from then on."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+    model.before = torch.nn.Linear(64, 64, bias=False)
+
+    class Update:
+        def zero(self):
+            model.zero_grad()
+
+    def gradients():
+        return num_bytes(p.grad for p in model.parameters())
+
+    def steps():
+        while True:
+            x = model.before(torch.ones(4, 64))
+            for layer in model.layers:
+                x = layer(x)
+            x.sum().backward()
+            update.zero()
+            later = [torch.ones(1000) for _ in range(3)]
+            yield float(len(later))
+
+    update = Update()
+    found = timeline.record(
+        lambda: Running(steps(), model, lambda: {"gradients": gradients()}, [(update, "zero")])
+    )
+    size = 64 * 64 * 4
+    told = [each["gradients"] for each in found.held]
+    assert max(told) == 3 * size  # with those of what comes before the layers
+    # From the start of backward on they grow, and after the update there are none, though allocations go on.
+    assert told == sorted(told[: told.index(3 * size)]) + [3 * size] * told.count(3 * size) + [0] * (
+        len(told) - told.index(3 * size) - told.count(3 * size)
+    )
+    assert told[-1] == 0 and told.count(0) > 3
+    assert "zero" not in vars(update)
 
 
 def test_the_ladder_is_as_high_as_the_budget_allows():

@@ -29,11 +29,16 @@ RANKS = 2
 
 @dataclass
 class Running:
-    """A contender that has begun. held: bytes of its states on this rank now, by category."""
+    """A contender that has begun.
+
+    held    bytes of its states on this rank now, by category
+    updates functions of objects, by name, that change what is held outside the layers: reductions, updates
+    """
 
     steps: Iterator[float]
     model: nn.Module
     held: Callable[[], dict[str, int]]
+    updates: Sequence[tuple[Any, str]] = ()
 
 
 Make = Callable[[Path, Workload], Running]
@@ -63,7 +68,8 @@ def _trainer(stage: int, weights: Path, workload: Workload) -> Running:
 
     store: Any = trainer.store
     held = store.memory if stage else lambda: _whole(trainer.model, store.owned())
-    return Running(steps(), trainer.model, lambda: dict(held()) | {"moments": moments})
+    updates = [(store, "reduce"), (trainer.optimizer, "step"), (store, "publish"), (store, "zero")]
+    return Running(steps(), trainer.model, lambda: dict(held()) | {"moments": moments}, updates)
 
 
 def _whole(model: nn.Module, owned: Sequence[Owned]) -> dict[str, int]:
@@ -92,7 +98,8 @@ def _script(stage: int, weights: Path, workload: Workload) -> Running:
     steps = plain_steps(
         model, [optimizer], workload, rank=rank, ranks=RANKS, no_sync=store.accumulate, update=update
     )
-    return Running(steps, model, lambda: dict(store.memory()) | {"moments": _moments([optimizer])})
+    updates = [(store, "clip_grad_norm"), (optimizer, "step"), (store, "publish"), (store, "zero_grad")]
+    return Running(steps, model, lambda: dict(store.memory()) | {"moments": _moments([optimizer])}, updates)
 
 
 def _fsdp2(weights: Path, workload: Workload) -> Running:
@@ -134,7 +141,7 @@ def _fsdp2(weights: Path, workload: Workload) -> Running:
 
     rank = dist.get_rank()
     steps = plain_steps(model, [optimizer], workload, rank=rank, ranks=RANKS, no_sync=no_sync, update=update)
-    return Running(steps, model, held)
+    return Running(steps, model, held, [(optimizer, "step"), (optimizer, "zero_grad")])
 
 
 def _deepspeed(stage: int, weights: Path, workload: Workload) -> Running:

@@ -2,13 +2,15 @@
 
 torch's profiler sees each allocation and each release of torch's own memory; what a backend keeps in shared memory, and
 what libraries allocate by themselves, is not in it. Between the marks, at the ends of layers, what is not one of the
-states that a contender tells is "activations and the rest".
+states that a contender tells is "activations and the rest". There are marks before and after each layer, forward and
+backward, and around what reduces gradients and updates parameters after the last backward.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,8 @@ CATEGORIES = (
     "moments",
     "gathered",
     "transient",
+    "activations",
+    "host",
 )  # of those that are told
 _MARK = "held at "
 
@@ -67,9 +71,10 @@ def record(make: Callable[[], Running]) -> Timeline:
                 marks.append({name: n for name, n in running.held().items() if name in CATEGORIES})
 
         hooks = _between_layers(running, mark)
-        mark()
-        next(running.steps)
-        mark()
+        with _around(running.updates, mark):
+            mark()
+            next(running.steps)
+            mark()
         for hook in hooks:
             hook.remove()
     return _read(profiler, marks)
@@ -79,14 +84,44 @@ def _between_layers(running: Running, mark: Callable[..., None]) -> list[Any]:
     layers: Any = running.model.layers
     hooks = []
 
+    def mark_gradient(x: Any) -> None:
+        if isinstance(x, Tensor) and x.requires_grad:
+            x.register_hook(lambda _: mark())
+
+    def before(module: Any, inputs: Any) -> None:
+        mark()
+        mark_gradient(inputs[0] if inputs else None)  # of the first layer: its backward is over
+
     def after(module: Any, inputs: Any, output: Any) -> None:
         mark()
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda _: mark())
+        mark_gradient(output)
 
     for layer in layers.values() if hasattr(layers, "values") else layers:
-        hooks += [layer.register_forward_pre_hook(mark), layer.register_forward_hook(after)]
+        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
     return hooks
+
+
+@contextlib.contextmanager
+def _around(updates: Sequence[tuple[Any, str]], mark: Callable[..., None]) -> Iterator[None]:
+    """Inside, there is a mark before and after each call of these functions."""
+
+    def marked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            mark()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                mark()
+
+        return call
+
+    for owner, name in updates:
+        setattr(owner, name, marked(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name in updates:
+            delattr(owner, name)
 
 
 def _read(profiler: profile, marks: Sequence[dict[str, int]]) -> Timeline:
