@@ -130,7 +130,9 @@ def recompute_lines() -> Iterator[str]:
     """The operators whose results a recomputation may keep, and how activations travel to the host."""
     kept = ", ".join(f"{name}*" if name in COSTLY else name for name in NAMES)
     yield f'recompute, ops of the policy "selective" (* by default): {kept}'
-    how = "a stream of each GPU, pinned memory" if torch.cuda.is_available() else "a thread, within one memory"
+    how = (
+        "a stream of each GPU, pinned memory" if torch.cuda.is_available() else "a thread, within one memory"
+    )
     yield f"activations on the host (recompute.offload, memory.activation_bytes): by {how}"
 
 

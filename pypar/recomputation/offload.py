@@ -65,6 +65,16 @@ class Offload:
         """The most bytes that were on the host at once."""
         return sum(arena.peak for arena, _ in self._engines.values())
 
+    @property
+    def to_host(self) -> int:
+        """Bytes that have begun to leave for the host since it was made."""
+        return sum(copies.to_host for _, copies in self._engines.values())
+
+    @property
+    def to_device(self) -> int:
+        """Bytes that have begun to come back."""
+        return sum(copies.to_device for _, copies in self._engines.values())
+
     def engine(self, device: torch.device) -> tuple[Arena, Copies]:
         """Where memory of a device goes, and what carries it."""
         if device not in self._engines:

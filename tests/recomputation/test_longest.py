@@ -6,7 +6,7 @@ import pypar
 from pypar.models import Decoder, DecoderConfig
 from pypar.recomputation import SavedBytes
 
-BUDGET = 100_000  # bytes of activations
+BUDGET = 60_000  # bytes of activations
 WAYS = ("all kept", "recomputed", "in tiles", "block inputs on the host")
 
 
@@ -30,7 +30,7 @@ def held(model, length):
 def longest(num_layers, way):
     """The longest sequence, to 2 tokens, whose activations fit the budget."""
     model = decoder(num_layers, way)
-    fits, too_long = 2, 400
+    fits, too_long = 2, 256
     assert held(model, too_long) > BUDGET
     while too_long - fits > 2:
         middle = (fits + too_long) // 2

@@ -59,6 +59,8 @@ def chain(num_layers, policy, offloads, dtype):
         x.sum().backward()
     beside = sum(table.nbytes for table in tables)
     host = offload_of(decoder) if offloads else None
+    if host is not None:
+        assert host.to_host == host.to_device == host.host_peak  # each byte goes once, and comes back
     return now - beside, saved.peak_bytes - beside, host.host_peak if host is not None else 0
 
 
@@ -229,3 +231,25 @@ def test_in_a_compiled_model_the_blocks_run_as_they_are_written():
     plain(x).backward()
     assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
     assert offload_of(model).host_peak
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@all_policies
+def test_on_a_gpu_the_bits_are_the_same_and_the_memory_is_given_back(policy):
+    results, most = [], []
+    for offloads in (False, True):
+        model = seeded(lambda: Decoder(DecoderConfig(64, 8, 256, 4, 2, 64, 704))).cuda()
+        pypar.recompute(model, policy)
+        if offloads:
+            pypar.offload_activations(model, policy, min_bytes=1)
+        tokens = torch.arange(1025, device="cuda")[None] % 64
+        for _ in range(2):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        most.append(torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
+    assert_same(*results)
+    assert most[1] < most[0]
+    assert not offload_of(model).host_now

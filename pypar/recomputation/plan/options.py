@@ -28,15 +28,6 @@ class Option:
     added_s: float
     choices: tuple[str, ...]
 
-    def beats(self, other: Option) -> bool:
-        """Whether it is nowhere worse."""
-        return (
-            self.kept_bytes <= other.kept_bytes
-            and self.moved_bytes <= other.moved_bytes
-            and self.backward_bytes <= other.backward_bytes
-            and self.added_s <= other.added_s
-        )
-
 
 def option(block: BlockCosts, choices: Sequence[str], copying: Copying) -> Option:
     """What these choices, one for each of the block's pieces, come to."""
@@ -109,13 +100,17 @@ def _allowed(piece: Piece, until: int | None, copying: Copying) -> Sequence[str]
 
 
 def _unbeaten(found: Iterable[Option]) -> list[Option]:
+    """Those that no other is nowhere worse than; the least seconds first."""
     kept: list[Option] = []
+    seen: list[tuple[int, int, int]] = []
     order = sorted(
         found, key=lambda each: (each.added_s, each.kept_bytes, each.moved_bytes, each.backward_bytes)
     )
     for each in order:
-        if not any(other.beats(each) for other in kept):
+        a, b, c = each.kept_bytes, each.moved_bytes, each.backward_bytes
+        if not any(x <= a and y <= b and z <= c for x, y, z in seen):
             kept.append(each)
+            seen.append((a, b, c))
     return kept
 
 

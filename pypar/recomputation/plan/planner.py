@@ -84,6 +84,12 @@ class ActivationPlanner:
         """A copy of a model makes a plan of its own."""
         return _planner, (self.budget_bytes, self._moves, self.offload.min_bytes)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationPlanner:
+        copied = _planner(self.budget_bytes, self._moves, self.offload.min_bytes)
+        copied._axis, copied._report = self._axis, self._report
+        memo[id(self)] = copied
+        return copied
+
     @property
     def measured_bytes(self) -> int:
         """The most that blocks have held at once since the latest plan was made."""
@@ -102,6 +108,7 @@ class ActivationPlanner:
     ) -> Any:
         """One call of a block, as the plan says, or watched to make one."""
         key = id(part), _signature(part, args, kwargs)
+        part.offload = self.offload  # in a copy of a model the copy's
         rule = self._rule(key)
         visit = self.offload.visit(part.index)
         self._open.append((key, weakref.ref(visit)))

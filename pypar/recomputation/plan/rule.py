@@ -24,15 +24,18 @@ class Planned:
     @classmethod
     def of(cls, call: Call, choices: Sequence[str]) -> Planned:
         """The choices for the pieces of a call."""
+        chosen = list(zip(call.block.pieces, call.memory, choices, strict=True))
+        runs_again = any(choice == RECOMPUTE and piece.saved_bytes for piece, _, choice in chosen)
         inputs, calls, numbers = [], {}, {}
-        for piece, memory, choice in zip(call.block.pieces, call.memory, choices, strict=True):
+        for piece, memory, choice in chosen:
             if piece.name == INPUT:
                 inputs.append(choice)
-            elif piece.call is not None:
+            elif piece.call is not None and runs_again:
                 calls[piece.call] = choice
             else:
                 numbers.update({number: choice for each in memory for number in each.numbers})
-        return cls(inputs, calls, numbers, overloads(NAMES))
+        # Listening to torch's operators takes 10 us each, which is left out where no result is given again.
+        return cls(inputs, calls, numbers, overloads(NAMES) if runs_again else {})
 
     def keeps(self, call: int, name: str) -> bool:
         return self.calls.get(call, RECOMPUTE) != RECOMPUTE

@@ -73,12 +73,12 @@ def test_a_deep_model_is_planned_in_time_and_never_over():
     copying = Copying(1e9, 0.0)
     saved = peak_of([options(block, Copying(moves=False))[0] for block in blocks])
     before, start = math.inf, time.process_time()
-    for share in (0.1, 0.3, 0.6, 1.0, 1.01):
+    for share in (0.1, 0.4, 1.01):
         chosen = choose(blocks, int(share * saved), copying)
         assert chosen.peak_bytes <= share * saved and chosen.added_s <= before
         before = chosen.added_s
     assert chosen.added_s == 0
-    assert time.process_time() - start < 30  # it took 3.6 s
+    assert time.process_time() - start < 30  # it took 2 s
 
 
 def test_what_choices_come_to():

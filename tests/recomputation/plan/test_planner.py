@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import pypar
+from pypar.mesh import Mesh, parse_mesh
 from pypar.models import Decoder, DecoderConfig
 from pypar.pipeline_parallel.split_backward import SplitBackward
 from pypar.recomputation.parts import part_of
+from pypar.recomputation.plan import trace
 from tests.recomputation.test_recompute import WIDTH, Model, assert_same, numbers, outcome, seeded
 from tests.recomputation.test_written import InPlace, Layers, Reused
 from tests.recomputation.test_written import outcome as outcome_of_layers
@@ -54,7 +56,10 @@ def test_a_decoder_holds_what_the_plan_says(share, offload):
         assert planner.plan.added_s == 0 and planner.plan.peak_bytes == KEPT and not planner.plan.host_bytes
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2), pytest.param((2, 1, 0), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.filterwarnings(
+    "ignore:blocks held"
+)  # what is kept for one leaves no room for more, until it is over
 def test_several_microbatches_in_flight(order):
     plain, model = (seeded(lambda: Decoder(SIZES)) for _ in range(2))
     planner = pypar.plan_activations(model, KEPT, min_bytes=1)
@@ -163,22 +168,20 @@ def test_refusals(budget, sentence):
         pypar.plan_activations(Model(), budget)
 
 
-def one_of_two(seed):
+def one_of_two():
     """On one of two ranks that are watched at different speeds: its choices."""
-    from pypar.mesh import Mesh, parse_mesh
-    from pypar.recomputation.plan import trace
-
     mesh = Mesh.of(parse_mesh("tp=2"))
-    if mesh.rank:  # whose clock says something else
-        trace.Clock.seconds = lambda self, start, end: 1.0 + (hash((start, end)) % 97)
     model = seeded(lambda: Decoder(SIZES))
     planner = pypar.plan_activations(model, int(0.5 * KEPT), min_bytes=1, offload=False, axis=mesh.tp)
-    for _ in range(2):
-        step(model)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if mesh.rank:  # whose clock says something else
+            monkeypatch.setattr(trace.Clock, "seconds", lambda _, start, end: 1.0 + hash((start, end)) % 97)
+        for _ in range(2):
+            step(model)
     check(planner)
     return [sorted(rule.calls.items()) for rule in planner.plan.rules.values()]
 
 
 def test_ranks_that_communicate_inside_blocks_choose_the_same(ranks):
-    a, b = ranks(2, one_of_two, 0)
+    a, b = ranks(2, one_of_two)
     assert a == b
