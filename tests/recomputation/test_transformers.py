@@ -57,3 +57,22 @@ def test_a_cache_that_grows_is_an_error_that_names_the_block():
     with pytest.raises(RuntimeError, match=r"decoder.block.1 computed .* use_cache=False"):
         gradients(_t5, "full", use_cache=True)
     assert_same(gradients(_t5, "full", use_cache=False), gradients(_t5, "none", use_cache=False))
+
+
+@pytest.mark.parametrize("make", [_mixtral, _gpt2])
+@pytest.mark.parametrize("budget", [None, 100_000, 1_000_000])
+def test_offloaded_and_planned_layers_give_the_same_bits(make, budget):
+    torch.manual_seed(0)
+    model = make().train()
+    if budget is None:
+        pypar.offload_activations(model, min_bytes=1)
+    else:
+        planner = pypar.plan_activations(model, budget, min_bytes=1)
+    ids = torch.arange(20).view(2, 10)
+    for _ in range(3):
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert_same([p.grad for p in model.parameters()], gradients(make, "none"))
+    if budget is not None:
+        assert planner.measured_bytes == planner.plan.peak_bytes <= budget
