@@ -67,10 +67,16 @@ def _factorisations(world_size: int) -> list[dict[str, int]]:
     return [dict(zip(AXES, p, strict=True)) for p in products if p[0] * p[1] * p[2] * p[3] == world_size]
 
 
-def _schedules_for(pp: int, num_layers: int) -> list[str]:
+def _schedules_for(mesh: dict[str, int], num_layers: int) -> list[str]:
+    """Those whose stages have a layer each: alone all, with other axes one of each kind, on 8 ranks the first two."""
+    pp = mesh["pp"]
     if pp == 1:
         return [RunConfig().pipeline.schedule]
-    return [name for name in KINDS if schedules.build(name, pp, pp).num_stages <= num_layers]
+    num_ranks = math.prod(mesh.values())
+    named = KINDS if num_ranks == pp else NAMED if num_ranks == 8 else {*NAMED, *FIRST_OF.values()}
+    return [
+        name for name in KINDS if name in named and schedules.build(name, pp, pp).num_stages <= num_layers
+    ]
 
 
 def _cases() -> list:
@@ -79,7 +85,7 @@ def _cases() -> list:
         for mesh in _factorisations(world_size):
             for sequence_parallel, schedule, layout in itertools.product(
                 (False, True) if mesh["tp"] > 1 else (False,),
-                _schedules_for(mesh["pp"], 8 if world_size == 8 else 4),
+                _schedules_for(mesh, 8 if world_size == 8 else 4),
                 ("zigzag", "contiguous") if mesh["cp"] > 1 else ("zigzag",),
             ):
                 name = "-".join([f"{axis}{size}" for axis, size in mesh.items() if size > 1] or ["one"])
