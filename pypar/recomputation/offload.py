@@ -141,6 +141,7 @@ class Moved:
         self._here: Tensor | None = None  # its bytes, once they are back or on their way back
         self._coming: Copy | None = None
         self._there: tuple[Tensor, Copy] | None = None  # on the host, with the copy to there
+        self._under_way: list[Copy] = []  # what must be over before the host's part may go
         self._release: Callable[[], Any] | None = None  # gives that up
         self._drops: list[Callable[[], Any]] = []  # tell those who count that it has left
 
@@ -152,8 +153,8 @@ class Moved:
         host, copies = self._offload.engine(self._device)
         there = host.empty((self.num_bytes,), torch.uint8)
         copy = copies.to_host_start(there, _bytes_of(self.source))
-        self._there = there, copy
-        self._release = weakref.finalize(self, _release, host, there, copy)
+        self._there, self._under_way = (there, copy), [copy]
+        self._release = weakref.finalize(self, _release, host, there, self._under_way)
         return True
 
     def left(self) -> None:
@@ -187,6 +188,7 @@ class Moved:
         _, copies = self._offload.engine(self._device)
         self._here = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device)
         self._coming = copies.to_device_start(self._here, there)
+        self._under_way.append(self._coming)
         return self._here
 
     def check(self) -> None:
@@ -207,9 +209,10 @@ class Moved:
         return self._here
 
 
-def _release(host: Arena, there: Tensor, copy: Copy) -> None:
-    with contextlib.suppress(Exception):  # whoever needs the copy hears of it
-        copy.order()
+def _release(host: Arena, there: Tensor, under_way: Sequence[Copy]) -> None:
+    for copy in under_way:
+        with contextlib.suppress(Exception):  # whoever needs the copy hears of it
+            copy.order()
     host.free(there)
 
 

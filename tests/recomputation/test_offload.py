@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pypar.models.activations import Microbatch, layer_bytes, peak_bytes
 from pypar.ops import native
 from pypar.pipeline_parallel.split_backward import SplitBackward
 from pypar.recomputation import SavedBytes
+from pypar.recomputation.offload import Offload
 from pypar.recomputation.operators import COSTLY
 from pypar.recomputation.parts import part_of
 from tests.recomputation.test_recompute import WIDTH, Model, assert_same, numbers, outcome, seeded
@@ -253,3 +255,26 @@ def test_on_a_gpu_the_bits_are_the_same_and_the_memory_is_given_back(policy):
     assert_same(*results)
     assert most[1] < most[0]
     assert not offload_of(model).host_now
+
+
+def test_memory_on_its_way_back_is_not_freed_under_the_copy():
+    """A backward that ends with an error drops what it has begun to bring back."""
+    offload, device = Offload(min_bytes=1), torch.device("cpu")
+    moved = offload.moved(torch.ones(1 << 16))
+    moved.leave()
+    moved.left()
+    host, copies = offload.engine(device)
+    gate, held = threading.Event(), []
+    copies._own_thread().submit(gate.wait)
+    moved.come()
+
+    def open_gate():
+        held.append(host.now)
+        gate.set()
+
+    timer = threading.Timer(0.2, open_gate)
+    timer.start()
+    del moved
+    gc.collect()
+    timer.join()
+    assert held == [4 << 16] and host.now == 0
