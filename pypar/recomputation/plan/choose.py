@@ -2,8 +2,9 @@
 
 Blocks run one after the other and backward in the reverse order. When the backward of a block begins, the device holds
 what the blocks before it keep, what of the one before was moved and comes back meanwhile, and all that this one needs.
-The choice is a dynamic programme over bytes, exact where the sizes have a common divisor of a 4096th of them all or
-more, else with sizes rounded up to that: what it finds is never over the budget, and a larger one never takes longer.
+The choice is a dynamic programme over bytes, exact where the sizes have a common divisor that is not too small beside
+them all (for 8 blocks a 32768th, for 64 a 4096th), else with sizes rounded up to that: what it finds is never over the
+budget, and a larger one never takes longer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from pypar.recomputation.plan.costs import BlockCosts, Copying
 from pypar.recomputation.plan.options import Option, options
 
-UNITS = 1 << 12
+_MOST_STEPS = 1 << 18  # of the programme: blocks times units
+_MOST_UNITS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _unit(ways: Sequence[Sequence[Option]]) -> int:
         n for way in ways for each in way for n in (each.kept_bytes, each.moved_bytes, each.backward_bytes)
     }
     largest = sum(max(each.kept_bytes for each in way) for way in ways) + max(sizes, default=0)
-    return max(math.gcd(*sizes) or 1, -(-largest // UNITS))
+    return max(math.gcd(*sizes) or 1, -(-largest // min(_MOST_UNITS, max(1, _MOST_STEPS // len(ways)))))
 
 
 def _units(num_bytes: int, unit: int) -> int:
