@@ -32,9 +32,10 @@ class MemoryConfig(Section):
     )
     offload: str = setting(
         "none",
-        choices=("none", "nvme"),
-        help="where optimizer states lie between updates: none: in memory; nvme: on the disk of offload_directory, by "
-        "io_uring or threads past the page cache",
+        choices=("none", "nvme", "chunks"),
+        help="where states lie between uses: none: on the device; nvme: optimizer states on the disk of "
+        "offload_directory, by io_uring or threads past the page cache; chunks: rows of parameters, gradients and "
+        "optimizer states on the host, and on the device as far as device_bytes leaves room",
         resumed=None,
     )
     offload_directory: str = setting(
@@ -49,6 +50,12 @@ class MemoryConfig(Section):
         refuse=check_num_bytes,
         help='the most that the layers of a rank may hold of activations, like "2GB": each is kept, computed again or '
         'moved to the host, as takes the least time; "": as the section recompute says',
+        resumed=None,
+    )
+    device_bytes: str = setting(
+        "",
+        refuse=check_num_bytes,
+        help='with offload = chunks, the most that the store takes of the device, like "2GB"; activations are not in it',
         resumed=None,
     )
 
@@ -79,12 +86,17 @@ class MemoryConfig(Section):
         return ()
 
     def _check_offload(self) -> None:
-        """The folder that states are to lie in can be used, and is named where it is to be."""
-        if self.offload == "none":
+        """The folder that states are to lie in can be used, and is named where it is to be; so are bytes."""
+        if (self.offload == "chunks") != bool(self.device_bytes):
+            raise ValueError(
+                f"memory.device_bytes ({self.device_bytes!r}) is what the store may take of the device with "
+                f"memory.offload='chunks', and it is {self.offload!r}; set both, or neither"
+            )
+        if self.offload != "nvme":
             if self.offload_directory:
                 raise ValueError(
                     f"memory.offload_directory ({self.offload_directory!r}) is for memory.offload='nvme', and it is "
-                    "'none'; leave the directory out, or set memory.offload=nvme"
+                    f"{self.offload!r}; leave the directory out, or set memory.offload=nvme"
                 )
             return
         if not self.offload_directory:

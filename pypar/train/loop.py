@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from pypar.data_parallel.chunks.places import Chunks
+from pypar.data_parallel.zero import Zero
 from pypar.mesh import Mesh
 from pypar.optimizers.on_disk import OnDisk
 from pypar.train import checkpoint
@@ -43,6 +45,16 @@ def fit(trainer: Trainer) -> Path:
     return saved
 
 
+def _say_placement(trainer: Trainer, metrics: Metrics, told: int) -> int:
+    """Say where chunks lie once that is known, and each time that it changes; how often it has been."""
+    places = trainer.store.places if isinstance(trainer.store, Zero) else None
+    if not isinstance(places, Chunks) or places.num_plans == told:
+        return told
+    for line in places.lines():
+        metrics.say(line)
+    return places.num_plans
+
+
 def _agreed(path: Path | None, mesh: Mesh) -> Path | None:
     """Rank 0's path: file systems of several nodes may show a new checkpoint at different times."""
     if mesh.world.size == 1:
@@ -61,12 +73,14 @@ def _steps(trainer: Trainer, metrics: Metrics) -> None:
     metrics.say(
         f"MFU: {FLOP_CONVENTION}; peak: {rate / 1e9:.0f} GFLOP/s, a {train.precision} matmul on every rank at once"
     )
+    num_placements = 0
     while trainer.step < train.steps:
         for axis in trainer.axes:
             axis.traffic.reset()
         start = time.perf_counter()
         line: dict[str, object] = dict(trainer.train_step())
         seconds = time.perf_counter() - start
+        num_placements = _say_placement(trainer, metrics, num_placements)
         line |= {
             "tokens_per_s": tokens / seconds,
             "mfu": flops / seconds / rate,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
 from pypar.data_parallel.stores import store_of
+from pypar.data_parallel.zero import Zero
 from pypar.grid import DATA, SAMPLES, STAGES
 from pypar.layout import Cut, Layout, answers_for
 from pypar.mesh import Axis, Mesh, parse_mesh
@@ -95,6 +96,8 @@ class Trainer:
         self.store = store_of(config.memory, self.models, mesh, bucket_bytes=config.train.bucket_bytes)
         self.mesh = self.store.mesh  # of which layouts of what is owned may name more axes
         self.optimizer = Optimizer(self.store.owned(), config.optimizer, on_disk=self._on_disk())
+        if isinstance(self.store, Zero):
+            self.store.holds_states_of(self.optimizer.update)
         self.loss_scale = LossScale(config.loss_scale) if config.train.precision in SCALED else None
         self.runtime = PipelineRuntime(
             {stage: each for (_, stage), each in self.stages.items()},
@@ -106,14 +109,10 @@ class Trainer:
 
     def _on_disk(self) -> Callable[..., OnDisk] | None:
         memory = self.config.memory
-        if memory.offload == "none":
+        if memory.offload != "nvme":
             return None
-        return partial(
-            OnDisk,
-            directory=memory.offload_directory,
-            part_bytes=memory.offload_part_bytes,
-            owner=f"rank {self.mesh.rank}",
-        )
+        part_bytes, owner = memory.offload_part_bytes, f"rank {self.mesh.rank}"
+        return partial(OnDisk, directory=memory.offload_directory, part_bytes=part_bytes, owner=owner)
 
     def _own_stages(self) -> Stages:
         config = self.config

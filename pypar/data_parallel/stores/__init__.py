@@ -11,6 +11,7 @@ from pypar.data_parallel.config import MemoryConfig
 from pypar.data_parallel.replicated import Replicated
 from pypar.data_parallel.store import Store
 from pypar.mesh import Mesh
+from pypar.settings import num_bytes
 
 # (this rank's stages of the model, mesh, bytes of a bucket, the section) -> the store
 MakeStore = Callable[[Sequence[nn.Module], Mesh, int, MemoryConfig], Store]
@@ -33,6 +34,8 @@ def _zero(models: Sequence[nn.Module], mesh: Mesh, bucket_bytes: int, config: Me
         average=False,  # the loss is scaled already
         bucket_bytes=bucket_bytes,
         ends_with_backward=False,
+        offload="chunks" if config.offload == "chunks" else "none",
+        device_bytes=num_bytes(config.device_bytes) if config.device_bytes else None,
     )
 
 
@@ -47,4 +50,5 @@ def store_of(config: MemoryConfig, models: Sequence[nn.Module], mesh: Mesh, *, b
 
     A store that acts on blocks is called by the stages from then on.
     """
-    return STORES["zero" if config.zero else "replicated"](models, mesh, bucket_bytes, config)
+    is_zero = config.zero or config.offload == "chunks"
+    return STORES["zero" if is_zero else "replicated"](models, mesh, bucket_bytes, config)

@@ -28,6 +28,8 @@ def zero(  # noqa: PLR0913 - one argument an option
     accumulate: str = "local",
     blocks: Sequence[Block | str] | None = None,
     bucket_bytes: int = 25 << 20,
+    offload: str = "none",
+    device_bytes: int | None = None,
 ) -> Zero:
     """Train a model whose states are cut over the data ranks of a mesh (arXiv 1910.02054).
 
@@ -60,6 +62,11 @@ def zero(  # noqa: PLR0913 - one argument an option
                   else the members of its outermost ModuleLists of two or more modules of one class. All else is the
                   root, which is whole from its forward to the end of its backward; so is what several blocks share
     bucket_bytes  of parameters that travel at once, about
+    offload       "chunks": rows of parameters, gradients and what an optimizer keeps lie in chunks of up to
+                  bucket_bytes that move between the device and the host; they are updated where they lie.
+                  `Zero.holds_states_of` lets optimizer states take part. At stages below 3 whole parameters stay on the
+                  device; at all stages whole gradients are there until they are reduced
+    device_bytes  with it: the most that the store takes of the device, where OverBudgetError says what did not fit
 
     ValueError, before anything is changed, for options that do not fit and for ranks whose models differ.
     """
@@ -78,4 +85,6 @@ def zero(  # noqa: PLR0913 - one argument an option
         accumulate=accumulate,
         blocks=blocks,
         bucket_bytes=bucket_bytes,
+        offload=offload,
+        device_bytes=device_bytes,
     )

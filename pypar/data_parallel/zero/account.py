@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pypar.data_parallel.zero.members import Unit
 
@@ -18,14 +18,19 @@ class Account:
                 whole ones from the first that arrives to the end of their reduction
     gathered    at stage 3: whole parameters while they are here
     transient   sums on their way into rows that hold some already, zeros for what took no part
+
+    beside  told of bytes as they are taken and given back; rows that lie elsewhere are then no part of this account
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Callable[[int], None] | None = None) -> None:
         self.now = dict.fromkeys(CATEGORIES, 0)
         self.peak = dict(self.now)
+        self._beside = beside
 
     def add(self, category: str, num_bytes: int) -> None:
         """Bytes that were taken, or given back where negative."""
+        if self._beside is not None:
+            self._beside(num_bytes)
         self.now[category] += num_bytes
         self.peak[category] = max(self.peak[category], self.now[category])
 
@@ -34,6 +39,9 @@ class Account:
         for unit in units:
             for member in unit.members:
                 master, share = member.master, member.share
+                if self._beside is not None:
+                    self.add("parameters", 0 if cuts_parameters else member.whole.nbytes)
+                    continue
                 self.add("parameters", share.nbytes if cuts_parameters else member.whole.nbytes)
                 if master is not None and master.dtype != share.dtype:
                     self.add("masters", master.nbytes)

@@ -14,6 +14,7 @@ from pypar.mesh import Axis, Mesh
 from pypar.sharded import named_parts
 
 ACCUMULATE = ("local", "reduce")
+OFFLOAD = ("none", "chunks")
 
 
 def check_options(  # noqa: PLR0913 - one argument an option
@@ -69,6 +70,24 @@ def check_options(  # noqa: PLR0913 - one argument an option
         )
     if type(bucket_bytes) is not int or bucket_bytes < 1:
         raise ValueError(f"bucket_bytes ({bucket_bytes!r}) must be positive; 25 << 20 is 25 MiB")
+
+
+def check_offload(offload: str, device_bytes: int | None) -> None:
+    """ValueError for a place of states that there is not, and a budget that does not go with it."""
+    if offload not in OFFLOAD:
+        raise ValueError(
+            f'offload ({offload!r}) must be "none" (states stay on the device) or "chunks" (they move between the '
+            "device and the host, within device_bytes)"
+        )
+    if (offload == "chunks") != (device_bytes is not None):
+        raise ValueError(
+            f"device_bytes ({device_bytes}) is what the store may take of the device with offload={'chunks'!r}, and "
+            f"offload is {offload!r}; give both, or neither"
+        )
+    if device_bytes is not None and (type(device_bytes) is not int or device_bytes < 1):
+        raise ValueError(
+            f"device_bytes ({device_bytes!r}) must be a positive number of bytes; 2 << 30 is 2 GiB"
+        )
 
 
 def check_mesh(mesh: Mesh) -> None:

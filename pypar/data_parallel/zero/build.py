@@ -15,6 +15,7 @@ from pypar.data_parallel.zero.units import blocks_for, split_by_block
 from pypar.grid import SAMPLES, TIED
 from pypar.layout import layout_of
 from pypar.mesh import Mesh
+from pypar.owned import Owned
 from pypar.sharded.partial import leave_to_layout
 
 # Refinements of the axis of samples: rows are cut over BETWEEN x WITHIN, and over WITHIN alone between a block's
@@ -42,6 +43,9 @@ class Build:
     reshard: bool | int
     dtype: torch.dtype | None
     bucket_bytes: int
+    keeps_rows: bool = (
+        False  # at every stage this rank's rows have memory of their own, which others do not read
+    )
 
     def refinement(self, num_samples: int) -> dict[str, int]:
         """The axis of samples as a product, outermost first; {} where all of it is one."""
@@ -83,11 +87,24 @@ def make_units(
             unit = Unit(block, _groups(own[block], named, mesh, build))
             unit.root = first if block in sharing else None
             units.append(unit)
-    if build.stage == 3:
+    if build.stage == 3 and not build.keeps_rows:
         for unit in units:
             for group in unit.groups:
                 group.lay_out()
     return Made(units, roots, found, list(named.values()), mesh)
+
+
+def owned_by(made: Made) -> list[Owned]:
+    """This rank's rows of what is trained, in the order of the models' parameters."""
+    owned = [
+        Owned(m.name, m.master, m.gradient, m.layout)
+        for unit in made.units
+        for group in unit.trained
+        for m in group.members
+        if m.master is not None and m.gradient is not None
+    ]
+    order = {name: index for index, name in enumerate(made.names)}
+    return sorted(owned, key=lambda each: order[each.name])
 
 
 def _without_tied(axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -123,7 +140,8 @@ def _groups(
         axis, outer, inner = (mesh.axis(*product) for product in _spread(axes, mesh, build))
         if build.stage < 3 and not is_trained:
             axis, outer = nobody, nobody
-        member = make_member(named[parameter], parameter, axis, build.dtype, cuts_parameters=build.stage == 3)
+        is_apart = build.stage == 3 or (build.keeps_rows and is_trained)
+        member = make_member(named[parameter], parameter, axis, build.dtype, cuts_parameters=is_apart)
         key = (axis.ranks, outer.ranks, member.whole.dtype, member.whole.device, is_trained, _kept(member))
         group = is_open.setdefault(key, Group([], axis, outer, inner, is_trained))
         group.members.append(member)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pypar.comm import Handle
 from pypar.data_parallel.pieces import gather_pieces_start
 from pypar.data_parallel.reduction import explained
+from pypar.data_parallel.stores.places import Places
 from pypar.data_parallel.zero.account import Account
 from pypar.data_parallel.zero.members import Group, Unit
 
@@ -17,9 +18,9 @@ class Gathering:
     Every rank starts the same gathers in the same order.
     """
 
-    def __init__(self, units: Sequence[Unit], account: Account) -> None:
-        self._units, self._account = units, account
-        self._started: dict[Unit, list[tuple[Group, Handle]]] = {}
+    def __init__(self, units: Sequence[Unit], account: Account, places: Places) -> None:
+        self._units, self._account, self._places = units, account, places
+        self._started: dict[Unit, list[tuple[Group, Handle, bool]]] = {}
         for unit in units:
             unit.is_whole = False
             for member in unit.members:
@@ -28,23 +29,27 @@ class Gathering:
     def start(self, unit: Unit) -> None:
         """Start to gather a unit that is not whole; `wait` ends it."""
         if not unit.is_whole and unit not in self._started:
-            self._started[unit] = []
+            rows = [None if unit.has_second else self._places.rows(group) for group in unit.groups]
+            self._account.add("gathered", sum(member.whole.nbytes for member in unit.members))
             for member in unit.members:
                 member.bring()
-            self._account.add("gathered", sum(member.whole.nbytes for member in unit.members))
-            for group in unit.groups:
-                if unit.has_second:
+            self._started[unit] = []
+            for group, own in zip(unit.groups, rows, strict=True):
+                if own is None:
                     handle = gather_pieces_start(group.seconds, group.inner_parts(), group.inner)
                 else:
-                    handle = gather_pieces_start(group.shares(), group.parts(), group.axis, group.flat)
-                self._started[unit].append((group, handle))
+                    shares, flat = own
+                    handle = gather_pieces_start(shares, group.parts(), group.axis, flat)
+                self._started[unit].append((group, handle, own is not None))
 
     def wait(self, unit: Unit) -> None:
         """Return when the unit is whole."""
         self.start(unit)
-        for group, handle in self._started.pop(unit, []):
+        for group, handle, is_of_rows in self._started.pop(unit, []):
             with explained(f"gathering the parameters of {unit.block.name}", group.axis):
                 handle.wait()
+            if is_of_rows:
+                self._places.rows_sent(group)
         unit.is_whole = True
 
     def free(self, unit: Unit, *, keeps_second: bool = False) -> None:
@@ -112,3 +117,20 @@ class Kept:
         pass
 
     free_all = refresh = settle
+
+
+def publish_whole(units: Sequence[Unit], places: Places) -> None:
+    """Let each rank's rows become part of the parameters that every rank has whole."""
+    started = []
+    for group in (group for unit in units for group in unit.trained):
+        shares, _ = places.rows(group, publishes=True)
+        started.append((group, gather_pieces_start(shares, group.parts(), group.axis)))
+        if places.keeps_rows:  # what is on the device is bounded
+            _end_gather(*started.pop(), places)
+    for group, handle in started:
+        _end_gather(group, handle, places)
+
+
+def _end_gather(group: Group, handle: Handle, places: Places) -> None:
+    handle.wait()
+    places.rows_sent(group)

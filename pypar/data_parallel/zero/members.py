@@ -117,6 +117,10 @@ class Group:
     def shares(self) -> list[Tensor]:
         return [member.share for member in self.members]
 
+    def sums(self) -> list[Tensor]:
+        """This rank's rows of the gradients, of a group that is trained."""
+        return [member.gradient for member in self.members if member.gradient is not None]
+
 
 @dataclass(eq=False)
 class Unit:

@@ -13,6 +13,7 @@ from pypar.comm import Handle, all_reduce_start, shared_empty
 from pypar.data_parallel.arrivals import Hook
 from pypar.data_parallel.pieces import reduce_pieces_start
 from pypar.data_parallel.reduction import explained
+from pypar.data_parallel.stores.places import Places
 from pypar.data_parallel.zero.account import Account
 from pypar.data_parallel.zero.members import Group, Member, Unit
 from pypar.grid import TIED
@@ -30,6 +31,7 @@ class _Started:
     unit: Unit
     group: Group
     handle: Handle
+    out: list[Tensor]  # this rank's rows
     more: list[Tensor] | None  # what is added to rows that hold a sum already
     transient: int = 0  # bytes
     whole: int = 0  # bytes of gradients that go when it is done
@@ -43,8 +45,10 @@ class Reducing:
     factor       what sums are multiplied by at the end
     """
 
-    def __init__(self, units: Sequence[Unit], account: Account, *, keeps_whole: bool, factor: float) -> None:
-        self._account = account
+    def __init__(
+        self, units: Sequence[Unit], account: Account, places: Places, *, keeps_whole: bool, factor: float
+    ) -> None:
+        self._account, self._places = account, places
         self._units = [unit for unit in units if unit.trained]
         self._keeps_whole, self._factor = keeps_whole, factor
         self._of = {m.parameter: (m, unit) for unit in units for g in unit.trained for m in g.members}
@@ -78,8 +82,9 @@ class Reducing:
         grad = grad.to_dense() if grad.is_sparse else grad
         assert member.gradient is not None
         if member.accumulated is None:
-            member.accumulated = grad.to(member.gradient.dtype).contiguous()
-            self._account.add("gradients", member.accumulated.nbytes)
+            grad = grad.to(member.gradient.dtype).contiguous()
+            self._account.add("gradients", grad.nbytes)
+            member.accumulated = grad
         else:
             member.accumulated.add_(grad)
         self.num_arrived += 1
@@ -132,16 +137,16 @@ class Reducing:
 
     def _start(self, unit: Unit, group: Group) -> None:
         wholes = [_whole_gradient(member) for member in group.members]
-        out = _gradients(group)
         parts = [
             [m.each(x)[rank] for m, x in zip(group.members, wholes, strict=True)]
             for rank in range(group.axis.size)
         ]
-        more = [torch.empty_like(x) for x in out] if unit in self._has_sum else None
         zeros = [x for m, x in zip(group.members, wholes, strict=True) if m.accumulated is None]
         if self._keeps_whole and group.axis.size == 1:  # they are there
             return
-        started = _Started(unit, group, reduce_pieces_start(parts, more or out, group.axis), more)
+        out = self._places.sums(group, adds=unit in self._has_sum)
+        more = [torch.empty_like(x) for x in out] if unit in self._has_sum else None
+        started = _Started(unit, group, reduce_pieces_start(parts, more or out, group.axis), out, more)
         started.transient = sum(x.nbytes for x in (*zeros, *(more or ())))
         self._account.add("transient", started.transient)
         if not self._keeps_whole:
@@ -155,7 +160,8 @@ class Reducing:
         with explained(f"the reduction of gradients of {first.unit.block.name}", first.group.axis):
             first.handle.wait()
         if first.more is not None:
-            torch._foreach_add_(_gradients(first.group), first.more)
+            torch._foreach_add_(first.out, first.more)
+        self._places.sums_made(first.group)
         self._account.add("transient", -first.transient)
         self._account.add("gradients", -first.whole)
 
@@ -183,20 +189,33 @@ class Reducing:
             if not unit.is_reduced:
                 self.start(unit)
         self.wait()
-        handles = []
-        for unit in reversed(self._units):
-            for group in unit.trained:
-                lying = [group.gradients] if group.gradients is not None else _gradients(group)
-                handles += [(group.outer, all_reduce_start(x, group.outer)) for x in lying if x.numel()]
-        for axis, handle in handles:
-            with explained("the sum of gradients between groups of ranks", axis):
-                handle.wait()
+        self._sum_between_groups()
+        self._places.settle()
         if self._factor != 1.0:
             torch._foreach_mul_(
-                [x for unit in self._units for group in unit.trained for x in _gradients(group)], self._factor
+                [x for unit in self._units for group in unit.trained for x in group.sums()], self._factor
             )
         self._show()
         self.is_final = True
+
+    def _sum_between_groups(self) -> None:
+        handles = []
+        for unit in reversed(self._units):
+            for group in unit.trained:
+                if group.outer.size > 1:
+                    rows = self._places.sums(group, adds=True)
+                    lying = rows if group.gradients is None else [group.gradients]
+                    handles.append((group, [all_reduce_start(x, group.outer) for x in lying if x.numel()]))
+                    if self._places.keeps_rows:  # what is on the device is bounded
+                        self._end_sums(*handles.pop())
+        for group, started in handles:
+            self._end_sums(group, started)
+
+    def _end_sums(self, group: Group, started: list[Handle]) -> None:
+        with explained("the sum of gradients between groups of ranks", group.outer):
+            for handle in started:
+                handle.wait()
+        self._places.sums_made(group)
 
     def wait(self) -> None:
         """Wait for the reductions that were started."""
@@ -218,6 +237,7 @@ class Reducing:
                 self._account.add("gradients", -member.accumulated.nbytes)
                 member.accumulated = None
         self._has_sum.clear()
+        self._places.zeroed()
         self.num_arrived, self.is_final, self.is_broken = 0, False, False
         self._show()
 
@@ -254,8 +274,3 @@ def _whole_gradient(member: Member) -> Tensor:
         return member.accumulated
     assert member.gradient is not None
     return member.gradient.new_zeros(member.whole.shape)
-
-
-def _gradients(group: Group) -> list[Tensor]:
-    """This rank's rows, of a group that is trained."""
-    return [member.gradient for member in group.members if member.gradient is not None]

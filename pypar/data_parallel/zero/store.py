@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pypar.blocks import Block
-from pypar.data_parallel.pieces import gather_pieces_start
 from pypar.data_parallel.stores.around_blocks import around_blocks
+from pypar.data_parallel.stores.places import places_for
 from pypar.data_parallel.zero import states
 from pypar.data_parallel.zero.account import Account
-from pypar.data_parallel.zero.arguments import check_mesh, check_model, check_options
-from pypar.data_parallel.zero.build import Build, make_units
+from pypar.data_parallel.zero.arguments import check_mesh, check_model, check_offload, check_options
+from pypar.data_parallel.zero.build import Build, make_units, owned_by
 from pypar.data_parallel.zero.cast import cast_inputs
 from pypar.data_parallel.zero.clip import clip
-from pypar.data_parallel.zero.gathering import Gathering, Kept
+from pypar.data_parallel.zero.gathering import Gathering, Kept, publish_whole
 from pypar.data_parallel.zero.members import Unit
 from pypar.data_parallel.zero.order import Order
 from pypar.data_parallel.zero.reducing import Reducing
@@ -49,6 +49,8 @@ class Zero:
         blocks: Sequence[Block | str] | None = None,
         bucket_bytes: int = 25 << 20,
         ends_with_backward: bool = True,
+        offload: str = "none",
+        device_bytes: int | None = None,
     ) -> None:
         check_mesh(mesh)
         for model in models:
@@ -62,28 +64,28 @@ class Zero:
             bucket_bytes=bucket_bytes,
             num_samples=mesh.axis(SAMPLES).size,
         )
+        check_offload(offload, device_bytes)
         shard = shard_size or mesh.axis(SAMPLES).size
         self.stage = stage
         self.reshard = reshard if type(reshard) is bool or 1 < reshard < shard else reshard > 1
         self._reduces_each = accumulate == "reduce"
         self._ends_with_backward = ends_with_backward
-        made = make_units(models, mesh, Build(stage, shard_size, self.reshard, dtype, bucket_bytes), blocks)
+        self.places = places_for(offload, device_bytes, models)
+        build = Build(stage, shard_size, self.reshard, dtype, bucket_bytes, self.places.keeps_rows)
+        made = make_units(models, mesh, build, blocks)
         self.mesh, self._models, self._units, self._roots = made.mesh, list(models), made.units, made.roots
         self._of_block = {unit.block: unit for unit in self._units}
-        self._account = Account()
-        self._gathering: Gathering | Kept = Gathering(self._units, self._account) if stage == 3 else Kept()
-        factor = 1.0 / mesh.data.size if average else 1.0
-        self._reducing = Reducing(self._units, self._account, keeps_whole=stage < 2, factor=factor)
+        self._account = Account(self.places.count)
+        held = (self._units, self._account, self.places)
+        self._gathering: Gathering | Kept = Gathering(*held) if stage == 3 else Kept()
+        factor, keeps_whole = (
+            1.0 / mesh.data.size if average else 1.0,
+            stage < 2 and not self.places.keeps_rows,
+        )
+        self._reducing = Reducing(*held, keeps_whole=keeps_whole, factor=factor)
+        self.places.begin(self._units, most_bytes=bucket_bytes, is_cut=stage == 3)
         self._account.begin(self._units, cuts_parameters=stage == 3)
-        self._owned = [
-            Owned(m.name, m.master, m.gradient, m.layout)
-            for unit in self._units
-            for group in unit.trained
-            for m in group.members
-            if m.master is not None and m.gradient is not None
-        ]
-        order = {name: index for index, name in enumerate(made.names)}
-        self._owned.sort(key=lambda owned: order[owned.name])
+        self._owned = owned_by(made)
         self._accumulating = False
         self._orders = {backward: Order() for backward in (False, True)}
         for model, root, own in zip(models, self._roots, made.blocks, strict=True):
@@ -125,12 +127,14 @@ class Zero:
 
         Every rank enters it. Forward and backward may run inside.
         """
-        for unit in self._units:
-            self._gathering.wait(unit)
-            unit.holds += 1
+        with self.places.aside():
+            for unit in self._units:
+                self._gathering.wait(unit)
+                unit.holds += 1
         try:
             yield
             states.take_over(self._units)
+            self.places.changed()
         finally:
             for unit in self._units:
                 unit.holds -= 1
@@ -152,14 +156,13 @@ class Zero:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave, of either kind. ValueError where names or shapes are others."""
+        self.places.changed()
         states.load(self._models, self._units, state, self.mesh)
-        self.publish()
+        with self.places.aside():
+            self.publish()
 
     def memory(self) -> dict[str, int]:
-        """Bytes on this rank now, by what they are for; `pypar.data_parallel.zero.account.Account` says what is what.
-
-        The optimizer's states are not among them.
-        """
+        """Bytes on this rank now, but for optimizer states; `pypar.data_parallel.zero.account.Account` says of what."""
         return dict(self._account.now)
 
     def peak_memory(self) -> dict[str, int]:
@@ -169,6 +172,10 @@ class Zero:
     def reset_peak_memory(self) -> None:
         """Begin to look for peaks anew."""
         self._account.reset_peak()
+
+    def holds_states_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the states of an optimizer of `parameters` lie where their parameters do; else they stay on the host."""
+        self.places.optimizer = optimizer
 
     def close(self) -> None:
         """Let no more gradients be reduced by this store, which is not used any more."""
@@ -218,10 +225,9 @@ class Zero:
                         member.share.copy_(member.master)
         if self.stage == 3:
             self._gathering.refresh()
-            return
-        groups = [group for unit in self._units for group in unit.trained]
-        for handle in [gather_pieces_start(group.shares(), group.parts(), group.axis) for group in groups]:
-            handle.wait()
+        else:
+            publish_whole(self._units, self.places)
+        self.places.end_step()
 
     def zero(self) -> None:
         """Set all gradients to zero."""
@@ -250,20 +256,13 @@ class Zero:
         is_root, unit = block in self._roots, self._of_block.get(block)
         if is_root:
             self._leave_root(block, backward, returns)
-        elif unit is not None and not backward:
-            unit.visits += returns
-            if not returns or self.reshard is True:
-                self._gathering.free(unit)
-            elif self.reshard is not False:
-                self._gathering.free(unit, keeps_second=True)
         elif unit is not None:
-            unit.visits = max(0, unit.visits - 1)
-            if not unit.visits:
+            unit.visits = max(0, unit.visits - 1) if backward else unit.visits + returns
+            comes_back = unit.visits > 0 if backward else returns
+            if backward and not comes_back:
                 self._start_reduction(unit)
-            if not unit.visits or self.reshard is True:
-                self._gathering.free(unit)
-            elif self.reshard is not False:
-                self._gathering.free(unit, keeps_second=True)
+            if not comes_back or self.reshard is not False:
+                self._gathering.free(unit, keeps_second=comes_back and self.reshard is not True)
 
     def _leave_root(self, root: Block, backward: bool, returns: bool) -> None:
         self._orders[backward].end()
@@ -295,5 +294,6 @@ class Zero:
         """A backward has failed."""
         self._gathering.free_all()
         self._reducing.abandon()
+        self.places.restart()
         for unit in self._units:
             unit.visits, unit.is_reduced = 0, False
