@@ -55,7 +55,7 @@ class MemoryConfig(Section):
     device_bytes: str = setting(
         "",
         refuse=check_num_bytes,
-        help='with offload = chunks, the most that the store takes of the device, like "2GB"; activations are not in it',
+        help='with offload = chunks, the most that the store takes of the device, like "2GB", without activations',
         resumed=None,
     )
 
