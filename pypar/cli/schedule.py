@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 SUMMARY = "draw a pipeline schedule with its bubble and what it holds in memory, or compare all"
 
 
+# What an argument needs that does not go with the others.
+_GOES_WITH = {
+    "name": "leave --all out",
+    "memory": 'name "auto", the schedule that it is a bound for',
+    "layers": 'name "auto", the schedule that it is a bound for',
+    "ranks": "name a schedule that is made for any number",
+    "microbatches": "name a schedule that is made for any number",
+    "option": "name one schedule that has it",
+    "csv": "name one schedule",
+    "json": "name a schedule, or --all",
+    "picture": "name a schedule, or --all",
+    "cost": "name a schedule, or --all",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
@@ -22,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "listed",
     )
     parser.add_argument("--all", action="store_true", help="compare all schedules in a table")
-    parser.add_argument("--ranks", type=int, default=4, help="size of the pp axis (default 4)")
-    parser.add_argument("--microbatches", type=int, default=8, help="of one step (default 8)")
+    parser.add_argument("--ranks", type=int, help="size of the pp axis (default 4)")
+    parser.add_argument("--microbatches", type=int, help="of one step (default 8)")
     parser.add_argument(
         "--option",
         action="append",
@@ -40,11 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "between ranks (comm); kept: the share of its activations that W needs (default 0.5)",
     )
     parser.add_argument(
-        "--memory", type=float, default=0.0, help="with auto: the most activations of a rank, in microbatches"
+        "--memory", type=float, help="with auto: the most activations of a rank, in microbatches"
     )
-    parser.add_argument(
-        "--layers", type=int, default=0, help="with auto: of the model, at least as many as stages"
-    )
+    parser.add_argument("--layers", type=int, help="with auto: of the model, at least as many as stages")
     parser.add_argument("--json", action="store_true", help="print facts as JSON")
     parser.add_argument("--picture", metavar="FILE", help="draw it into an .svg or .png file")
     parser.add_argument("--csv", metavar="FILE", help="write the lists of actions into a file")
@@ -58,6 +71,17 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     cost = RankCost.parse(arguments.cost)
     if arguments.picture:
         check_path(arguments.picture)
+    for name, least in (("memory", 0), ("layers", 1)):
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name} ({value:g}) must be at least {least}; leave it out for no bound")
+    for path in filter(None, (arguments.picture, arguments.csv)):
+        if Path(path).is_dir() or not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: it is a folder, or its folder does not exist")
+    if (arguments.name or "").endswith(".csv") and not arguments.all:
+        _refuse(arguments, "a file of actions", "ranks", "microbatches", "option", "memory", "layers")
+    arguments.ranks = 4 if arguments.ranks is None else arguments.ranks
+    arguments.microbatches = 8 if arguments.microbatches is None else arguments.microbatches
     if arguments.all:
         _refuse(arguments, "--all", "name", "option", "csv", "memory", "layers")
         estimates = compared(arguments.ranks, arguments.microbatches, cost)
@@ -72,11 +96,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _refuse(arguments: argparse.Namespace, what: str, *names: str) -> None:
     for name in names:
-        if getattr(arguments, name):
+        if getattr(arguments, name) not in (None, "", [], False):
             given = "a name" if name == "name" else f"--{name}"
-            raise ValueError(
-                f"{what} does not go with {given}; leave it out, or name one schedule without --all"
-            )
+            raise ValueError(f"{what} does not go with {given}; leave {given} out, or {_GOES_WITH[name]}")
 
 
 def _estimate(arguments: argparse.Namespace, cost: "RankCost") -> "Estimate":
@@ -89,7 +111,8 @@ def _estimate(arguments: argparse.Namespace, cost: "RankCost") -> "Estimate":
     name = arguments.name
     if name == AUTO:
         _refuse(arguments, AUTO, "option")
-        stages, memory = arguments.layers or math.inf, arguments.memory or math.inf
+        stages = math.inf if arguments.layers is None else arguments.layers
+        memory = math.inf if arguments.memory is None else arguments.memory
         best, why = choose(arguments.ranks, arguments.microbatches, cost, most_stages=stages, memory=memory)
         print(why, file=sys.stderr)
         return best
@@ -97,10 +120,15 @@ def _estimate(arguments: argparse.Namespace, cost: "RankCost") -> "Estimate":
     if not name.endswith(".csv"):
         options = options_of(",".join(arguments.option))
         return estimate(name, arguments.ranks, arguments.microbatches, cost, options)
-    _refuse(arguments, "a file of actions", "option")
     if not Path(name).is_file():
         raise ValueError(f"there is no file {name}; pypar schedule NAME --csv FILE writes one")
-    schedule = read_schedule(Path(name).read_text(encoding="utf-8"))
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{name} is no text; pypar schedule NAME --csv FILE writes a file of actions"
+        ) from None
+    schedule = read_schedule(text)
     try:
         return estimate_of(name, schedule, cost)
     except ValueError as fault:

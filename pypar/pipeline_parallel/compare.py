@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pypar.pipeline_parallel import schedules
-from pypar.pipeline_parallel.action import Schedule
+from pypar.pipeline_parallel.action import BACKWARD, INPUT_GRADIENT, Schedule
 from pypar.pipeline_parallel.simulate import Simulation, simulate
 from pypar.pipeline_parallel.stage_cost import StageCost
 from pypar.pipeline_parallel.trained import check_trains
@@ -29,6 +29,7 @@ COSTS = {
     "kept": "activation_for_weight",
 }
 COMMUNICATION = "comm"
+MOST = 1e12  # a cost; sums of many are still exact enough
 HALF = 0.5  # of a layer's activations, is what its weight gradients need, unless it is told; 0.37 to 0.94 by the paper
 
 
@@ -47,7 +48,8 @@ class RankCost:
     def parse(cls, text: str, *, kept: float = HALF) -> RankCost:
         """From "F=1,I=1,W=1,comm=0.1", with `kept` where it says nothing of it.
 
-        ValueError for an unknown name, or what is no number that is 0 or more.
+        ValueError for an unknown name, one that is given twice, what is no number from 0 to MOST, a share above 1, or
+        a forward and a backward that take no time.
         """
         values: dict[str, float] = {}
         for each in filter(None, text.split(",")):
@@ -57,15 +59,28 @@ class RankCost:
                 raise ValueError(
                     f"cost {name!r} is not one of {known}{schedules.nearest(name, [*COSTS, COMMUNICATION])}"
                 )
+            if name in values:
+                raise ValueError(f"cost {name!r} is given twice in {text!r}; give it once")
             try:
                 values[name] = float(number)
             except ValueError:
                 values[name] = -1.0
-            if not 0 <= values[name] < float("inf"):
-                raise ValueError(f"cost {each!r} must be a number that is at least 0, such as {name}=1.5")
+            if not 0 <= values[name] <= MOST:
+                raise ValueError(
+                    f"cost {each.strip()!r} must be a number from 0 to {MOST:g}, such as {name}=0.5"
+                )
+        if values.get("kept", 0.0) > 1:
+            raise ValueError(f"cost kept={values['kept']:g} is a share, which is at most 1; kept=1 keeps all")
         communication = values.pop(COMMUNICATION, 0.0)
         times: dict[str, Any] = {COSTS[name]: value for name, value in values.items()}
-        return cls(StageCost(**{"activation_for_weight": kept, **times}), communication)
+        layers = StageCost(**{"activation_for_weight": kept, **times})
+        if not (
+            layers.forward and layers.time(BACKWARD) and layers.time(INPUT_GRADIENT) + layers.weight_gradient
+        ):
+            raise ValueError(
+                f"costs {text!r} leave a forward or a backward no time; give F, and I, W or B, above 0"
+            )
+        return cls(layers, communication)
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,8 @@ def choose(
     if not fitting:
         told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in left_out.items())
         raise ValueError(
-            f"no pipeline schedule fits ({told}); allow more memory, or use smaller microbatches"
+            f"no pipeline schedule fits ({told}); allow more memory or use smaller "
+            "microbatches, and no more stages than the model has layers"
         )
     best, *others = sorted(fitting, key=lambda each: (each.time, each.memory))
     why = f"{best.name} is the fastest of {len(fitting)} that fit, with {best.time:.4g} a step and {best.memory:.4g} "

@@ -27,6 +27,10 @@ def read_schedule(text: str) -> Schedule:
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("#"):
             name, _, value = line[1:].partition("=")
+            if name.strip() in told:
+                raise ValueError(
+                    f"line {number} of the schedule's text says {name.strip()} again; say it once"
+                )
             told[name.strip()] = value.strip()
             continue
         actions: list[Action] = []
@@ -42,10 +46,20 @@ def read_schedule(text: str) -> Schedule:
         raise ValueError(
             f"the schedule's text says {', '.join(sorted(unknown))}; lines with # say num_segments or delays"
         )
-    delays = {
-        (0, stage): int(delay) for stage, delay in enumerate(filter(None, told.get("delays", "").split(";")))
-    }
-    return Schedule.of(lists, pairs=pairs, num_segments=int(told.get("num_segments", 1)), delays=delays)
+    words = filter(None, told.get("delays", "").split(";"))
+    delays = {(0, stage): _count("delays", word, 0) for stage, word in enumerate(words)}
+    num_segments = _count("num_segments", told.get("num_segments", "1"), 1)
+    return Schedule.of(lists, pairs=pairs, num_segments=num_segments, delays=delays)
+
+
+def _count(name: str, word: str, least: int) -> int:
+    """What a line with # says, a whole number."""
+    number = int(word) if word.strip().isdecimal() else -1
+    if number < least:
+        raise ValueError(
+            f"the schedule's text says {name}={word}; {name} must be whole numbers that are at least {least}"
+        )
+    return number
 
 
 def write_schedule(schedule: Schedule) -> str:

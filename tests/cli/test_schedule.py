@@ -91,12 +91,26 @@ def test_lists_of_actions_in_a_file(capsys: pytest.CaptureFixture[str], tmp_path
     facts = json.loads(capsys.readouterr().out)
     assert not facts["legal"] and "deadlocks: rank 0, position 1" in facts["fault"]
     assert "  rank 1 | F0 F1 B0 B1" in facts["fault"].splitlines()
+    own_bytes = tmp_path / "bytes.csv"
+    own_bytes.write_bytes(b"\xff\xfe")
     for arguments, sentence in (
         ([str(path)], "deadlocks"),
         ([str(tmp_path / "none.csv")], "there is no file"),
         (["gpipe", "--picture", "a.gif"], "ends in .svg or .png"),
         (["gpipe", "--cost", "X=1"], "cost 'X' is not one of F"),
-        (["gpipe", "--memory", "3"], "gpipe does not go with --memory"),
+        (["gpipe", "--cost", "F=1,F=2"], "cost 'F' is given twice"),
+        (["gpipe", "--cost", "F=0,I=0,W=0"], "leave a forward or a backward no time"),
+        (["zb_h1", "--cost", "B=1,I=0,W=0"], "leave a forward or a backward no time"),
+        (["gpipe", "--cost", "F=1e308"], "must be a number from 0 to 1e+12"),
+        (["gpipe", "--cost", "kept=5"], "is a share, which is at most 1"),
+        (["gpipe", "--picture", str(tmp_path / "none" / "a.svg")], "its folder does not exist"),
+        (["gpipe", "--csv", str(tmp_path)], "it is a folder"),
+        (["gpipe", "--memory", "3"], 'gpipe does not go with --memory; leave --memory out, or name "auto"'),
+        (["gpipe", "--memory", "nan"], "--memory (nan) must be at least 0"),
+        (["auto", "--layers", "0"], "--layers (0) must be at least 1"),
+        ([str(path), "--ranks", "2"], "a file of actions does not go with --ranks"),
+        ([str(own_bytes), "--json"], "is no text"),
+        (["interleaved", *["--option", "stages_per_rank=2"] * 2], "stages_per_rank is given twice"),
         (["--all", "--option", "a=1"], "--all does not go with --option"),
         (["--json"], "the list of all schedules does not go with --json"),
         (["auto", "--memory", "0.1"], "no pipeline schedule fits"),
@@ -104,3 +118,9 @@ def test_lists_of_actions_in_a_file(capsys: pytest.CaptureFixture[str], tmp_path
         with pytest.raises(SystemExit) as ended:
             main(["schedule", *arguments])
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_very_short_action_does_not_widen_the_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "zb_h1", "--ranks", "2", "--microbatches", "2", "--cost", "W=1e-9"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert max(map(len, rows)) < 20_000 and "F0" in rows[0]

@@ -35,7 +35,7 @@ def test_costs_are_of_a_rank_and_shared_among_its_stages():
     [
         ("G=1", "cost 'G' is not one of F, I, W, B, pair, recompute, U, kept, comm"),
         ("com=1", "did you mean 'comm'"),
-        ("F=fast", "cost 'F=fast' must be a number that is at least 0, such as F=1.5"),
+        ("F=fast", "cost 'F=fast' must be a number from 0 to 1e+12, such as F=0.5"),
         ("W=-1", "cost 'W=-1' must be a number"),
         ("I=nan", "must be a number"),
     ],

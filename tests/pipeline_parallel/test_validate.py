@@ -238,3 +238,12 @@ def test_versions_that_are_kept():
         ValueError, match="rank 0 keeps 4 versions of a stage's weights, and versions_limit is 3"
     ):
         validate(pipedream, versions_limit=3)
+
+
+@pytest.mark.parametrize("num_segments", [0, -2, 3])
+def test_segments_that_cut_no_microbatch_are_refused(num_segments):
+    lists = schedules.build("gpipe", 1, 4).lists
+    with pytest.raises(
+        ValueError, match=rf"num_segments \({num_segments}\) must be at least 1 and divide the 4"
+    ):
+        validate(Schedule.of(lists, num_segments=num_segments))

@@ -63,6 +63,14 @@ def test_the_lists_are_those_of_torch(name, torch_name, num_stages):
         ("0F0\n\n1X0", "line 3 .*'1X0'"),
         ("(0F0;0B0)OVERLAP", "line 1"),
         ("# stages=3\n0F0", "says stages; lines with # say num_segments or delays"),
+        (
+            "# num_segments=x\n0F0,0B0",
+            "num_segments=x; num_segments must be whole numbers that are at least 1",
+        ),
+        ("# num_segments=0\n0F0,0B0", "num_segments=0"),
+        ("# num_segments=2\n# num_segments=1\n0F0,0B0", "line 2 .* says num_segments again"),
+        ("# delays=0;b\n0F0,0B0", "delays=b; delays must be whole numbers that are at least 0"),
+        ("# delays=-1\n0F0,0B0", "delays=-1"),
     ],
 )
 def test_what_is_no_action_is_refused(text, sentence):

@@ -108,6 +108,8 @@ def options_of(text: str) -> Mapping[str, int | float]:
     options: dict[str, int | float] = {}
     for each in filter(None, text.split(",")):
         name, _, number = each.strip().partition("=")
+        if name in options:
+            raise ValueError(f"schedule option {name} is given twice in {text!r}; give it once")
         try:
             options[name] = float(number) if set(number) & set(".eE") else int(number)
         except ValueError:

@@ -58,6 +58,11 @@ def validate(
             "the pipeline schedule has no action; a schedule needs at least one rank and one microbatch"
         )
     total = schedule.num_microbatches
+    if schedule.num_segments < 1 or total % schedule.num_segments:
+        raise ValueError(
+            f"the schedule's num_segments ({schedule.num_segments}) must be at least 1 and divide the {total} numbers "
+            "that its actions name: each microbatch is cut into so many"
+        )
     count = total if num_microbatches is None else num_microbatches * schedule.num_segments
     _check_placement(schedule)
     positions = _positions(schedule, count)
