@@ -65,6 +65,10 @@ class Arena:
         self.count(-storage.size())
         storage.resize_(0)
 
+    def forget(self, x: Tensor) -> None:
+        """Count a tensor of this arena no more; its memory goes with the last that holds it, a copy under way too."""
+        self.count(-x.untyped_storage().size())
+
     def count(self, num_bytes: int) -> None:
         """Bytes that something else has taken from this memory, or given back where negative.
 

@@ -206,10 +206,10 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def num_bytes(text: str | int) -> int:
-    """A number of bytes: 2000000000, "2GB" (1000^3 each), "1.5 GiB" (1024^3 each). ValueError for other text."""
-    if isinstance(text, int):
+    """A number of bytes: 2000000000, "2GB" (1000^3 each), "1.5 GiB" (1024^3 each). ValueError for anything else."""
+    if type(text) is int:
         return text
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
     units = {unit.upper(): size for unit, size in _UNITS.items()}
     if found is None or found[2].upper() not in units:
         names = ", ".join(unit for unit in _UNITS if unit)
@@ -224,6 +224,12 @@ def check_num_bytes(key: str, text: str) -> None:
             num_bytes(text)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
+
+
+def check_whole_number(name: str, value: object, at_least: int) -> None:
+    """ValueError where an argument is no whole number, or is below the least one."""
+    if type(value) is not int or value < at_least:
+        raise ValueError(f"{name} ({value!r}) must be a whole number of at least {at_least}")
 
 
 def check_divides(key: str, value: int, unit: int, by: str) -> None:

@@ -28,6 +28,14 @@ def test_every_byte_is_counted_and_freed_storage_is_empty():
     assert (arena.now, arena.peak) == (14, 114)
 
 
+def test_what_is_forgotten_lives_as_long_as_somebody_holds_it():
+    arena = Arena("host", CPU, budget_bytes=64)
+    x = arena.empty((16,), torch.float32).zero_()
+    arena.forget(x)
+    assert arena.now == 0 and x.untyped_storage().size() == 64
+    arena.empty((16,), torch.float32)
+
+
 def test_nothing_is_taken_beyond_the_budget():
     arena = Arena("host", CPU, budget_bytes=64)
     kept = arena.empty((10,), torch.float32)

@@ -16,6 +16,7 @@ from pypar.recomputation.operators import COSTLY, check_names
 from pypar.recomputation.parts import blocks_here, part_of, set_part
 from pypar.recomputation.plan.planner import ActivationPlanner
 from pypar.recomputation.tiles import tile_positions
+from pypar.settings import check_whole_number
 
 
 def recompute(
@@ -57,8 +58,12 @@ def recompute(
     found, a block whose forward was replaced on the object, torch.func's transforms.
     """
     kept = _kept(policy, ops, checksums, saves_all=offload is not None)
-    if every < 1:
-        raise ValueError(f"every ({every}) must be at least 1: 1 for all blocks, 2 for every second one")
+    check_whole_number("every", every, 1)
+    if offload is not None and not isinstance(offload, Offload):
+        raise ValueError(
+            f"offload ({offload!r}) must be a pypar.recomputation.offload.Offload or None; "
+            "pypar.offload_activations makes one"
+        )
     found = blocks_here(model, blocks, is_needed=kept is not None)
     for place, (number, name, module) in enumerate(found):
         if kept is None or number % every:
@@ -73,9 +78,9 @@ def offload_activations(
     model: nn.Module,
     policy: str = "none",
     *,
-    min_bytes: int = MIN_BYTES,
+    min_bytes: int | str = MIN_BYTES,
     num_leaving: int = 1,
-    host_bytes: int | None = None,
+    host_bytes: int | str | None = None,
     blocks: Iterable[str] | None = None,
 ) -> nn.Module:
     """Let what a model's blocks keep for backward wait on the host. Returns the model.
@@ -90,13 +95,14 @@ def offload_activations(
     moments and bytes are those of a run on GPUs, where copies have a stream of their own and pinned memory.
 
     policy       what is kept, as in `pypar.recompute`
-    min_bytes    smaller pieces of memory stay on the device
+    min_bytes    smaller pieces of memory stay on the device; a number, or text such as "2MB", as host_bytes
     num_leaving  blocks whose memory may be on its way to the host at a time
     host_bytes   the most on the host; None: no bound. What goes beyond it is an error
     blocks       as in `pypar.recompute`
 
     It works with every parallelism, several microbatches in flight and a backward in two parts. Under torch.compile the
-    blocks run as they are written. ValueError: as `pypar.recompute`, a negative min_bytes, num_leaving below 1.
+    blocks run as they are written. ValueError: as `pypar.recompute`, a negative min_bytes, num_leaving or host_bytes
+    below 1.
     """
     offload = Offload(min_bytes=min_bytes, num_leaving=num_leaving, host_bytes=host_bytes)
     return recompute(model, policy, blocks=blocks, offload=offload)

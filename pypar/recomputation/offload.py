@@ -8,7 +8,6 @@ fast anything is. On a CPU device and host are two accounts of the same memory.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ from pypar.arenas import Arena, Copies, Copy
 from pypar.recomputation.holdings import Holdings
 from pypar.recomputation.saved import Held, check_unwritten, version_of
 from pypar.recomputation.saved_bytes import SavedBytes
+from pypar.settings import check_whole_number, num_bytes
 
 MIN_BYTES = 1 << 20
 
@@ -31,15 +31,22 @@ class Offload:
     min_bytes    smaller pieces of memory stay
     num_leaving  blocks whose memory may be on its way at a time: what they keep is on the device until then
     host_bytes   the most on the host; None: no bound
+
+    Bytes are numbers, or text such as "2GB".
     """
 
     def __init__(
-        self, *, min_bytes: int = MIN_BYTES, num_leaving: int = 1, host_bytes: int | None = None
+        self,
+        *,
+        min_bytes: int | str = MIN_BYTES,
+        num_leaving: int = 1,
+        host_bytes: int | str | None = None,
     ) -> None:
-        for name, value, least in (("min_bytes", min_bytes, 0), ("num_leaving", num_leaving, 1)):
-            if value < least:
-                raise ValueError(f"{name} ({value}) must be at least {least}")
-        self.min_bytes, self.num_leaving, self.host_bytes = min_bytes, num_leaving, host_bytes
+        check_whole_number("num_leaving", num_leaving, 1)
+        self.min_bytes, self.num_leaving = num_bytes(min_bytes), num_leaving
+        self.host_bytes = None if host_bytes is None else num_bytes(host_bytes)
+        check_whole_number("min_bytes", self.min_bytes, 0)
+        check_whole_number("host_bytes", 1 if self.host_bytes is None else self.host_bytes, 1)
         self._leaving: deque[list[Moved]] = deque()  # of each block
         self._moved: dict[int, weakref.ref[Moved]] = {}  # by the piece of memory on the device
         self._engines: dict[torch.device, tuple[Arena, Copies]] = {}
@@ -141,7 +148,6 @@ class Moved:
         self._here: Tensor | None = None  # its bytes, once they are back or on their way back
         self._coming: Copy | None = None
         self._there: tuple[Tensor, Copy] | None = None  # on the host, with the copy to there
-        self._under_way: list[Copy] = []  # what must be over before the host's part may go
         self._release: Callable[[], Any] | None = None  # gives that up
         self._drops: list[Callable[[], Any]] = []  # tell those who count that it has left
 
@@ -153,8 +159,9 @@ class Moved:
         host, copies = self._offload.engine(self._device)
         there = host.empty((self.num_bytes,), torch.uint8)
         copy = copies.to_host_start(there, _bytes_of(self.source))
-        self._there, self._under_way = (there, copy), [copy]
-        self._release = weakref.finalize(self, _release, host, there, self._under_way)
+        self._there = there, copy
+        # It waits for nothing: a finalizer may run in the thread that makes the copies.
+        self._release = weakref.finalize(self, host.forget, there)
         return True
 
     def left(self) -> None:
@@ -188,7 +195,6 @@ class Moved:
         _, copies = self._offload.engine(self._device)
         self._here = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device)
         self._coming = copies.to_device_start(self._here, there)
-        self._under_way.append(self._coming)
         return self._here
 
     def check(self) -> None:
@@ -207,13 +213,6 @@ class Moved:
             self.stay()
         assert self._here is not None
         return self._here
-
-
-def _release(host: Arena, there: Tensor, under_way: Sequence[Copy]) -> None:
-    for copy in under_way:
-        with contextlib.suppress(Exception):  # whoever needs the copy hears of it
-            copy.order()
-    host.free(there)
 
 
 class View(Held):

@@ -24,12 +24,17 @@ def blocks_here(
 ) -> list[tuple[int, str, nn.Module]]:
     """The modules of the blocks that this stage of a model has: (number of the block in the model, name, module).
 
-    ValueError: there are no blocks, and some are needed.
+    ValueError: no model, no names of modules; there are no blocks, and some are needed.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, and is {model!r}")
+    if isinstance(blocks, str):
+        raise ValueError(f"blocks ({blocks!r}) must be a list of names of modules; give [{blocks!r}]")
     found = [Block(n, (n,)) for n in blocks] if blocks is not None else inner_blocks(model)
-    if blocks is None and not found and is_needed:
+    if not found and is_needed:
+        why = "are found" if blocks is None else "are named"
         raise ValueError(
-            f"no blocks are found in this {type(model).__name__}; give it a function blocks(), or pass the names of "
+            f"no blocks {why} in this {type(model).__name__}; give it a function blocks(), or pass the names of "
             "modules as blocks="
         )
     named = [(n, name, _module_of(model, name)) for n, block in enumerate(found) for name in block.modules]

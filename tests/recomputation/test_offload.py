@@ -206,14 +206,22 @@ def test_copies_pickles_and_the_way_back():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"min_bytes": -1}, r"min_bytes \(-1\) must be at least 0"),
-        ({"num_leaving": 0}, r"num_leaving \(0\) must be at least 1"),
+        ({"min_bytes": -1}, r"min_bytes \(-1\) must be a whole number of at least 0"),
+        ({"min_bytes": 1.5}, "1.5 is no number of bytes"),
+        ({"num_leaving": 0}, r"num_leaving \(0\) must be a whole number of at least 1"),
+        ({"num_leaving": True}, r"num_leaving \(True\) must be a whole number"),
+        ({"host_bytes": 0}, r"host_bytes \(0\) must be a whole number of at least 1"),
         ({"policy": "fully"}, "unknown policy 'fully'"),
     ],
 )
 def test_refusals(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         pypar.offload_activations(Model(), **options)
+
+
+def test_bytes_may_be_told_as_text():
+    offload = Offload(min_bytes="2KB", host_bytes="1.5 GiB")
+    assert (offload.min_bytes, offload.host_bytes) == (2000, 3 << 29)
 
 
 def test_in_a_compiled_model_the_blocks_run_as_they_are_written():
@@ -257,24 +265,19 @@ def test_on_a_gpu_the_bits_are_the_same_and_the_memory_is_given_back(policy):
     assert not offload_of(model).host_now
 
 
-def test_memory_on_its_way_back_is_not_freed_under_the_copy():
-    """A backward that ends with an error drops what it has begun to bring back."""
-    offload, device = Offload(min_bytes=1), torch.device("cpu")
+def test_memory_on_its_way_back_is_there_for_the_copy():
+    """A backward that ends with an error drops what it has begun to bring back, and waits for nothing."""
+    offload = Offload(min_bytes=1)
     moved = offload.moved(torch.ones(1 << 16))
     moved.leave()
     moved.left()
-    host, copies = offload.engine(device)
-    gate, held = threading.Event(), []
+    host, copies = offload.engine(torch.device("cpu"))
+    gate = threading.Event()
     copies._own_thread().submit(gate.wait)
-    moved.come()
-
-    def open_gate():
-        held.append(host.now)
-        gate.set()
-
-    timer = threading.Timer(0.2, open_gate)
-    timer.start()
+    here, coming = moved.come(), moved._coming
     del moved
     gc.collect()
-    timer.join()
-    assert held == [4 << 16] and host.now == 0
+    assert host.now == 0 and not coming.is_over
+    gate.set()
+    coming.wait()
+    assert torch.equal(here.view(torch.float32), torch.ones(1 << 16))

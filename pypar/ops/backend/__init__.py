@@ -91,10 +91,10 @@ def op_modules() -> list[ModuleType]:
     return [module for module in modules if hasattr(module, "BACKENDS")]
 
 
-def unknown_name(what: str, name: str, known: Iterable[str], prefix: str = "") -> str:
+def unknown_name(what: str, name: object, known: Iterable[str], prefix: str = "") -> str:
     """A sentence that says that `name` is not known, what is, and which one was probably meant."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{prefix}unknown {what} {name!r}, known are {', '.join(known)}{hint}"
 

@@ -63,9 +63,13 @@ class ActivationPlanner:
         *,
         axis: Axis | None = None,
         offload: bool = True,
-        min_bytes: int = MIN_BYTES,
+        min_bytes: int | str = MIN_BYTES,
         report: Callable[[str], object] | None = None,
     ) -> None:
+        if axis is not None and not isinstance(axis, Axis):
+            raise ValueError(f"axis ({axis!r}) must be an axis of a mesh, such as mesh.tp, or None")
+        if report is not None and not callable(report):
+            raise ValueError(f"report ({report!r}) must be a function of a line, such as print, or None")
         self.budget_bytes = num_bytes(budget_bytes)
         if self.budget_bytes < 1:
             raise ValueError(f"the budget of activations ({budget_bytes}) must be at least 1 byte")
@@ -201,7 +205,7 @@ def plan_activations(
     blocks: Iterable[str] | None = None,
     axis: Axis | None = None,
     offload: bool = True,
-    min_bytes: int = MIN_BYTES,
+    min_bytes: int | str = MIN_BYTES,
     report: Callable[[str], object] | None = None,
 ) -> ActivationPlanner:
     """Let what a model's blocks keep between forward and backward fit a budget, at the least time that it takes.

@@ -157,15 +157,19 @@ def test_a_budget_that_no_choice_meets_is_refused_with_the_least_that_one_does()
 
 
 @pytest.mark.parametrize(
-    ("budget", "sentence"),
+    ("budget", "options", "sentence"),
     [
-        ("2 apples", "'2 apples' is no number of bytes; write a number and one of B, KB, KiB"),
-        (0, r"the budget of activations \(0\) must be at least 1 byte"),
+        ("2 apples", {}, "'2 apples' is no number of bytes; write a number and one of B, KB, KiB"),
+        (None, {}, "None is no number of bytes"),
+        (True, {}, "True is no number of bytes"),
+        (0, {}, r"the budget of activations \(0\) must be at least 1 byte"),
+        ("1GB", {"axis": "tp"}, r"axis \('tp'\) must be an axis of a mesh"),
+        ("1GB", {"report": True}, r"report \(True\) must be a function of a line"),
     ],
 )
-def test_refusals(budget, sentence):
+def test_refusals(budget, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        pypar.plan_activations(Model(), budget)
+        pypar.plan_activations(Model(), budget, **options)
 
 
 def one_of_two():
