@@ -57,6 +57,9 @@ class Replicated:
         """All parameters that are not trained."""
         return {name: (local_tensor(p).detach(), layout_of(p)) for name, p in self._frozen.items()}
 
+    def holds_states_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Masters stay where they are, and so do states."""
+
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, backward adds to the gradients and starts no reduction."""
         return self._gradients.accumulate()

@@ -15,6 +15,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from pypar.blocks import Block
@@ -42,6 +43,10 @@ class Store(Protocol):
 
     def frozen(self) -> dict[str, tuple[Tensor, Layout]]:
         """What is not trained: name -> this rank's part, and which one that is, for checkpoints."""
+        ...
+
+    def holds_states_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """The states of an optimizer of what is owned may go where the store puts masters."""
         ...
 
     def accumulate(self) -> AbstractContextManager[None]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from pypar.comm import all_reduce_start
 from pypar.comm.identical import first_difference
 from pypar.data_parallel.stores import store_of
-from pypar.data_parallel.zero import Zero
 from pypar.grid import DATA, SAMPLES, STAGES
 from pypar.layout import Cut, Layout, answers_for
 from pypar.mesh import Axis, Mesh, parse_mesh
@@ -96,8 +95,7 @@ class Trainer:
         self.store = store_of(config.memory, self.models, mesh, bucket_bytes=config.train.bucket_bytes)
         self.mesh = self.store.mesh  # of which layouts of what is owned may name more axes
         self.optimizer = Optimizer(self.store.owned(), config.optimizer, on_disk=self._on_disk())
-        if isinstance(self.store, Zero):
-            self.store.holds_states_of(self.optimizer.update)
+        self.store.holds_states_of(self.optimizer.update)
         self.loss_scale = LossScale(config.loss_scale) if config.train.precision in SCALED else None
         self.runtime = PipelineRuntime(
             {stage: each for (_, stage), each in self.stages.items()},

@@ -20,7 +20,8 @@ from pypar.ops.linear.choice import backends_for, processor, torch_weight_gradie
 from pypar.ops.linear.upcast import HALVES
 from pypar.ops.register import register, register_gradient
 
-_ORDERS = {dtype: backends_for(processor(), dtype) for dtype in (torch.float32, *HALVES)}
+_PROCESSOR = processor()
+_ORDERS = {dtype: backends_for(_PROCESSOR, dtype) for dtype in (torch.float32, *HALVES)}
 BACKENDS = _ORDERS[torch.float32]
 
 

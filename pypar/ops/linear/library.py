@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pypar.ops.backend import Backend
+
+_MIN_FEATURES = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ def linear_backend(
         return input_gradient(dout, weight), weight_gradient(dout, x)
 
     return LinearBackend(name, forward, backward, unsupported, input_gradient, weight_gradient)
+
+
+def no_gain(x: Tensor, in_features: int, out_features: int, *, min_rows: int = 1) -> str | None:
+    """Why torch's own product is the better one whatever the processor; None where it may not be."""
+    if forward_ad._current_level >= 0:
+        return "torch's own product has a derivative in forward mode (torch.func.jvp), and this one has none"
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows < min_rows or min(in_features, out_features) < _MIN_FEATURES:
+        return f"there is nothing to gain below {min_rows} rows or {_MIN_FEATURES} features"
+    return None
 
 
 def _unflatten(result: Tensor, leading: torch.Size) -> Tensor:

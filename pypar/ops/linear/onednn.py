@@ -6,15 +6,13 @@ import platform
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pypar.ops.linear.library import from_product
+from pypar.ops.linear.library import from_product, no_gain
 
 # oneDNN adds up to 1024 terms, and more, in one chain, whose error grows with its length: at 1024 terms it is 2.5
 # times MKL's and twice OpenBLAS's, which add 128 to 384 before they begin another. A sum is cut into pieces of at most
 # so many terms, which costs one addition for each result and piece, and copies of operands that lie row by row.
 _MAX_TERMS = 512
-MIN_FEATURES = 16
 
 
 def missing() -> str | None:
@@ -54,11 +52,7 @@ def _unsupported(x: Tensor, in_features: int, out_features: int) -> str | None:
         return f"x is on {x.device.type}, and oneDNN computes on CPU"
     if x.dtype != torch.float32:
         return f"x is {x.dtype}; only float32 gains"
-    if forward_ad._current_level >= 0:
-        return "torch's own product has a derivative in forward mode (torch.func.jvp), and this one has none"
-    if not x.numel() or min(in_features, out_features) < MIN_FEATURES:
-        return f"there is nothing to gain below {MIN_FEATURES} features, nor for an empty x"
-    return None
+    return no_gain(x, in_features, out_features)
 
 
 _MISSING = missing()

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pypar.ops.linear.library import from_product
+from pypar.ops.linear.library import from_product, no_gain
 
 # Of fp32 copies, so that large operands are never copied whole. At 1024 features 1024 rows are converted at once, which
 # is as fast as any other number from 512 on.
 _COPY_BYTES = 4 << 20
 _MIN_ROWS = 8  # below, converting weights takes longer than torch's loops
-_MIN_FEATURES = 16
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -47,12 +45,7 @@ def _unsupported(x: Tensor, in_features: int, out_features: int) -> str | None:
         return f"x is on {x.device.type}, which multiplies 16 bits itself"
     if x.dtype not in HALVES:
         return f"x is {x.dtype}; only bfloat16 and float16 have fewer bits than fp32"
-    if forward_ad._current_level >= 0:
-        return "torch's own product has a derivative in forward mode (torch.func.jvp), and this one has none"
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows < _MIN_ROWS or min(in_features, out_features) < _MIN_FEATURES:
-        return f"there is nothing to gain below {_MIN_ROWS} rows or {_MIN_FEATURES} features"
-    return None
+    return no_gain(x, in_features, out_features, min_rows=_MIN_ROWS)
 
 
 UPCAST = from_product("upcast", _product, _unsupported)

@@ -9,7 +9,7 @@ import torch
 import pypar
 from pypar.arenas import OverBudgetError
 from pypar.mesh import Mesh
-from tests.data_parallel.zero.training import Script, assert_same_bits, train
+from tests.data_parallel.zero.training import STAGES, Script, assert_same_bits, train
 from tests.data_parallel.zero.trees import HALF, WIDTH, Group, Leaf, Tree, everything
 from tests.harness.pairs import pairwise
 
@@ -23,12 +23,7 @@ DEEP = Tree(
     before=Group((Leaf((5, WIDTH)),)),
     after=Group((Leaf((3, WIDTH)),)),
 )
-FORMS = {
-    "0": {"stage": 0},
-    "1": {"stage": 1},
-    "2": {"stage": 2},
-    "3": {"stage": 3},
-    "3 keeps": {"stage": 3, "reshard": False},
+FORMS = STAGES | {
     "2 reduces each": {"stage": 2, "accumulate": "reduce"},
     "3 reduces each": {"stage": 3, "accumulate": "reduce"},
 }

@@ -9,6 +9,7 @@ import pypar
 from pypar.cost.memory import Parameter, Sharding, Units, peaks, states
 from pypar.cost.volume import sent
 from pypar.mesh import Mesh
+from tests.data_parallel.zero.training import STAGES
 from tests.data_parallel.zero.trees import HALF, WIDTH, Group, Leaf, Tree
 
 # Odd rows, one row, none, no dims, two dtypes, frozen; the largest pair of neighbours is not the first one.
@@ -23,12 +24,7 @@ TREE = Tree(
     after=Group((Leaf((3, WIDTH)),)),
 )
 BLOCKS = [f"layers.{index}" for index in range(4)]
-FORMS = {
-    "0": {"stage": 0},
-    "1": {"stage": 1},
-    "2": {"stage": 2},
-    "3": {"stage": 3},
-    "3 keeps": {"stage": 3, "reshard": False},
+FORMS = STAGES | {
     "1 hybrid": {"stage": 1, "shard_size": 2},
     "3 hybrid": {"stage": 3, "shard_size": 2},
 }

@@ -6,17 +6,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from tests.data_parallel.zero.training import Script, assert_close, assert_same_bits, train
+from tests.data_parallel.zero.training import STAGES, Script, assert_close, assert_same_bits, train
 from tests.data_parallel.zero.trees import HALF, everything, trees
 from tests.harness.pairs import pairwise
 
 WORLDS = (1, 2, 3, 4)
 # "half": as many ranks as half of them, or one where they are odd.
-FORMS = {
-    "1": {"stage": 1},
-    "2": {"stage": 2},
-    "3": {"stage": 3},
-    "3 keeps": {"stage": 3, "reshard": False},
+FORMS = {name: form for name, form in STAGES.items() if name != "0"} | {
     "3 keeps parts": {"stage": 3, "reshard": "half"},
     "1 hybrid": {"stage": 1, "shard_size": "half"},
     "2 hybrid": {"stage": 2, "shard_size": "half"},

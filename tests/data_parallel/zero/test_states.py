@@ -8,15 +8,11 @@ from torch.nn import functional
 import pypar
 from pypar.mesh import Mesh
 from tests.data_parallel.zero.programs import HasBuffers, Model
+from tests.data_parallel.zero.training import STAGES
 from tests.data_parallel.zero.trees import HALF, Tree, TreeModule, batch, everything
 from tests.harness.refusals import sentences
 
-FORMS = {
-    "0": {"stage": 0},
-    "1": {"stage": 1},
-    "2": {"stage": 2},
-    "3": {"stage": 3},
-    "3 keeps": {"stage": 3, "reshard": False},
+FORMS = STAGES | {
     "2 hybrid": {"stage": 2, "shard_size": 2},
     "3 hybrid": {"stage": 3, "shard_size": 2},
 }

@@ -17,6 +17,15 @@ from pypar.layout import Layout, answers_for, assemble, boxes
 from pypar.mesh import Mesh
 from tests.data_parallel.zero.trees import HALF
 
+# Options of `pypar.zero` by the names that tests give them.
+STAGES: dict[str, dict[str, Any]] = {
+    "0": {"stage": 0},
+    "1": {"stage": 1},
+    "2": {"stage": 2},
+    "3": {"stage": 3},
+    "3 keeps": {"stage": 3, "reshard": False},
+}
+
 # eps: gradients at the level of rounding are not divided by themselves.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, eps=1e-3, weight_decay=0.1),
